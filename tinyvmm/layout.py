@@ -1,0 +1,63 @@
+"""Every guest-physical address and interrupt line, in one map. Imports nothing.
+
+    0x0000_0000  +--------------------------------+
+                 | real-mode vectors, unused      |
+    0x0000_0500  | GDT                            |  GDT_GPA
+    0x0000_7000  | boot_params ("zero page")      |  BOOT_PARAMS_GPA
+    0x0000_9000  | page tables for the entry      |  PAGE_TABLES_GPA    6 pages
+    0x0002_0000  | kernel command line            |  CMDLINE_GPA        up to 64 KiB
+    0x0009_FC00  | (end of conventional memory)   |  LOW_RAM_END
+    0x000E_0000  | ACPI: RSDP, then the tables    |  ACPI_GPA           128 KiB
+    0x0010_0000  | RAM: kernel at its own address |  HIGH_RAM_GPA
+                 | ...                            |
+                 | initramfs, at the top of RAM   |
+    0xC000_0000  +--------------------------------+  MMIO_HOLE_GPA      3 GiB
+    0xD000_0000  | virtio-mmio, one page a device |  VIRTIO_MMIO_GPA
+    0xE000_0000  | kept for PCI ECAM and BARs     |
+    0xFEC0_0000  | IOAPIC (in KVM)                |  IOAPIC_GPA
+    0xFEE0_0000  | local APICs (in KVM)           |  LOCAL_APIC_GPA
+    0xFFFB_C000  | KVM's identity map and TSS     |  IDENTITY_MAP_GPA, TSS_GPA (VMX only)
+    0x1_0000_0000+--------------------------------+  RAM_ABOVE_4G_GPA   4 GiB
+                 | the rest of RAM                |
+                 +--------------------------------+
+
+Conventional memory below 1 MiB follows what Linux expects of a PC (Documentation/arch/x86/boot.rst);
+everything a modern guest needs is told to it by boot_params and ACPI.
+"""
+
+PAGE_SIZE = 0x1000
+
+# --- memory ---------------------------------------------------------------------------------
+GDT_GPA = 0x500
+BOOT_PARAMS_GPA = 0x7000
+PAGE_TABLES_GPA = 0x9000
+CMDLINE_GPA = 0x2_0000
+CMDLINE_MAX = 0x1_0000
+LOW_RAM_END = 0x9_FC00
+ACPI_GPA = 0xE_0000
+ACPI_END = 0x10_0000
+HIGH_RAM_GPA = 0x10_0000
+
+MMIO_HOLE_GPA = 0xC000_0000
+VIRTIO_MMIO_GPA = 0xD000_0000
+VIRTIO_MMIO_STRIDE = 0x1000
+IOAPIC_GPA = 0xFEC0_0000
+LOCAL_APIC_GPA = 0xFEE0_0000
+IDENTITY_MAP_GPA = 0xFFFB_C000
+TSS_GPA = 0xFFFB_D000
+RAM_ABOVE_4G_GPA = 0x1_0000_0000
+
+# --- ports ----------------------------------------------------------------------------------
+I8042_PORT = 0x60  # data 0x60, status and command 0x64
+RTC_PORT = 0x70  # index 0x70, data 0x71
+DEBUG_EXIT_PORT = 0xF4
+COM1_PORT = 0x3F8
+POWER_PORT = 0x600  # ACPI sleep control, sleep status, reset, event status
+
+# --- interrupt lines (GSIs; the in-kernel IOAPIC has 24) ------------------------------------
+COM1_GSI = 4
+RTC_GSI = 8
+POWER_GSI = 9
+VIRTIO_GSI = 10  # the first of the virtio devices
+GSI_COUNT = 24
+VIRTIO_MAX = GSI_COUNT - VIRTIO_GSI

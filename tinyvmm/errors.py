@@ -3,7 +3,7 @@
 A user's mistake or a missing facility is a `ConfigError`: one line that names what and why, with
 the remedy. A refused system call on KVM is a `KvmError`, which names the ioctl. What a guest does
 wrong never raises past its device; when it leaves a vCPU unable to run at all, that is a
-`VcpuError` with the state it died in. Anything else that escapes is a bug of ours and crashes loudly.
+`VcpuError` with the state it died in. Anything else that escapes is a bug of ours and crashes.
 """
 
 import errno as errno_names

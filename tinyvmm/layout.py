@@ -21,7 +21,7 @@
                  | the rest of RAM                |
                  +--------------------------------+
 
-Conventional memory below 1 MiB follows what Linux expects of a PC (Documentation/arch/x86/boot.rst);
+Below 1 MiB it looks as Linux expects of a PC (Documentation/x86/boot.rst);
 everything a modern guest needs is told to it by boot_params and ACPI.
 """
 

@@ -1,0 +1,265 @@
+"""The board: RAM, vCPUs, two buses and the devices on them. Read it as a table of contents.
+
+A machine is made, given devices, given something to boot, started, and waited for:
+
+    machine = Machine(memory=256 << 20)
+    machine.add_board(console=sink)
+    machine.add_virtio(VirtioRng())
+    machine.boot_linux(kernel, initrd=[archive], cmdline="quiet")
+    machine.start()
+    machine.wait()
+
+Threads: one for each vCPU, started by `start`, which must be called on the main thread because the
+signal that kicks vCPUs needs a handler. `stop` may be called from any thread, vCPU threads and
+signal handlers included; the first caller's cause is the one that counts (`_stop_lock`). `close`
+ends whatever still runs and releases every descriptor.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from tinyvmm import kvm, layout
+from tinyvmm.bus import Bus, BusDevice
+from tinyvmm.errors import ConfigError
+from tinyvmm.memory import GuestMemory
+from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
+
+if TYPE_CHECKING:
+    from tinyvmm.boot import Entry, Kernel
+    from tinyvmm.devices.power import PowerControl
+    from tinyvmm.devices.uart import Uart
+    from tinyvmm.devices.virtio.device import VirtioDevice
+
+# A thread that wants the interpreter lock asks its holder to let go after this long (seconds). At
+# the default of 5 ms one busy thread beside a vCPU costs it 99 of 100 exits; `make bench` shows it.
+SWITCH_INTERVAL = 1e-6
+
+_MSR_IA32_MISC_ENABLE = 0x1A0  # bit 0: fast string operations (Intel SDM volume 4)
+_MSR_MTRR_DEF_TYPE = 0x2FF  # bit 11: enable; low bits: type 6 is write-back (SDM 3A, 12.11.2.1)
+
+
+class KvmIrqLine:
+    """One GSI of the in-kernel interrupt controllers."""
+
+    def __init__(self, vm: kvm.VM, gsi: int) -> None:
+        self._vm = vm
+        self._gsi = gsi
+
+    def set(self, level: bool) -> None:
+        """Drive the line; from any thread."""
+        self._vm.irq_line(self._gsi, level)
+
+
+class Machine:
+    """A virtual machine; a context manager that leaves nothing behind."""
+
+    def __init__(self, *, memory: int, cpus: int = 1, irqchip: bool = True) -> None:
+        """Make the bare board: `memory` bytes of RAM and `cpus` vCPUs.
+
+        Without `irqchip` there are no interrupts or timers, and HLT ends the run: enough for a tiny
+        guest. ConfigError where this computer cannot give what is asked.
+        """
+        self.ports = Bus("port")
+        self.mmio = Bus("mmio")
+        self.vcpus: list[Vcpu] = []
+        self.virtio: list[tuple[int, int]] = []  # (gpa, gsi) of each virtio-mmio device
+        self.uart: Uart | None = None
+        self.power: PowerControl | None = None
+        self.cause = ""
+        self._error: BaseException | None = None
+        self._stop_lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._irqchip = irqchip
+        self._vm: kvm.VM | None = None
+        self.memory = GuestMemory(memory)
+        try:
+            with kvm.System() as system:
+                self._check(system, cpus)
+                self._vm = vm = system.create_vm()
+                for slot, region in enumerate(self.memory.regions):
+                    vm.set_user_memory_region(slot, region.gpa, region.size, region.hva)
+                if irqchip:
+                    if system.check_extension(kvm.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+                        vm.set_identity_map_addr(layout.IDENTITY_MAP_GPA)
+                        vm.set_tss_addr(layout.TSS_GPA)
+                    vm.create_irqchip()
+                    vm.create_pit2()
+                supported = system.supported_cpuid()
+                tsc_deadline = irqchip and bool(
+                    system.check_extension(kvm.KVM_CAP_TSC_DEADLINE_TIMER)
+                )
+            from tinyvmm import cpuid
+
+            for apic_id in range(cpus):
+                vcpu = Vcpu(vm.create_vcpu(apic_id), self)
+                self.vcpus.append(vcpu)
+                leaves = cpuid.for_vcpu(supported, apic_id, cpus, tsc_deadline=tsc_deadline)
+                vcpu.handle.set_cpuid2(leaves)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _check(system: kvm.System, cpus: int) -> None:
+        limit = system.check_extension(kvm.KVM_CAP_MAX_VCPUS) or 1
+        if not 1 <= cpus <= min(limit, 255):
+            raise ConfigError(f"--cpus {cpus}: this KVM allows 1 to {min(limit, 255)}")
+
+    # --- devices ----------------------------------------------------------------------------
+
+    def irq_line(self, gsi: int) -> KvmIrqLine:
+        """Return the interrupt line `gsi` (0 to 23)."""
+        if self._vm is None:
+            raise ConfigError("the machine is closed")
+        return KvmIrqLine(self._vm, gsi)
+
+    def add_port_device(self, base: int, length: int, device: BusDevice) -> None:
+        """Let `device` answer the ports base..base+length-1."""
+        self.ports.add(base, length, device)
+
+    def add_board(self, console: Callable[[bytes], None]) -> None:
+        """Add what a PC kernel looks for: UART, RTC, i8042, ACPI power control.
+
+        `console` takes what the guest's kernel prints; on a vCPU thread.
+        """
+        from tinyvmm.devices.i8042 import I8042
+        from tinyvmm.devices.power import PowerControl
+        from tinyvmm.devices.rtc import Rtc
+        from tinyvmm.devices.uart import Uart
+
+        def reset() -> None:
+            self.stop(StopCause.RESET)
+
+        def poweroff() -> None:
+            self.stop(StopCause.POWEROFF)
+
+        self.uart = Uart(self.irq_line(layout.COM1_GSI), console)
+        self.power = PowerControl(self.irq_line(layout.POWER_GSI), poweroff, reset)
+        self.ports.add(layout.COM1_PORT, 8, self.uart)
+        self.ports.add(layout.RTC_PORT, 2, Rtc(self.irq_line(layout.RTC_GSI)))
+        self.ports.add(layout.I8042_PORT, 5, I8042(reset))
+        self.ports.add(layout.POWER_PORT, self.power.length, self.power)
+
+    def add_virtio(self, device: "VirtioDevice") -> None:
+        """Put a virtio device on the next free page of the MMIO area and the next GSI."""
+        from tinyvmm.devices.virtio.mmio import VirtioMmio
+
+        index = len(self.virtio)
+        if index >= layout.VIRTIO_MAX:
+            raise ConfigError(f"more than {layout.VIRTIO_MAX} virtio devices: leave one out")
+        gpa = layout.VIRTIO_MMIO_GPA + index * layout.VIRTIO_MMIO_STRIDE
+        gsi = layout.VIRTIO_GSI + index
+        transport = VirtioMmio(device, self.memory, self.irq_line(gsi))
+        self.mmio.add(gpa, layout.VIRTIO_MMIO_STRIDE, transport)
+        self.virtio.append((gpa, gsi))
+
+    # --- booting ----------------------------------------------------------------------------
+
+    def boot_linux(
+        self, kernel: "Kernel", *, initrd: Sequence[bytes | memoryview], cmdline: str
+    ) -> None:
+        """Put `kernel`, its initramfs and the ACPI tables in RAM, and vCPU 0 at its entry."""
+        from tinyvmm import acpi, boot
+
+        nodes = [
+            acpi.VirtioMmioNode(gpa, layout.VIRTIO_MMIO_STRIDE, gsi) for gpa, gsi in self.virtio
+        ]
+        tables = acpi.build_tables(
+            layout.ACPI_GPA, cpus=len(self.vcpus), virtio=nodes, uart=self.uart is not None
+        )
+        self.memory.write(layout.ACPI_GPA, tables)
+        entry = boot.load(
+            self.memory, kernel, initrd=initrd, cmdline=cmdline, acpi_rsdp_gpa=layout.ACPI_GPA
+        )
+        self._enter_long_mode(entry)
+
+    def _enter_long_mode(self, entry: "Entry") -> None:
+        """Set vCPU 0 as the 64-bit boot protocol demands (Documentation/x86/boot.rst)."""
+        handle = self.vcpus[0].handle
+        flat = {"limit": 0xFFFF_FFFF, "present": 1, "s": 1, "g": 1}
+        code = kvm.kvm_segment(selector=0x10, type=0xB, l=1, **flat)
+        data = kvm.kvm_segment(selector=0x18, type=0x3, db=1, **flat)
+        sregs = handle.get_sregs()
+        sregs.cs = code
+        sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+        sregs.gdt = kvm.kvm_dtable(base=entry.gdt_gpa, limit=entry.gdt_limit)
+        sregs.cr0 = 1 << 31 | 1 << 4 | 1 << 0  # PG, ET, PE
+        sregs.cr3 = entry.cr3
+        sregs.cr4 = 1 << 5  # PAE
+        sregs.efer = 1 << 10 | 1 << 8  # LMA with LME and CR0.PG at once, or KVM refuses the state
+        handle.set_sregs(sregs)
+        handle.set_regs(kvm.kvm_regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=1 << 1))
+        handle.set_msrs({_MSR_IA32_MISC_ENABLE: 1, _MSR_MTRR_DEF_TYPE: 1 << 11 | 6})
+
+    # --- running ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start every vCPU; those after the first wait for the guest's SIPI. Main thread only."""
+        signal.signal(KICK_SIGNAL, _ignore)
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        for vcpu in self.vcpus:
+            vcpu.start()
+
+    def stop(self, cause: str, error: BaseException | None = None) -> None:
+        """End the run for `cause` (StopCause); the first call counts. From any thread."""
+        with self._stop_lock:
+            if self.cause:
+                return
+            self.cause, self._error = cause, error
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        self._stopped.set()
+
+    def wait(self, timeout: float | None = None) -> str | None:
+        """Wait for the end of the run and return its StopCause, or None after `timeout` seconds.
+
+        An error on a vCPU thread is raised here: VcpuError, or a bug of ours as it was.
+        """
+        if not self._stopped.wait(timeout):
+            return None
+        for vcpu in self.vcpus:
+            vcpu.join()
+        if self._error is not None:
+            raise self._error
+        return self.cause
+
+    def close(self) -> None:
+        """Stop, and release the vCPUs, the VM and its RAM; harmless when done twice."""
+        self.stop(StopCause.STOPPED)
+        for vcpu in self.vcpus:
+            vcpu.join()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vcpus = []
+        if self._vm is not None:
+            self._vm.close()
+            self._vm = None
+        self.memory.close()
+
+    def read_code(self, gpa: int, length: int) -> bytes:
+        """Copy up to `length` bytes of RAM for a report; none where `gpa` is not RAM."""
+        for count in (length, 1):
+            try:
+                return self.memory.read(gpa, count)
+            except ValueError:
+                continue
+        return b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    """Handle KICK_SIGNAL: its whole work is to interrupt the ioctl."""

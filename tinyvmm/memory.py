@@ -1,0 +1,89 @@
+"""Guest RAM: one memfd mapped shared, seen below and above the hole that devices live in.
+
+A guest-physical address (gpa) is valid where a `Region` holds it; `view` is the only way to reach
+the bytes, and it checks its range every time, because most addresses come from the guest. One memfd
+means that RAM can later be handed to another process, saved with its holes, or mapped privately.
+
+Any thread may call anything here: regions never change while the memory is open.
+"""
+
+import ctypes
+import mmap
+import os
+from typing import NamedTuple
+
+from tinyvmm.errors import ConfigError
+from tinyvmm.layout import MMIO_HOLE_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
+
+MIN_SIZE = 1 << 20
+
+
+class MemoryRangeError(ValueError):
+    """A range of guest-physical addresses that is not wholly RAM of one region."""
+
+
+class Region(NamedTuple):
+    """`size` bytes at guest-physical `gpa`, at `offset` of the memfd and `hva` in this process."""
+
+    gpa: int
+    size: int
+    offset: int
+    hva: int
+
+
+class GuestMemory:
+    """All RAM of one guest; `size` in bytes, `fd` the memfd, `regions` by rising gpa."""
+
+    def __init__(self, size: int) -> None:
+        """Reserve `size` bytes; the host commits a page when it is first touched.
+
+        ConfigError if the size is not whole pages, too small, or more than the host will map.
+        """
+        if size < MIN_SIZE or size % PAGE_SIZE:
+            raise ConfigError(f"memory of {size} bytes: give whole pages, 1M or more")
+        self.size = size
+        self.fd = os.memfd_create("tinyvmm-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size)
+            mapping = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
+        except (OSError, OverflowError) as error:
+            os.close(self.fd)
+            raise ConfigError(
+                f"cannot map {size >> 20} MiB of guest memory: {error}; give a smaller --memory"
+            ) from None
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self._all = memoryview(mapping)
+        low = min(size, MMIO_HOLE_GPA)
+        self._low = low
+        self._high_end = RAM_ABOVE_4G_GPA + size - low
+        self.regions: tuple[Region, ...] = (Region(0, low, 0, hva),)
+        if size > low:
+            self.regions += (Region(RAM_ABOVE_4G_GPA, size - low, low, hva + low),)
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """Return `length` writable bytes at `gpa`; MemoryRangeError if they are not all RAM."""
+        if gpa >= 0 and length >= 0:
+            end = gpa + length
+            if end <= self._low:
+                return self._all[gpa:end]
+            if gpa >= RAM_ABOVE_4G_GPA and end <= self._high_end:
+                start = gpa - RAM_ABOVE_4G_GPA + self._low
+                return self._all[start : start + length]
+        raise MemoryRangeError(f"{length} bytes at {gpa:#x} are not RAM")
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Copy `length` bytes out of RAM."""
+        return bytes(self.view(gpa, length))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` into RAM at `gpa`."""
+        self.view(gpa, len(data))[:] = data
+
+    def close(self) -> None:
+        """Close the memfd; the mapping goes when the last view of it does."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+            self._all = memoryview(b"")
+            self._low = self._high_end = -1
+            self.regions = ()

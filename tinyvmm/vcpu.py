@@ -1,0 +1,219 @@
+"""The exit loop: one thread for each vCPU runs the guest until it needs us.
+
+`_loop` is the hottest code of the project. A common exit costs one ioctl, one integer read from the
+mapped struct kvm_run, one table look-up and one call. Two things make that true. The first eight
+bytes of a port exit (direction, size, port, count) are read as one integer, which is the key of a
+table of ready-made handlers; and nothing in the loop allocates, chases attributes or raises.
+
+Threads: `_loop` runs on the vCPU's own thread and is the only code that touches struct kvm_run,
+except for `kick`, which any thread may call: it sets `immediate_exit` and sends a signal, so that a
+vCPU inside KVM_RUN, or about to enter it, comes out (api.rst, "immediate_exit"). No lock is needed:
+`_stopping` and `immediate_exit` are only ever set.
+"""
+
+import ctypes
+import errno
+import fcntl
+import signal
+import threading
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from tinyvmm import kvm
+from tinyvmm.bus import Bus
+from tinyvmm.errors import KvmError, VcpuError
+
+KICK_SIGNAL = signal.SIGUSR1
+
+_MAX_HANDLERS = 1024  # a guest that touches every port in every width must not fill our memory
+_PR_SET_TIMERSLACK = 29
+
+
+class StopCause:
+    """Why a vCPU left its loop; the machine makes the end of the run of it."""
+
+    HALT = "halt"
+    TRIPLE_FAULT = "triple fault"
+    POWEROFF = "poweroff"
+    RESET = "reset"
+    CRASH = "crash"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+
+class Owner(Protocol):
+    """What a vCPU needs of its machine."""
+
+    ports: Bus
+    mmio: Bus
+
+    def stop(self, cause: str, error: BaseException | None = None) -> None:
+        """End the run, for everybody."""
+
+    def read_code(self, gpa: int, length: int) -> bytes:
+        """Copy up to `length` bytes of RAM for a report."""
+
+
+class Vcpu:
+    """One vCPU, its thread and its exit loop; `handle` is the KVM descriptor."""
+
+    def __init__(self, handle: kvm.VCPU, owner: Owner) -> None:
+        self.handle = handle
+        self._owner = owner
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._run = kvm.kvm_run.from_buffer(handle.run_area)
+        self._area = memoryview(handle.run_area).cast("B")
+        self._handlers = _PortHandlers(owner.ports, self._area)
+
+    def start(self) -> None:
+        """Start the thread that runs the guest."""
+        name = f"vcpu{self.handle.vcpu_id}"
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def kick(self) -> None:
+        """Make the vCPU leave its loop soon; from any thread, also before it has started."""
+        self._stopping = True
+        self._run.immediate_exit = 1
+        thread = self._thread
+        if thread is not None and thread.ident is not None and thread.is_alive():
+            signal.pthread_kill(thread.ident, KICK_SIGNAL)
+
+    def join(self) -> None:
+        """Wait until the thread has ended, unless this is that thread."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def close(self) -> None:
+        """Release struct kvm_run and the descriptor; the thread must have ended."""
+        self._handlers.clear()
+        del self._run, self._area
+        self.handle.close()
+
+    def _main(self) -> None:
+        # Waiting for the interpreter lock is a timed wait, and by default Linux lets timers slip
+        # by 50 us: five exits' worth.
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        try:
+            self._owner.stop(self._loop())
+        except BaseException as error:  # noqa: BLE001 (a thread's end must reach the machine)
+            self._owner.stop(StopCause.ERROR, error)
+
+    def _loop(self) -> str:
+        """Run the guest until it ends or `kick` is called; a StopCause."""
+        ioctl, fd, KVM_RUN = fcntl.ioctl, self.handle.fd, kvm.KVM_RUN
+        KVM_EXIT_IO, KVM_EXIT_MMIO = kvm.KVM_EXIT_IO, kvm.KVM_EXIT_MMIO
+        area = self._area
+        union = area[kvm.KVM_RUN_UNION : kvm.KVM_RUN_UNION + 24]
+        exit_reason = area[8:12].cast("I")
+        quads = union.cast("Q")  # a port exit's key; an MMIO exit's phys_addr and data
+        words = union.cast("I")  # word 4 is an MMIO exit's len
+        handlers = self._handlers
+        mmio_read, mmio_write = self._owner.mmio.read, self._owner.mmio.write
+        while True:
+            try:
+                ioctl(fd, KVM_RUN, 0)
+            except OSError as error:
+                if error.errno not in (errno.EINTR, errno.EAGAIN):
+                    raise VcpuError(
+                        self.describe(str(KvmError("KVM_RUN", error.errno or 0)))
+                    ) from None
+                if self._stopping:
+                    return StopCause.STOPPED
+                continue
+            reason = exit_reason[0]
+            if reason == KVM_EXIT_IO:
+                handlers[quads[0]]()
+            elif reason == KVM_EXIT_MMIO:
+                size = words[4]
+                if union[20]:
+                    mmio_write(quads[0], size, quads[1] & (1 << 8 * size) - 1)
+                else:
+                    quads[1] = mmio_read(quads[0], size)
+            else:
+                cause = self._uncommon(reason)
+                if cause is not None:
+                    return cause
+
+    def _uncommon(self, reason: int) -> str | None:
+        """Return the StopCause of a rare exit, or None to go on; VcpuError if it cannot go on."""
+        if reason == kvm.KVM_EXIT_HLT:  # only without an in-kernel irqchip: nothing can wake it
+            return StopCause.HALT
+        if reason == kvm.KVM_EXIT_SHUTDOWN:
+            return StopCause.TRIPLE_FAULT
+        if reason in {kvm.KVM_EXIT_INTR, kvm.KVM_EXIT_IRQ_WINDOW_OPEN}:
+            return StopCause.STOPPED if self._stopping else None
+        if reason == kvm.KVM_EXIT_SYSTEM_EVENT:
+            event = kvm.kvm_run_system_event.from_buffer(self._area, kvm.KVM_RUN_UNION).type
+            return _SYSTEM_EVENTS.get(event, StopCause.CRASH)
+        if reason == kvm.KVM_EXIT_INTERNAL_ERROR:
+            internal = kvm.kvm_run_internal.from_buffer(self._area, kvm.KVM_RUN_UNION)
+            what = f"KVM_EXIT_INTERNAL_ERROR, suberror {internal.suberror}"
+        elif reason == kvm.KVM_EXIT_FAIL_ENTRY:
+            entry = kvm.kvm_run_fail_entry.from_buffer(self._area, kvm.KVM_RUN_UNION)
+            what = f"KVM_EXIT_FAIL_ENTRY, reason {entry.hardware_entry_failure_reason:#x}"
+        else:
+            what = f"KVM exit reason {reason}, which this VMM does not handle"
+        raise VcpuError(self.describe(what))
+
+    def describe(self, what: str) -> str:
+        """Say `what` happened to this vCPU, with its registers and the code at its RIP."""
+        regs, sregs = self.handle.get_regs(), self.handle.get_sregs()
+        linear = (sregs.cs.base + regs.rip) & (1 << 64) - 1
+        gpa = self.handle.translate(linear)
+        code = b"" if gpa is None else self._owner.read_code(gpa, 16)
+        names = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "rip", "rflags")
+        values = " ".join(f"{name}={getattr(regs, name):#x}" for name in names)
+        control = " ".join(f"{name}={getattr(sregs, name):#x}" for name in ("cr0", "cr3", "cr4"))
+        return (
+            f"vCPU {self.handle.vcpu_id}: {what}\n  {values}\n  cs={sregs.cs.selector:#x} "
+            f"{control} efer={sregs.efer:#x}\n  code at rip: {code.hex(' ') or 'not mapped'}"
+        )
+
+
+_SYSTEM_EVENTS = {
+    kvm.KVM_SYSTEM_EVENT_SHUTDOWN: StopCause.POWEROFF,
+    kvm.KVM_SYSTEM_EVENT_RESET: StopCause.RESET,
+    kvm.KVM_SYSTEM_EVENT_CRASH: StopCause.CRASH,
+}
+_ITEM: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}
+
+
+class _PortHandlers(dict[int, Callable[[], None]]):
+    """The first eight bytes of struct kvm_run's `io` -> a function that performs the exit."""
+
+    def __init__(self, ports: Bus, area: memoryview) -> None:
+        super().__init__()
+        self._ports = ports
+        self._area = area
+
+    def __missing__(self, key: int) -> Callable[[], None]:
+        direction, size, port, count = key & 0xFF, key >> 8 & 0xFF, key >> 16 & 0xFFFF, key >> 32
+        # The data is in the second page of the mapping, always at its start (KVM_PIO_PAGE_OFFSET).
+        offset = kvm.kvm_run_io.from_buffer(self._area, kvm.KVM_RUN_UNION).data_offset
+        data = self._area[offset : offset + size * count].cast(_ITEM[size])
+        bus_read, bus_write = self._ports.read, self._ports.write
+
+        def write() -> None:
+            bus_write(port, size, data[0])
+
+        def read() -> None:
+            data[0] = bus_read(port, size)
+
+        def write_string() -> None:
+            for value in data:
+                bus_write(port, size, value)
+
+        def read_string() -> None:
+            for index in range(count):
+                data[index] = bus_read(port, size)
+
+        out = direction == kvm.KVM_EXIT_IO_OUT
+        if count != 1:  # INS and OUTS are rare and their counts many: not worth keeping
+            return write_string if out else read_string
+        if len(self) >= _MAX_HANDLERS:
+            self.clear()
+        handler = self[key] = write if out else read
+        return handler

@@ -1,0 +1,598 @@
+"""The host's side of a session, with a guest played by a thread on the other end of the ports."""
+
+import errno
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyvmm.session import (
+    EXEC_FAILED,
+    EXITED,
+    RECORD,
+    SETUP_FAILED,
+    SIGNAL,
+    STARTED,
+    HostFiles,
+    Ports,
+    Result,
+    Session,
+    write_all,
+)
+from tinyvmm.streams import PortInput, PortOutput, SocketInput, SocketOutput
+
+
+class GuestPort:
+    """A console port seen from the guest: it queues buffers out and posts buffers for input."""
+
+    def __init__(self) -> None:
+        self.on_output: Callable[[], None] = lambda: None
+        self.on_space: Callable[[], None] = lambda: None
+        self.sent: deque[bytes] = deque()
+        self.received = bytearray()
+        self.capacity = 1 << 30
+        self.closed = threading.Event()
+        self.changed = threading.Condition()
+        self.listened = threading.Event()
+
+    def take_output(self) -> bytes:
+        self.listened.set()
+        return self.sent.popleft() if self.sent else b""
+
+    def put_input(self, data: bytes | memoryview) -> int:
+        with self.changed:
+            count = min(len(data), self.capacity)
+            self.capacity -= count
+            self.received += bytes(data[:count])
+            self.changed.notify_all()
+        return count
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def send(self, data: bytes) -> None:
+        self.sent.append(data)
+        self.on_output()
+
+    def post(self, count: int) -> None:
+        with self.changed:
+            self.capacity += count
+        self.on_space()
+
+    def wait_for(self, count: int) -> bytes:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.received) >= count, timeout=20)
+            return bytes(self.received[:count])
+
+
+class Guest(NamedTuple):
+    stdin: GuestPort
+    stdout: GuestPort
+    stderr: GuestPort
+    control: GuestPort
+
+    def record(self, kind: int, value: int = 0) -> None:
+        self.control.send(RECORD.pack(kind, value))
+
+    def ports(self) -> Ports:
+        return Ports(
+            PortInput(self.stdin),
+            PortOutput(self.stdout),
+            PortOutput(self.stderr),
+            PortOutput(self.control),
+            PortInput(self.control),
+        )
+
+
+class Host:
+    """A session whose host descriptors are pipes, and whose guest is a function in a thread."""
+
+    def __init__(self) -> None:
+        self.guest = Guest(GuestPort(), GuestPort(), GuestPort(), GuestPort())
+        self.stdin, self.to_stdin = os.pipe()
+        self.from_stdout, self.stdout = os.pipe()
+        self.from_stderr, self.stderr = os.pipe()
+        self.files = HostFiles(self.stdin, self.stdout, self.stderr)
+
+    def run(self, script: Callable[[Guest], None], **options: Any) -> Result:
+        options.setdefault("files", self.files)
+        session = Session(self.guest.ports(), command="prog", **options)
+        failures: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                assert self.guest.control.listened.wait(20)  # signals are caught from here on
+                script(self.guest)
+            except BaseException as error:  # noqa: BLE001 - raised in the test's thread
+                failures.append(error)
+                session.stopped(message="the script failed")
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        result = session.run()
+        thread.join()
+        if failures:
+            raise failures[0]
+        return result
+
+    def printed(self) -> tuple[bytes, bytes]:
+        os.close(self.stdout)
+        os.close(self.stderr)
+        self.stdout = self.stderr = -1
+        with open(self.from_stdout, "rb") as out, open(self.from_stderr, "rb") as err:
+            self.from_stdout = self.from_stderr = -1
+            return out.read(), err.read()
+
+    def close(self) -> None:
+        for fd in (self.stdin, self.to_stdin, self.from_stdout, self.stdout, self.from_stderr):
+            if fd >= 0:
+                os.close(fd)
+        if self.stderr >= 0:
+            os.close(self.stderr)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    yield host
+    host.close()
+
+
+def wait_status(script: str) -> int:
+    """Ask the kernel for a wait status."""
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", script], {})
+    return os.waitpid(pid, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill -15 $$", 143)],
+)
+def test_the_status_is_the_one_a_shell_would_show(host: Host, script: str, status: int) -> None:
+    word = wait_status(script)
+
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        g.record(EXITED, word)
+
+    assert host.run(guest).status == status
+
+
+@given(kind=st.integers(0, 2**32 - 1), value=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_no_record_of_a_guest_can_make_a_session_fail(kind: int, value: int) -> None:
+    host = Host()
+    try:
+
+        def guest(g: Guest) -> None:
+            g.record(kind, value)
+            g.record(EXITED, 0)
+
+        result = host.run(guest)
+        assert 0 <= result.status <= 255
+    finally:
+        host.close()
+
+
+def test_a_record_split_over_several_buffers_is_put_together(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        whole = RECORD.pack(STARTED, 5) + RECORD.pack(EXITED, 3 << 8)
+        for byte in whole:
+            g.control.send(bytes([byte]))
+
+    assert host.run(guest) == Result(3, "exited")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (errno.ENOENT, 127, "prog: command not found in the guest"),
+        (errno.EACCES, 126, "prog: Permission denied, in the guest"),
+        (errno.ENOEXEC, 126, "prog: Exec format error, in the guest"),
+    ],
+)
+def test_a_command_that_cannot_be_executed_is_named(
+    host: Host, number: int, status: int, words: str
+) -> None:
+    result = host.run(lambda g: g.record(EXEC_FAILED, number))
+    assert result == Result(status, "exec", words)
+
+
+def test_a_failed_setup_names_the_step_and_the_reason(host: Host) -> None:
+    result = host.run(
+        lambda g: g.record(SETUP_FAILED, 3 << 16 | errno.ENODEV),
+        describe_step=["", "", "", "mount the root"].__getitem__,
+    )
+    assert result.status == 255
+    assert result.message == "the guest could not mount the root: No such device"
+
+
+@given(
+    out=st.lists(st.binary(min_size=1, max_size=300), max_size=20),
+    err=st.lists(st.binary(min_size=1, max_size=300), max_size=20),
+)
+@settings(deadline=None, max_examples=40)
+def test_all_output_sent_before_the_end_arrives_apart_and_in_order(
+    out: list[bytes], err: list[bytes]
+) -> None:
+    host = Host()
+    try:
+
+        def guest(g: Guest) -> None:
+            g.stdout.sent.extend(out)  # queued, with nobody told: the end alone must bring it out
+            g.stderr.sent.extend(err)
+            g.record(EXITED, 0)
+
+        assert host.run(guest).status == 0
+        assert host.printed() == (b"".join(out), b"".join(err))
+    finally:
+        host.close()
+
+
+@given(data=st.binary(max_size=2000), posts=st.lists(st.integers(1, 300), min_size=1))
+@settings(deadline=None, max_examples=40)
+def test_stdin_arrives_byte_exact_through_whatever_buffers_are_posted(
+    data: bytes, posts: list[int]
+) -> None:
+    host = Host()
+    try:
+        host.guest.stdin.capacity = 0
+
+        def guest(g: Guest) -> None:
+            g.record(STARTED, 2)
+            for count in posts:
+                g.stdin.post(count)
+            g.stdin.post(2000)
+            assert g.stdin.closed.wait(20)
+            g.record(EXITED, 0)
+
+        os.write(host.to_stdin, data)
+        os.close(host.to_stdin)
+        host.to_stdin = -1
+        host.run(guest)
+        assert bytes(host.guest.stdin.received) == data
+    finally:
+        host.close()
+
+
+def test_nothing_is_sent_to_the_guest_before_it_has_started(host: Host) -> None:
+    os.write(host.to_stdin, b"early")
+    early: list[bytes] = []
+
+    def guest(g: Guest) -> None:
+        assert not g.stdin.closed.wait(0.1)
+        early.append(bytes(g.stdin.received))
+        g.record(STARTED, 2)
+        assert g.stdin.wait_for(5) == b"early"
+        g.record(EXITED, 0)
+
+    host.run(guest)
+    assert early == [b""]
+
+
+def test_a_stdin_that_was_never_open_is_at_its_end(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        assert g.stdin.closed.wait(20)
+        g.record(EXITED, 0)
+
+    assert host.run(guest, files=HostFiles(None, host.stdout, host.stderr)).status == 0
+
+
+def test_a_directory_as_stdin_is_at_its_end(host: Host) -> None:
+    directory = os.open("/", os.O_RDONLY)
+
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        assert g.stdin.closed.wait(20)
+        g.record(EXITED, 0)
+
+    try:
+        assert host.run(guest, files=HostFiles(directory, host.stdout, host.stderr)).status == 0
+    finally:
+        os.close(directory)
+
+
+def test_input_typed_after_the_command_ended_is_left_to_the_next_reader(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        g.record(EXITED, 0)
+
+    host.run(guest)
+    names = {thread.name for thread in threading.enumerate()}
+    for thread in threading.enumerate():
+        if thread.name == "relay_input":
+            thread.join(20)
+            assert not thread.is_alive(), names
+    os.write(host.to_stdin, b"mine")
+    assert os.read(host.stdin, 100) == b"mine"
+
+
+def test_a_consumer_that_has_gone_ends_the_session_as_sigpipe_would(host: Host) -> None:
+    os.close(host.from_stdout)
+    host.from_stdout = -1
+
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        g.stdout.send(b"to nobody")
+
+    assert host.run(guest) == Result(128 + signal.SIGPIPE, "output")
+
+
+def test_an_output_that_cannot_be_written_says_why(host: Host) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        g.stdout.send(b"too much")
+
+    try:
+        result = host.run(guest, files=HostFiles(host.stdin, full, host.stderr))
+    finally:
+        os.close(full)
+    assert result == Result(1, "output", "cannot write stdout: No space left on device")
+
+
+def test_a_closed_stderr_swallows_and_a_closed_stdout_does_not(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        g.stderr.send(b"unheard")
+        g.record(EXITED, 0)
+
+    assert host.run(guest, files=HostFiles(host.stdin, host.stdout, None)).status == 0
+
+    other = Host()
+    try:
+        result = other.run(
+            lambda g: g.stdout.send(b"lost"), files=HostFiles(other.stdin, None, other.stderr)
+        )
+        assert result.reason == "output"
+    finally:
+        other.close()
+
+
+def test_a_non_blocking_stdout_loses_nothing_and_stays_non_blocking() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    data = os.urandom(1 << 20)
+    got = bytearray()
+
+    def consume() -> None:
+        while part := os.read(reader, 1 << 16):
+            got.extend(part)
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    write_all(writer, data)
+    assert not os.get_blocking(writer)
+    os.close(writer)
+    thread.join()
+    os.close(reader)
+    assert bytes(got) == data
+
+
+def test_a_consumer_that_stops_reading_delays_neither_input_nor_signals(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        for _ in range(100):
+            g.stdout.send(bytes(4096))  # far more than the pipe takes
+        os.write(host.to_stdin, b"still here")
+        assert g.stdin.wait_for(10) == b"still here"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert g.control.wait_for(8) == RECORD.pack(SIGNAL, signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert host.run(guest) == Result(128 + signal.SIGTERM, "signal")
+
+
+def test_the_first_interrupt_reaches_the_command_and_the_second_kills(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        # A byte through stdin: only after it is STARTED known to have been seen.
+        os.write(host.to_stdin, b"x")
+        g.stdin.wait_for(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert g.control.wait_for(8) == RECORD.pack(SIGNAL, signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert host.run(guest) == Result(130, "signal")
+
+
+def test_an_interrupt_before_the_start_kills(host: Host) -> None:
+    result = host.run(lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert result == Result(130, "signal")
+
+
+def test_a_command_that_handles_the_interrupt_decides_the_status(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.write(host.to_stdin, b"x")
+        g.stdin.wait_for(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        g.control.wait_for(8)
+        g.record(EXITED, 42 << 8)
+
+    assert host.run(guest) == Result(42, "exited")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_end_ends_with_that_signals_status(host: Host, number: int) -> None:
+    assert host.run(lambda _: os.kill(os.getpid(), number)) == Result(128 + number, "signal")
+
+
+def test_signal_handlers_are_put_back(host: Host) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    host.run(lambda g: g.record(EXITED, 0))
+    after = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert before == after
+
+
+def test_a_signal_ignored_by_who_started_us_stays_ignored(host: Host) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.kill(os.getpid(), signal.SIGHUP)
+        g.record(EXITED, 0)
+
+    try:
+        assert host.run(guest) == Result(0, "exited")
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_the_timeout_ends_with_124(host: Host) -> None:
+    result = host.run(lambda g: g.record(STARTED, 2), timeout=0.05)
+    assert (result.status, result.reason) == (124, "timeout")
+
+
+def test_a_guest_that_never_starts_the_command_is_given_up(host: Host) -> None:
+    result = host.run(lambda _: None, boot_timeout=0.05)
+    assert (result.status, result.reason) == (255, "boot")
+
+
+def test_the_boot_timeout_ends_with_the_start(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.write(host.to_stdin, b"x")
+        g.stdin.wait_for(1)
+        threading.Event().wait(0.3)
+        g.record(EXITED, 0)
+
+    assert host.run(guest, boot_timeout=0.25).status == 0
+
+
+def test_the_end_of_the_command_outranks_the_end_of_the_machine(host: Host) -> None:
+    session = Session(host.guest.ports(), command="prog", files=host.files)
+    session.stopped(message="powered off")
+    host.guest.record(EXITED, 9 << 8)
+    assert session.run() == Result(9, "exited")
+
+
+def test_a_machine_that_stops_by_itself_decides_after_its_last_output(host: Host) -> None:
+    session = Session(host.guest.ports(), command="prog", files=host.files)
+    host.guest.stdout.sent.append(b"last words")
+    session.stopped(255, "the guest panicked")
+    assert session.run() == Result(255, "machine", "the guest panicked")
+    assert host.printed() == (b"last words", b"")
+
+
+def test_a_session_leaves_no_descriptor_open(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        g.record(EXITED, 0)
+
+    host.run(guest)
+    for thread in threading.enumerate():
+        if thread.name.startswith("relay"):
+            thread.join(20)
+    before = len(os.listdir("/proc/self/fd"))
+    other = Host()
+    opened = len(os.listdir("/proc/self/fd"))
+    other.run(guest)
+    for thread in threading.enumerate():
+        if thread.name.startswith("relay"):
+            thread.join(20)
+    assert len(os.listdir("/proc/self/fd")) == opened
+    other.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_failing_relay_fails_the_session_instead_of_hanging_it(host: Host) -> None:
+    class Broken(GuestPort):
+        def take_output(self) -> bytes:
+            raise RuntimeError("a bug of ours")
+
+    ports = host.guest.ports()._replace(stdout=PortOutput(Broken()))
+    session = Session(ports, command="prog", files=host.files)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        session.run()
+
+
+# --- over sockets -------------------------------------------------------------------------------
+
+
+def socket_ports() -> tuple[Ports, list[socket.socket], list[socket.socket]]:
+    pairs = [socket.socketpair() for _ in range(4)]
+    ours = [a for a, _ in pairs]
+    ports = Ports(
+        SocketInput(ours[0]),
+        SocketOutput(ours[1]),
+        SocketOutput(ours[2]),
+        SocketOutput(ours[3]),
+        SocketInput(ours[3]),
+    )
+    return ports, ours, [b for _, b in pairs]
+
+
+def test_over_sockets_a_machine_that_leaves_early_takes_no_output_with_it(host: Host) -> None:
+    ports, ours, theirs = socket_ports()
+    _, stdout, _, control = theirs
+    data = os.urandom(3 << 20)  # more than the socket and the pipe hold: somebody must pull
+    got = bytearray()
+    gone = threading.Event()
+
+    def guest() -> None:
+        control.sendall(RECORD.pack(STARTED, 2))
+        feeder = threading.Thread(target=stdout.sendall, args=(data,))
+        feeder.start()
+        control.sendall(RECORD.pack(EXITED, 0))
+        feeder.join(20)
+        for sock in theirs:
+            sock.close()
+        gone.set()
+
+    def consume() -> None:
+        assert gone.wait(20)  # reads nothing until the machine is gone
+        while part := os.read(host.from_stdout, 1 << 16):
+            got.extend(part)
+
+    threads = [threading.Thread(target=guest), threading.Thread(target=consume)]
+    for thread in threads:
+        thread.start()
+    result = Session(ports, command="prog", files=host.files).run()
+    os.close(host.stdout)
+    host.stdout = -1
+    for thread in threads:
+        thread.join()
+    for sock in ours:
+        sock.close()
+    assert result == Result(0, "exited")
+    assert bytes(got) == data
+
+
+def test_over_sockets_input_is_byte_exact_and_ends_with_a_half_close(host: Host) -> None:
+    ports, ours, theirs = socket_ports()
+    stdin, _, _, control = theirs
+    data = os.urandom(1 << 20)
+    got = bytearray()
+
+    def feed() -> None:
+        write_all(host.to_stdin, data)
+        os.close(host.to_stdin)
+        host.to_stdin = -1
+
+    def guest() -> None:
+        control.sendall(RECORD.pack(STARTED, 2))
+        while part := stdin.recv(1 << 16):
+            got.extend(part)
+        control.sendall(RECORD.pack(EXITED, 0))
+        for sock in theirs:
+            sock.close()
+
+    threads = [threading.Thread(target=feed), threading.Thread(target=guest)]
+    for thread in threads:
+        thread.start()
+    assert Session(ports, command="prog", files=host.files).run() == Result(0, "exited")
+    for thread in threads:
+        thread.join()
+    for sock in ours:
+        sock.close()
+    assert bytes(got) == data

@@ -1,0 +1,459 @@
+"""The host's side of one command in a guest: its stdin, stdout, stderr, signals and exit status.
+
+PID 1 in the guest (tinyvmm/guest/init.py) relays between the command and four virtio console
+ports; a `Session` relays between those ports and this process. It knows no machine: each port is
+an `Input` or an `Output` of tinyvmm/streams.py.
+
+    port 1  stdin    host to guest: bytes, then end of file
+    port 2  stdout   guest to host: bytes
+    port 3  stderr   guest to host: bytes
+    port 4  control  both ways: records of 8 bytes, kind and value, little-endian
+
+The order of events: nothing is sent before STARTED, because Linux drops what arrives at a port
+that nobody has opened. Then all streams flow. After EXITED the output ports are read until they
+are empty: everything the command wrote was queued before EXITED, but on other queues.
+
+Threads: one for each stream, all daemons, asleep in a system call or on a lock except to move
+data, so a consumer that stops reading our stdout delays nothing else. What they notice they post
+to `_events` (a deque: append and popleft are atomic) and then write a byte to the wake pipe, on
+which the main thread sleeps. Only the main thread, in `run`, changes the session's state, and
+only there do Python's signal handlers execute.
+"""
+
+import errno
+import os
+import select
+import signal
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tinyvmm.streams import CHUNK, Input, Output
+
+if TYPE_CHECKING:
+    from tinyvmm.terminal import Terminal
+
+RECORD = struct.Struct("<II")  # kind, value
+# From the guest:
+STARTED = 1  # value: the command's pid
+EXITED = 2  # value: wait status, as from wait4(2)
+EXEC_FAILED = 3  # value: errno of execve(2)
+SETUP_FAILED = 4  # value: step << 16 | errno
+# To the guest:
+SIGNAL = 16  # value: signal number, for the command's process group
+WINSIZE = 17  # value: rows | columns << 16
+
+STATUS_TIMEOUT = 124  # the statuses of timeout(1) and the shells
+STATUS_NOT_EXECUTABLE = 126
+STATUS_NOT_FOUND = 127
+STATUS_SIGNAL = 128  # plus the signal's number
+STATUS_MACHINE_FAILED = 255
+
+
+class Result(NamedTuple):
+    """How a session ended.
+
+    `status` is the exit status for a shell; `reason` is one of "exited", "killed", "exec",
+    "setup", "machine", "timeout", "boot", "signal", "escape", "output"; `message` is one line for
+    stderr, or None when the status says it all.
+    """
+
+    status: int
+    reason: str
+    message: str | None = None
+
+
+class Ports(NamedTuple):
+    """The four ports of a machine; control is one port in two directions."""
+
+    stdin: Input
+    stdout: Output
+    stderr: Output
+    control: Output
+    control_in: Input
+
+
+class HostFiles(NamedTuple):
+    """This process's ends: descriptors, or None for one that was closed when it started."""
+
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+
+
+def host_files() -> HostFiles:
+    """Return descriptors 0, 1 and 2, without those that were closed at the start.
+
+    A closed 0 may since have been reused for any file; Python looked at start-up.
+    """
+    return HostFiles(
+        None if sys.__stdin__ is None else 0,
+        None if sys.__stdout__ is None else 1,
+        None if sys.__stderr__ is None else 2,
+    )
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data` to `fd`, which may be non-blocking because somebody else made it so.
+
+    Raises OSError as os.write does.
+    """
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(fd, select.POLLOUT)
+            poller.poll()
+
+
+class Session:
+    """One command's session with a machine that is about to start.
+
+    `command` is its name, for messages. `timeout` and `boot_timeout` are seconds from `run` to
+    the end, and to STARTED. With `terminal` the user's terminal is raw from STARTED on.
+    `describe_step` turns SETUP_FAILED's step into words. `on_end` is called in the thread of
+    `run`, once, when the command's end is known and its last output not yet all read.
+    """
+
+    def __init__(
+        self,
+        ports: Ports,
+        *,
+        command: str,
+        timeout: float | None = None,
+        boot_timeout: float | None = None,
+        terminal: "Terminal | None" = None,
+        describe_step: Callable[[int], str] = "step {}".format,
+        on_end: Callable[[], None] | None = None,
+        files: HostFiles | None = None,
+    ) -> None:
+        self._ports = ports
+        self._command = command
+        self._timeout = timeout
+        self._boot_timeout = boot_timeout
+        self._terminal = terminal
+        self._describe_step = describe_step
+        self._on_end = on_end
+        self._files = files if files is not None else host_files()
+
+        self._events: deque[tuple[str, Any]] = deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_lock = threading.Lock()  # guards _wake_write against use after close
+        # Closing the write end tells the stdin thread to stop, which then closes the read end.
+        self._quit_read, self._quit_write = os.pipe2(os.O_CLOEXEC)
+        self._input_may_flow = threading.Event()
+        self._records = threading.Condition()  # guards _to_send
+        self._to_send: deque[bytes] = deque()
+        self._sender: threading.Thread | None = None
+
+        self._started = False
+        self._interrupts = 0
+        self._result: Result | None = None  # known, while output may still have to be drained
+        self._machine_result: Result | None = None
+        self._abandon = False  # nothing is worth waiting for any more
+        self._streams = {"stdout", "stderr"}  # those not yet at their end
+        self._control_open = True
+
+    # --- what other threads call -------------------------------------------------------------
+
+    def stopped(self, status: int = STATUS_MACHINE_FAILED, message: str | None = None) -> None:
+        """Tell that the machine stopped by itself; it decides only if the command's end did not.
+
+        Any thread. Everything the guest sent before must be readable from the ports already.
+        """
+        self._post("stopped", Result(status, "machine", message))
+
+    def _post(self, kind: str, value: Any = None) -> None:
+        self._events.append((kind, value))
+        with self._wake_lock:
+            if self._wake_write < 0:
+                return  # the session is over
+            try:
+                os.write(self._wake_write, b"\0")
+            except BlockingIOError:
+                return  # a full pipe wakes as well
+
+    # --- the main thread ---------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Relay until the command's end, the machine's, the timeout or a signal; say which.
+
+        Main thread (elsewhere signals are left alone). The machine may still be up on return.
+        """
+        begin = monotonic()
+        restore_signals = self._catch_signals()
+        try:
+            self._start(self._relay_control)
+            self._start(self._relay_output, "stdout", self._ports.stdout, self._files.stdout)
+            self._start(self._relay_output, "stderr", self._ports.stderr, self._files.stderr)
+            self._start(self._relay_input)
+            while not self._done():
+                self._sleep(begin)
+                while self._events and not self._abandon:
+                    kind, value = self._events.popleft()
+                    getattr(self, "_on_" + kind)(value)
+        finally:
+            if self._terminal is not None:
+                self._terminal.restore()
+            restore_signals()
+            self._finish()
+        if self._result is None:
+            raise AssertionError("a session ended without a result")
+        return self._result
+
+    def _done(self) -> bool:
+        return self._result is not None and (self._abandon or not self._streams)
+
+    def _sleep(self, begin: float) -> None:
+        deadline = self._next_deadline()
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        wait_ms = None if deadline is None else max(0, 1000 * (begin + deadline[0] - monotonic()))
+        if poller.poll(wait_ms):
+            os.read(self._wake_read, 4096)
+        if deadline is not None and monotonic() - begin >= deadline[0]:
+            self._give_up(deadline[1])
+
+    def _next_deadline(self) -> tuple[float, Result] | None:
+        candidates = []
+        if self._timeout is not None:
+            late = f"timed out after {self._timeout:g} s: the machine was stopped"
+            candidates.append((self._timeout, Result(STATUS_TIMEOUT, "timeout", late)))
+        if self._boot_timeout is not None and not self._started and self._result is None:
+            late = f"the guest did not start the command within {self._boot_timeout:g} s"
+            candidates.append((self._boot_timeout, Result(STATUS_MACHINE_FAILED, "boot", late)))
+        return min(candidates, default=None)
+
+    def _give_up(self, result: Result) -> None:
+        """End now, whatever is still under way."""
+        self._result = result
+        self._abandon = True
+
+    def _end(self, result: Result) -> None:
+        """End with `result` once the output that precedes it has been passed on."""
+        if self._result is not None:
+            return
+        self._result = result
+        self._stop_input()
+        self._ports.stdout.finish()
+        self._ports.stderr.finish()
+        if self._on_end is not None:
+            self._on_end()
+
+    def _stop_input(self) -> None:
+        """Stop reading our stdin: what follows belongs to whoever reads it next."""
+        if self._quit_write >= 0:
+            os.close(self._quit_write)
+            self._quit_write = -1
+        self._input_may_flow.set()
+        self._ports.stdin.finish()
+
+    def _finish(self) -> None:
+        self._stop_input()
+        for port in self._ports[1:]:
+            port.finish()
+        with self._wake_lock:
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._wake_write = -1
+        with self._records:
+            self._to_send.append(b"")
+            self._records.notify()
+
+    # --- events ------------------------------------------------------------------------------
+
+    def _on_record(self, record: tuple[int, int]) -> None:
+        kind, value = record
+        if kind == STARTED:
+            self._started = True
+            if self._terminal is not None:
+                self._terminal.enter_raw()
+            self._input_may_flow.set()
+        elif kind == EXITED:
+            number = value & 0x7F  # wait(2): 0x80 is the core dump flag
+            if number:
+                self._end(Result(STATUS_SIGNAL + number, "killed"))
+            else:
+                self._end(Result(value >> 8 & 0xFF, "exited"))
+        elif kind == EXEC_FAILED:
+            self._end(self._exec_failure(value))
+        elif kind == SETUP_FAILED:
+            step, number = value >> 16, value & 0xFFFF
+            text = f"the guest could not {self._describe_step(step)}: {os.strerror(number)}"
+            self._end(Result(STATUS_MACHINE_FAILED, "setup", text))
+        # Any other kind is from a newer PID 1 and says nothing about the command's end.
+
+    def _exec_failure(self, number: int) -> Result:
+        if number == errno.ENOENT:
+            text = f"{self._command}: command not found in the guest"
+            return Result(STATUS_NOT_FOUND, "exec", text)
+        text = f"{self._command}: {os.strerror(number)}, in the guest"
+        return Result(STATUS_NOT_EXECUTABLE, "exec", text)
+
+    def _on_control_closed(self, _: None) -> None:
+        self._control_open = False
+        self._settle()
+
+    def _on_stopped(self, result: Result) -> None:
+        self._machine_result = result
+        self._ports.control.finish()
+        self._settle()
+
+    def _settle(self) -> None:
+        # The command's own end may still be in the control port: it takes precedence.
+        if self._machine_result is not None and not self._control_open:
+            self._end(self._machine_result)
+
+    def _on_drained(self, name: str) -> None:
+        self._streams.discard(name)
+
+    def _on_output_error(self, failure: tuple[str, OSError]) -> None:
+        name, error = failure
+        if error.errno == errno.EPIPE:
+            self._give_up(Result(STATUS_SIGNAL + signal.SIGPIPE, "output"))
+        else:
+            text = f"cannot write {name}: {os.strerror(error.errno or 0)}"
+            self._give_up(Result(1, "output", text))
+
+    def _on_escape(self, _: None) -> None:
+        self._give_up(Result(STATUS_SIGNAL + signal.SIGINT, "escape", "stopped by Ctrl-]"))
+
+    def _on_crash(self, error: BaseException) -> None:
+        raise error
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._started and self._interrupts == 1 and self._result is None:
+                self._send(SIGNAL, signal.SIGINT)
+            else:
+                self._give_up(Result(STATUS_SIGNAL + number, "signal"))
+        elif number in {signal.SIGWINCH, signal.SIGCONT}:
+            if self._terminal is not None and self._started:
+                if number == signal.SIGCONT:
+                    self._terminal.enter_raw()
+                rows, columns = self._terminal.size()
+                self._send(WINSIZE, rows | columns << 16)
+        else:
+            self._give_up(Result(STATUS_SIGNAL + number, "signal"))
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """Direct signals to `_events`; return what undoes it. Ignored signals stay ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if self._terminal is not None:
+            wanted += [signal.SIGWINCH, signal.SIGCONT]
+
+        def handler(number: int, _: FrameType | None) -> None:
+            self._events.append(("signal", number))
+
+        # The C-level handler writes the wake-up byte whichever thread the kernel picked.
+        old_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        old = {
+            n: signal.signal(n, handler) for n in wanted if signal.getsignal(n) != signal.SIG_IGN
+        }
+
+        def restore() -> None:
+            for number, previous in old.items():
+                signal.signal(number, previous)
+            signal.set_wakeup_fd(old_fd)
+
+        return restore
+
+    # --- records to the guest ----------------------------------------------------------------
+
+    def _send(self, kind: int, value: int) -> None:
+        """Queue a record for the guest: the main thread never blocks on a port."""
+        with self._records:
+            self._to_send.append(RECORD.pack(kind, value))
+            self._records.notify()
+        if self._sender is None:
+            self._sender = self._start(self._relay_records)
+
+    def _relay_records(self) -> None:
+        while True:
+            with self._records:
+                while not self._to_send:
+                    self._records.wait()
+                record = self._to_send.popleft()
+            if not record:
+                return
+            self._ports.control_in.write(record)
+
+    # --- the relay threads -------------------------------------------------------------------
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        def body() -> None:
+            try:
+                work(*arguments)
+            except BaseException as error:  # noqa: BLE001 - the main thread raises it
+                self._post("crash", error)
+
+        thread = threading.Thread(target=body, name=work.__name__.strip("_"), daemon=True)
+        thread.start()
+        return thread
+
+    def _relay_control(self) -> None:
+        pending = b""
+        while data := self._ports.control.read():
+            pending += data
+            whole = len(pending) - len(pending) % RECORD.size
+            for record in RECORD.iter_unpack(pending[:whole]):
+                self._post("record", record)
+            pending = pending[whole:]
+        self._post("control_closed")
+
+    def _relay_output(self, name: str, output: Output, fd: int | None) -> None:
+        while data := output.read():
+            if fd is None and name == "stderr":
+                continue  # closed on purpose: nobody wants to know
+            try:
+                write_all(-1 if fd is None else fd, data)
+            except OSError as error:
+                self._post("output_error", (name, error))
+                return
+        self._post("drained", name)
+
+    def _relay_input(self) -> None:
+        self._input_may_flow.wait()
+        escape = None
+        if self._terminal is not None:
+            from tinyvmm.terminal import EscapeKeys
+
+            escape = EscapeKeys()
+        try:
+            while data := self._read_input():
+                if escape is not None and escape.seen(data):
+                    self._post("escape")
+                self._ports.stdin.write(data)
+        finally:
+            os.close(self._quit_read)
+        self._ports.stdin.close()
+
+    def _read_input(self) -> bytes:
+        """Return the next bytes of our stdin; b"" at its end, or at the session's."""
+        fd = self._files.stdin
+        if fd is None:
+            return b""
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.register(self._quit_read, select.POLLIN)
+        while True:
+            if any(ready == self._quit_read for ready, _ in poller.poll()):
+                return b""
+            try:
+                return os.read(fd, CHUNK)
+            except BlockingIOError:
+                continue
+            except OSError:
+                # EIO: a background job without a terminal to stop for; EISDIR: a directory.
+                # Reading fails for the guest's command too: for it the input is at its end.
+                return b""

@@ -190,13 +190,6 @@ class kvm_pit_config(Struct):
     pad: Annotated[Sequence[int], c_uint32 * 15] = ()
 
 
-@c_struct(size=4)
-class kvm_mp_state(Struct):
-    """Whether a vCPU runs, is halted, or waits for INIT or SIPI."""
-
-    mp_state: u32 = 0
-
-
 @c_struct(size=24)
 class kvm_translation(Struct):
     """A linear address walked through the vCPU's page tables."""
@@ -351,7 +344,6 @@ KVM_SET_SREGS = _iow(0x84, _sizeof(kvm_sregs))
 KVM_TRANSLATE = _iowr(0x85, _sizeof(kvm_translation))
 KVM_SET_MSRS = _iow(0x89, _COUNTED_HEADER)
 KVM_SET_CPUID2 = _iow(0x90, _COUNTED_HEADER)
-KVM_GET_MP_STATE = _ior(0x98, _sizeof(kvm_mp_state))
 
 KVM_API_VERSION = 12
 
@@ -368,7 +360,6 @@ KVM_CAP_IMMEDIATE_EXIT = 136
 
 KVM_PIT_SPEAKER_DUMMY = 1 << 0
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # spelled so in the header
-KVM_MP_STATE_RUNNABLE = 0
 
 _CPUID_MAX_ENTRIES = 256
 
@@ -505,9 +496,8 @@ class VCPU(Handle):
         self.run_area = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED)
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes with the last view of `run_area`."""
-        if self.fd >= 0:
-            del self.run_area
+        """Unmap struct kvm_run and close the descriptor; BufferError if a view is still alive."""
+        self.run_area.close()
         super().close()
 
     def get_regs(self) -> kvm_regs:
@@ -546,12 +536,6 @@ class VCPU(Handle):
         translation = kvm_translation(linear_address=linear_address)
         self._ioctl("KVM_TRANSLATE", translation)
         return translation.physical_address if translation.valid else None
-
-    def get_mp_state(self) -> int:
-        """KVM_MP_STATE_*: 0 is runnable; others wait for INIT, SIPI or an interrupt."""
-        state = kvm_mp_state()
-        self._ioctl("KVM_GET_MP_STATE", state)
-        return state.mp_state
 
     def run(self) -> int:
         """Run the guest until it exits; the KVM_EXIT_* reason.

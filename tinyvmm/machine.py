@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tinyvmm import kvm, layout
-from tinyvmm.bus import Bus, BusDevice
+from tinyvmm import cpuid, kvm, layout
+from tinyvmm.bus import Bus
 from tinyvmm.errors import ConfigError
 from tinyvmm.memory import GuestMemory
 from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
@@ -92,8 +92,6 @@ class Machine:
                 tsc_deadline = irqchip and bool(
                     system.check_extension(kvm.KVM_CAP_TSC_DEADLINE_TIMER)
                 )
-            from tinyvmm import cpuid
-
             for apic_id in range(cpus):
                 vcpu = Vcpu(vm.create_vcpu(apic_id), self)
                 self.vcpus.append(vcpu)
@@ -116,10 +114,6 @@ class Machine:
         if self._vm is None:
             raise ConfigError("the machine is closed")
         return KvmIrqLine(self._vm, gsi)
-
-    def add_port_device(self, base: int, length: int, device: BusDevice) -> None:
-        """Let `device` answer the ports base..base+length-1."""
-        self.ports.add(base, length, device)
 
     def add_board(self, console: Callable[[bytes], None]) -> None:
         """Add what a PC kernel looks for: UART, RTC, i8042, ACPI power control.
@@ -158,6 +152,15 @@ class Machine:
         self.virtio.append((gpa, gsi))
 
     # --- booting ----------------------------------------------------------------------------
+
+    def boot_real_mode(self, code: bytes, gpa: int = 0x1000) -> None:
+        """Put `code` at `gpa` (below 64 KiB) and vCPU 0 at it, in 16-bit real mode, segments 0."""
+        self.memory.write(gpa, code)
+        handle = self.vcpus[0].handle
+        sregs = handle.get_sregs()  # as after reset, which is real mode
+        sregs.cs.base = sregs.cs.selector = 0
+        handle.set_sregs(sregs)
+        handle.set_regs(kvm.kvm_regs(rip=gpa, rsp=gpa, rflags=1 << 1))
 
     def boot_linux(
         self, kernel: "Kernel", *, initrd: Sequence[bytes | memoryview], cmdline: str

@@ -17,7 +17,8 @@ import fcntl
 import signal
 import threading
 from collections.abc import Callable
-from typing import Literal, Protocol
+from mmap import mmap
+from typing import Protocol
 
 from tinyvmm import kvm
 from tinyvmm.bus import Bus
@@ -63,8 +64,8 @@ class Vcpu:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._run = kvm.kvm_run.from_buffer(handle.run_area)
-        self._area = memoryview(handle.run_area).cast("B")
-        self._handlers = _PortHandlers(owner.ports, self._area)
+        self._views = Views(handle.run_area)
+        self._handlers = _PortHandlers(owner.ports, self._views)
 
     def start(self) -> None:
         """Start the thread that runs the guest."""
@@ -89,7 +90,8 @@ class Vcpu:
     def close(self) -> None:
         """Release struct kvm_run and the descriptor; the thread must have ended."""
         self._handlers.clear()
-        del self._run, self._area
+        del self._run
+        self._views.release()
         self.handle.close()
 
     def _main(self) -> None:
@@ -99,17 +101,19 @@ class Vcpu:
         try:
             self._owner.stop(self._loop())
         except BaseException as error:  # noqa: BLE001 (a thread's end must reach the machine)
+            from traceback import clear_frames
+
+            # The frames may hold structs that lie in the mapping, which would keep it open.
+            clear_frames(error.__traceback__)
             self._owner.stop(StopCause.ERROR, error)
 
     def _loop(self) -> str:
         """Run the guest until it ends or `kick` is called; a StopCause."""
         ioctl, fd, KVM_RUN = fcntl.ioctl, self.handle.fd, kvm.KVM_RUN
         KVM_EXIT_IO, KVM_EXIT_MMIO = kvm.KVM_EXIT_IO, kvm.KVM_EXIT_MMIO
-        area = self._area
-        union = area[kvm.KVM_RUN_UNION : kvm.KVM_RUN_UNION + 24]
-        exit_reason = area[8:12].cast("I")
-        quads = union.cast("Q")  # a port exit's key; an MMIO exit's phys_addr and data
-        words = union.cast("I")  # word 4 is an MMIO exit's len
+        # Offsets in struct kvm_run: exit_reason 8; io: the key 32; mmio: phys_addr 32, data 40,
+        # len 48, is_write 52.
+        u8, u32, u64 = self._views.u8, self._views.u32, self._views.u64
         handlers = self._handlers
         mmio_read, mmio_write = self._owner.mmio.read, self._owner.mmio.write
         while True:
@@ -123,15 +127,15 @@ class Vcpu:
                 if self._stopping:
                     return StopCause.STOPPED
                 continue
-            reason = exit_reason[0]
+            reason = u32[2]
             if reason == KVM_EXIT_IO:
-                handlers[quads[0]]()
+                handlers[u64[4]]()
             elif reason == KVM_EXIT_MMIO:
-                size = words[4]
-                if union[20]:
-                    mmio_write(quads[0], size, quads[1] & (1 << 8 * size) - 1)
+                size = u32[12]
+                if u8[52]:
+                    mmio_write(u64[4], size, u64[5] & (1 << 8 * size) - 1)
                 else:
-                    quads[1] = mmio_read(quads[0], size)
+                    u64[5] = mmio_read(u64[4], size)
             else:
                 cause = self._uncommon(reason)
                 if cause is not None:
@@ -146,13 +150,15 @@ class Vcpu:
         if reason in {kvm.KVM_EXIT_INTR, kvm.KVM_EXIT_IRQ_WINDOW_OPEN}:
             return StopCause.STOPPED if self._stopping else None
         if reason == kvm.KVM_EXIT_SYSTEM_EVENT:
-            event = kvm.kvm_run_system_event.from_buffer(self._area, kvm.KVM_RUN_UNION).type
+            event = kvm.kvm_run_system_event.from_buffer(
+                self.handle.run_area, kvm.KVM_RUN_UNION
+            ).type
             return _SYSTEM_EVENTS.get(event, StopCause.CRASH)
         if reason == kvm.KVM_EXIT_INTERNAL_ERROR:
-            internal = kvm.kvm_run_internal.from_buffer(self._area, kvm.KVM_RUN_UNION)
+            internal = kvm.kvm_run_internal.from_buffer(self.handle.run_area, kvm.KVM_RUN_UNION)
             what = f"KVM_EXIT_INTERNAL_ERROR, suberror {internal.suberror}"
         elif reason == kvm.KVM_EXIT_FAIL_ENTRY:
-            entry = kvm.kvm_run_fail_entry.from_buffer(self._area, kvm.KVM_RUN_UNION)
+            entry = kvm.kvm_run_fail_entry.from_buffer(self.handle.run_area, kvm.KVM_RUN_UNION)
             what = f"KVM_EXIT_FAIL_ENTRY, reason {entry.hardware_entry_failure_reason:#x}"
         else:
             what = f"KVM exit reason {reason}, which this VMM does not handle"
@@ -178,36 +184,48 @@ _SYSTEM_EVENTS = {
     kvm.KVM_SYSTEM_EVENT_RESET: StopCause.RESET,
     kvm.KVM_SYSTEM_EVENT_CRASH: StopCause.CRASH,
 }
-_ITEM: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}
+
+
+class Views:
+    """A vCPU's mapped struct kvm_run as arrays of 8, 16, 32 and 64-bit numbers."""
+
+    def __init__(self, run_area: mmap) -> None:
+        self.u8 = memoryview(run_area).cast("B")
+        self.u16, self.u32, self.u64 = self.u8.cast("H"), self.u8.cast("I"), self.u8.cast("Q")
+        self.by_size = {1: self.u8, 2: self.u16, 4: self.u32}
+
+    def release(self) -> None:
+        """Let go of the mapping, so that it can be closed whoever still holds this object."""
+        for view in (self.u64, self.u32, self.u16, self.u8):
+            view.release()
 
 
 class _PortHandlers(dict[int, Callable[[], None]]):
     """The first eight bytes of struct kvm_run's `io` -> a function that performs the exit."""
 
-    def __init__(self, ports: Bus, area: memoryview) -> None:
+    def __init__(self, ports: Bus, views: Views) -> None:
         super().__init__()
         self._ports = ports
-        self._area = area
+        self._views = views
 
     def __missing__(self, key: int) -> Callable[[], None]:
         direction, size, port, count = key & 0xFF, key >> 8 & 0xFF, key >> 16 & 0xFFFF, key >> 32
-        # The data is in the second page of the mapping, always at its start (KVM_PIO_PAGE_OFFSET).
-        offset = kvm.kvm_run_io.from_buffer(self._area, kvm.KVM_RUN_UNION).data_offset
-        data = self._area[offset : offset + size * count].cast(_ITEM[size])
+        # io.data_offset: the data is in the mapping's second page, always at its start.
+        data, first = self._views.by_size[size], self._views.u64[5] // size
         bus_read, bus_write = self._ports.read, self._ports.write
 
         def write() -> None:
-            bus_write(port, size, data[0])
+            bus_write(port, size, data[first])
 
         def read() -> None:
-            data[0] = bus_read(port, size)
+            data[first] = bus_read(port, size)
 
         def write_string() -> None:
-            for value in data:
-                bus_write(port, size, value)
+            for index in range(first, first + count):
+                bus_write(port, size, data[index])
 
         def read_string() -> None:
-            for index in range(count):
+            for index in range(first, first + count):
                 data[index] = bus_read(port, size)
 
         out = direction == kvm.KVM_EXIT_IO_OUT

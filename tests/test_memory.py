@@ -1,0 +1,73 @@
+"""Guest RAM: what is inside can be viewed, what is not cannot."""
+
+import mmap
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvmm.errors import ConfigError
+from tinyvmm.layout import MMIO_HOLE_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
+from tinyvmm.memory import GuestMemory, MemoryRangeError
+
+LARGE = MMIO_HOLE_GPA + (1 << 20)  # sparse: costs nothing until touched
+
+
+def test_ram_is_one_memfd_that_others_can_map() -> None:
+    memory = GuestMemory(1 << 20)
+    memory.write(0x1234, b"hello")
+    with mmap.mmap(memory.fd, 1 << 20) as other:
+        assert other[0x1234:0x1239] == b"hello"
+    memory.close()
+    memory.close()
+    with pytest.raises(MemoryRangeError):
+        memory.view(0x1234, 1)
+
+
+def test_ram_continues_above_the_hole() -> None:
+    memory = GuestMemory(LARGE)
+    low, high = memory.regions
+    assert (low.gpa, low.size) == (0, MMIO_HOLE_GPA)
+    assert (high.gpa, high.size) == (RAM_ABOVE_4G_GPA, 1 << 20)
+    memory.write(RAM_ABOVE_4G_GPA, b"above")
+    assert os.pread(memory.fd, 5, high.offset) == b"above"
+    assert high.hva - low.hva == high.offset
+    memory.close()
+
+
+@given(gpa=st.integers(-(1 << 65), 1 << 65), length=st.integers(-8, 1 << 40))
+def test_a_view_is_given_exactly_where_there_is_ram(gpa: int, length: int) -> None:
+    memory = GuestMemory(LARGE)
+    inside = length >= 0 and any(
+        region.gpa <= gpa and gpa + length <= region.gpa + region.size for region in memory.regions
+    )
+    try:
+        assert len(memory.view(gpa, length)) == length
+        assert inside
+    except MemoryRangeError:
+        assert not inside
+    memory.close()
+
+
+@given(
+    base=st.sampled_from([0, MMIO_HOLE_GPA, RAM_ABOVE_4G_GPA, RAM_ABOVE_4G_GPA + (1 << 20)]),
+    before=st.integers(0, 4096),
+    length=st.integers(0, 8192),
+)
+def test_no_view_crosses_an_edge(base: int, before: int, length: int) -> None:
+    memory = GuestMemory(LARGE)
+    gpa = base - before
+    inside = any(r.gpa <= gpa and gpa + length <= r.gpa + r.size for r in memory.regions)
+    if inside:
+        memory.view(gpa, length)
+    else:
+        with pytest.raises(MemoryRangeError):
+            memory.view(gpa, length)
+    memory.close()
+
+
+@pytest.mark.parametrize("size", [0, -PAGE_SIZE, PAGE_SIZE, (1 << 20) + 1, 1 << 62])
+def test_an_impossible_size_is_one_clear_line(size: int) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]+$"):
+        GuestMemory(size)

@@ -47,6 +47,7 @@ from tinyvmm.layout import (
     GDT_GPA,
     HIGH_RAM_GPA,
     LOW_RAM_END,
+    MMIO_HOLE_GPA,
     PAGE_SIZE,
     PAGE_TABLES_GPA,
 )
@@ -68,6 +69,10 @@ VMLINUX_CMDLINE_SIZE = 2047
 VMLINUX_INITRD_ADDR_MAX = 0x7FFF_FFFF
 VMLINUX_ALIGNMENT = 0x20_0000
 PROTOCOL_2_15 = 0x020F
+
+# For advice on --memory: what Linux needs beside itself to get anywhere, and round figures.
+LINUX_NEEDS = 32 << 20
+MEMORY_STEP = 64 << 20
 
 
 class Region(Protocol):
@@ -265,13 +270,16 @@ def _place_initrd(
     initrd_len = sum(_archive_len(archive) for archive in initrd)
     top = min(low.gpa + low.size, initrd_addr_max + 1)
     gpa = (top - initrd_len) & -PAGE_SIZE
-    if gpa < kernel.memory_end or low.gpa > HIGH_RAM_GPA:
-        needed = (kernel.memory_end + initrd_len + PAGE_SIZE) / (1 << 20)
-        raise ConfigError(
-            f"kernel {kernel.path}: with an initramfs of {initrd_len >> 20} MiB needs more than "
-            f"{needed:.0f} MiB of RAM; there are {low.size >> 20}; give --memory more"
-        )
-    return (gpa, initrd_len) if initrd_len else (0, 0)
+    if gpa >= kernel.memory_end:
+        return (gpa, initrd_len) if initrd_len else (0, 0)
+    needed = kernel.memory_end + initrd_len
+    what = f"kernel {kernel.path}: with its initramfs needs {(needed >> 20) + 1} MiB of RAM"
+    if needed >= min(initrd_addr_max, MMIO_HOLE_GPA):
+        raise ConfigError(f"{what}, which no PC has in one piece; make the initramfs smaller")
+    advice = (needed + LINUX_NEEDS) // MEMORY_STEP + 1
+    raise ConfigError(
+        f"{what}, there are {low.size >> 20}; give --memory {advice * MEMORY_STEP >> 20}M or more"
+    )
 
 
 def _archive_len(archive: bytes | bytearray | memoryview) -> int:

@@ -1,0 +1,371 @@
+"""PID 1: the first program of a guest, made here at run time and needing nothing from its root.
+
+`InitConfig` says what a guest shall do; `build_init` turns it into a static executable for the
+initramfs. That program
+
+1. mounts /dev, inserts the kernel modules and opens its four ports to the host;
+2. mounts the root, moves into it, and mounts there what every program expects (/proc, /dev/pts...);
+3. starts the command on pipes or on a terminal, and carries bytes between those and the ports;
+4. when the command ends, ends every other process, reports, and powers the machine off.
+
+How to read it: parts 1 and 2 are a table, `setup_steps`: one `Step` is one system call, and all of
+them become code in the same few lines, `_emit_step`. Parts 3 and 4 are loops, and are in relay.py.
+A step that fails ends the guest and tells the host its index: `describe_step` says it in words.
+
+Strings are str (surrogateescape) as from os.fsdecode. The host's half is session.py.
+"""
+
+import errno
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from tinyvmm.errors import ConfigError
+from tinyvmm.guest import abi, relay
+from tinyvmm.guest.asm import Address, Memory, ebx, qword, rax
+from tinyvmm.guest.elf import Argument, Program
+
+NEW_ROOT = "/newroot"  # where the initramfs mounts what becomes the root
+
+
+class Mount(NamedTuple):
+    """mount(2); the target directory is made if it is missing."""
+
+    source: str
+    target: str
+    fstype: str
+    flags: int = 0
+    data: str = ""
+    required: bool = True
+
+
+class Mkdir(NamedTuple):
+    """mkdir(2); it is fine if there is something by that name."""
+
+    path: str
+    mode: int = 0o755
+
+
+class Symlink(NamedTuple):
+    """symlink(2); it is fine if there is something by that name."""
+
+    target: str
+    path: str
+
+
+Filesystem: TypeAlias = Mount | Mkdir | Symlink
+
+ROOT_9P_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
+ROOT_OVER_9P = (Mount("root", NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
+
+_NOTHING_SPECIAL = abi.MS_NOSUID | abi.MS_NODEV | abi.MS_NOEXEC
+STANDARD_MOUNTS: tuple[Filesystem, ...] = (
+    Mount("proc", "/proc", "proc", _NOTHING_SPECIAL),
+    Mount("sysfs", "/sys", "sysfs", _NOTHING_SPECIAL, required=False),
+    Mount("devtmpfs", "/dev", "devtmpfs", abi.MS_NOSUID, "mode=0755"),
+    Mount(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        abi.MS_NOSUID | abi.MS_NOEXEC,
+        "newinstance,gid=5,mode=0620,ptmxmode=0666",
+    ),
+    Mount("tmpfs", "/dev/shm", "tmpfs", abi.MS_NOSUID | abi.MS_NODEV, "mode=1777", required=False),
+    Mount("tmpfs", "/run", "tmpfs", abi.MS_NOSUID | abi.MS_NODEV, "mode=0755", required=False),
+    Symlink("/proc/self/fd", "/dev/fd"),
+    Symlink("/proc/self/fd/0", "/dev/stdin"),
+    Symlink("/proc/self/fd/1", "/dev/stdout"),
+    Symlink("/proc/self/fd/2", "/dev/stderr"),
+)
+
+
+class InitConfig(NamedTuple):
+    """What one guest does. Every default is that of `tinyvmm run`."""
+
+    commands: Sequence[str]
+    """Paths to try with execve, in order: from `search_path`."""
+    argv: Sequence[str]
+    env: Sequence[str] = ()
+    """`NAME=VALUE` each."""
+    cwd: str = "/"
+    """Where the command starts; / if there is no such directory."""
+    modules: Sequence[str] = ()
+    """Kernel modules: paths in the initramfs, in the order to insert them."""
+    root: Sequence[Filesystem] = ROOT_OVER_9P
+    """What to mount in the initramfs so that the root is at `NEW_ROOT`."""
+    mounts: Sequence[Filesystem] = STANDARD_MOUNTS
+    """What to mount and make inside the new root."""
+    hostname: str = "tinyvmm"
+    terminal: tuple[int, int] | None = None
+    """Rows and columns of the command's terminal, or None to start it on three pipes."""
+    console: int = 0
+    """I of /dev/vport<I>p1 to 4: the index of the ports' device among the virtio devices."""
+    umask: int = 0o022
+    sync: bool = True
+    """Write dirty data back before reporting the end."""
+    await_goodbye: bool = False
+    """Power off only when the host says GOODBYE or closes the control port."""
+    port_prefix: str | None = None
+    """Paths of the ports without their number, where they are not the console's."""
+
+
+def search_path(command: str, path: str) -> tuple[str, ...]:
+    """Where execvp would look for `command` given $PATH: the candidates for `commands`."""
+    if "/" in command or not command:
+        return (command,)
+    return tuple(f"{directory or '.'}/{command}" for directory in path.split(":"))
+
+
+# --- the table -----------------------------------------------------------------------------
+class Value(NamedTuple):
+    """An argument that is the content of a variable: 4 or 8 bytes at an offset."""
+
+    variable: str
+    offset: int = 0
+    size: int = 8
+
+
+class Place(NamedTuple):
+    """An argument that is the address of a variable."""
+
+    variable: str
+
+
+StepArgument: TypeAlias = int | str | bytes | Value | Place
+ANYTHING = tuple(range(1, 134))  # every errno there is
+
+
+class Step(NamedTuple):
+    """One system call of the setup. A str is passed as a C string, bytes by their address."""
+
+    says: str
+    number: int
+    arguments: tuple[StepArgument, ...]
+    into: str | None = None
+    """The variable that keeps the result."""
+    tolerates: tuple[int, ...] = ()
+    """What errors are as good as success."""
+    patience_ms: int = 0
+    """How long to try again while the answer is ENOENT or ENXIO: devices arrive when they do."""
+
+
+def setup_steps(config: InitConfig) -> tuple[Step, ...]:
+    """Every step from the first instruction to the command's birth; vfork is the last."""
+    return (*_steps_to_the_host(config), *_steps_to_the_command(config))
+
+
+def describe_step(config: InitConfig, index: int) -> str:
+    """What step `index` of SETUP_FAILED tried to do, in words."""
+    steps = setup_steps(config)
+    return steps[index].says if 0 <= index < len(steps) else f"step {index}"
+
+
+def _steps_to_the_host(config: InitConfig) -> list[Step]:
+    """From nothing to open ports: /dev, descriptors 0 to 2, modules, ports."""
+    steps: list[Step] = []
+    if config.port_prefix is None:
+        steps += _filesystem(Mount("devtmpfs", "/dev", "devtmpfs"))
+    # The kernel could not open /dev/console for us if the board has none: 0, 1 and 2 are filled
+    # here, so that no descriptor below can be one of them.
+    steps.append(Step("open /dev/null", abi.SYS_OPEN, ("/dev/null", abi.O_RDWR), into="null"))
+    steps += [Step("dup /dev/null", abi.SYS_DUP2, (Value("null"), fd)) for fd in range(3)]
+    for path in config.modules:
+        flags = abi.O_RDONLY | abi.O_CLOEXEC
+        steps += [
+            Step(f"open {path}", abi.SYS_OPEN, (path, flags), into="module"),
+            Step(
+                f"insert the kernel module {path}",
+                abi.SYS_FINIT_MODULE,
+                (Value("module"), "", 0),
+                tolerates=(errno.EEXIST,),
+            ),
+            Step(f"close {path}", abi.SYS_CLOSE, (Value("module"),)),
+        ]
+    prefix = config.port_prefix or f"/dev/vport{config.console}p"
+    for number, name, mode in (
+        (4, "control", abi.O_RDWR),
+        (1, "stdin port", abi.O_RDONLY),
+        (2, "stdout port", abi.O_WRONLY),
+        (3, "stderr port", abi.O_WRONLY),
+    ):
+        flags = mode | abi.O_NONBLOCK | abi.O_CLOEXEC | abi.O_NOCTTY
+        says = f"open {prefix}{number} ({name})"
+        path = f"{prefix}{number}"
+        steps.append(Step(says, abi.SYS_OPEN, (path, flags), into=name, patience_ms=30_000))
+    return steps
+
+
+def _steps_to_the_command(config: InitConfig) -> list[Step]:
+    """From open ports to the command: root, mounts, name, loopback, signals, pipes, vfork."""
+    steps: list[Step] = []
+    for filesystem in config.root:
+        steps += _filesystem(filesystem)
+    if config.root:
+        steps += [
+            Step("enter the new root", abi.SYS_CHDIR, (NEW_ROOT,)),
+            Step("move the root", abi.SYS_MOUNT, (".", "/", 0, abi.MS_MOVE, 0)),
+            Step("change root", abi.SYS_CHROOT, (".",)),
+            Step("change to /", abi.SYS_CHDIR, ("/",)),
+        ]
+    for filesystem in config.mounts:
+        steps += _filesystem(filesystem)
+    hostname = config.hostname.encode()
+    lo_up = struct.pack("16sH22x", b"lo", abi.IFF_UP | abi.IFF_RUNNING)  # struct ifreq
+    open_files = struct.pack("<QQ", 1 << 10, 1 << 20)  # struct rlimit64: soft, hard
+    every_signal, only_sigchld = b"\xff" * 8, struct.pack("<Q", 1 << (abi.SIGCHLD - 1))
+    steps += [
+        Step("set the host name", abi.SYS_SETHOSTNAME, (hostname, len(hostname))),
+        Step(
+            "make a socket for lo",
+            abi.SYS_SOCKET,
+            (abi.AF_INET, abi.SOCK_DGRAM | abi.SOCK_CLOEXEC, 0),
+            into="socket",
+            tolerates=ANYTHING,  # a kernel without a network has no lo either
+        ),
+        Step(
+            "bring lo up",
+            abi.SYS_IOCTL,
+            (Value("socket"), abi.SIOCSIFFLAGS, lo_up),
+            tolerates=ANYTHING,
+        ),
+        Step("close the socket", abi.SYS_CLOSE, (Value("socket"),), tolerates=ANYTHING),
+        Step("set the umask", abi.SYS_UMASK, (config.umask,)),
+        Step("limit open files", abi.SYS_PRLIMIT64, (0, abi.RLIMIT_NOFILE, open_files, 0)),
+        Step("block signals", abi.SYS_RT_SIGPROCMASK, (abi.SIG_SETMASK, every_signal, 0, 8)),
+        Step(
+            "make a descriptor of SIGCHLD",
+            abi.SYS_SIGNALFD4,
+            (-1, only_sigchld, 8, abi.SFD_NONBLOCK | abi.SFD_CLOEXEC),
+            into="children",
+        ),
+    ]
+    steps += _terminal_steps(config.terminal) if config.terminal else _pipe_steps()
+    # A vforked parent sleeps until its child has executed a program or ended, and they share
+    # memory meanwhile: when it wakes, it can simply read whether execve failed.
+    steps.append(Step("start a process", abi.SYS_VFORK, (), into="command"))
+    return steps
+
+
+def _filesystem(item: Filesystem) -> list[Step]:
+    match item:
+        case Mkdir(path, mode):
+            return [Step(f"make {path}", abi.SYS_MKDIR, (path, mode), tolerates=(errno.EEXIST,))]
+        case Symlink(target, path):
+            says = f"link {path} to {target}"
+            return [Step(says, abi.SYS_SYMLINK, (target, path), tolerates=(errno.EEXIST,))]
+        case Mount(source, target, fstype, flags, data, required):
+            return [
+                Step(f"make {target}", abi.SYS_MKDIR, (target, 0o755), tolerates=ANYTHING),
+                Step(
+                    f"mount {source} ({fstype}) on {target}",
+                    abi.SYS_MOUNT,
+                    (source, target, fstype, flags, data),
+                    tolerates=() if required else ANYTHING,
+                    patience_ms=5_000 if fstype == "9p" else 0,
+                ),
+            ]
+
+
+def _pipe_steps() -> list[Step]:
+    """Three pipes; only our ends of them do not block."""
+    steps: list[Step] = []
+    for name, our_end in (("stdin", 4), ("stdout", 0), ("stderr", 0)):
+        pipe = f"{name} pipe"
+        ours = Value(pipe, our_end, 4)
+        steps += [
+            Step(f"make the {pipe}", abi.SYS_PIPE2, (Place(pipe), abi.O_CLOEXEC)),
+            Step(f"unblock the {pipe}", abi.SYS_FCNTL, (ours, abi.F_SETFL, abi.O_NONBLOCK)),
+        ]
+    return steps
+
+
+def _terminal_steps(size: tuple[int, int]) -> list[Step]:
+    """A pseudo terminal: `master` is ours, `terminal` the command's."""
+    flags = abi.O_RDWR | abi.O_NOCTTY | abi.O_CLOEXEC
+    master = Value("master")
+    winsize = struct.pack("<4H", *size, 0, 0)
+    return [
+        Step("open /dev/ptmx", abi.SYS_OPEN, ("/dev/ptmx", flags | abi.O_NONBLOCK), into="master"),
+        Step("unlock the terminal", abi.SYS_IOCTL, (master, abi.TIOCSPTLCK, bytes(4))),
+        Step("open the terminal", abi.SYS_IOCTL, (master, abi.TIOCGPTPEER, flags), into="terminal"),
+        Step("size the terminal", abi.SYS_IOCTL, (master, abi.TIOCSWINSZ, winsize)),
+    ]
+
+
+# --- the program ---------------------------------------------------------------------------
+def build_init(config: InitConfig) -> bytes:
+    """The executable. Raises ConfigError for what can't be passed to a program."""
+    for text in (*config.commands, *config.argv, *config.env, config.cwd, config.hostname):
+        if "\0" in text:
+            raise ConfigError(f"{text!r} holds a NUL, which no program can be given; remove it")
+    if not config.commands or not config.argv:
+        raise ConfigError("there is no command to run; give one after --")
+    if len(config.hostname.encode()) > 64:
+        raise ConfigError(f"host name {config.hostname!r} is longer than 64 bytes; shorten it")
+    p = Program()
+    early, late = _steps_to_the_host(config), _steps_to_the_command(config)
+    for name in sorted({step.into for step in early + late if step.into}):
+        p.variable(name)
+    p.label("_start")
+    p.mov(qword["control"], -1)
+    for index, step in enumerate(early):
+        _emit_step(p, index, step)
+    p.call("await host")
+    for index, step in enumerate(late, start=len(early)):
+        _emit_step(p, index, step)
+    relay.emit(
+        p,
+        relay.Command(
+            paths=config.commands,
+            argv=config.argv,
+            env=config.env,
+            cwd=config.cwd,
+            terminal=config.terminal is not None,
+            sync=config.sync,
+            await_goodbye=config.await_goodbye,
+        ),
+    )
+    return p.link()
+
+
+def _emit_step(p: Program, index: int, step: Step) -> None:
+    again, failed, done = (f"step {index} {what}" for what in ("again", "failed", "done"))
+    if step.patience_ms:
+        p.mov(ebx, step.patience_ms)
+    p.label(again)
+    p.system_call(step.number, *(_argument(p, argument) for argument in step.arguments))
+    if step.into:
+        p.mov(qword[step.into], rax)
+    if step.tolerates is not ANYTHING:
+        p.test(rax, rax)
+        p.jns(done)
+        for error in step.tolerates:
+            p.cmp(rax, -error)
+            p.je(done)
+        if step.patience_ms:
+            p.cmp(rax, -errno.ENOENT)
+            p.je(f"step {index} wait")
+            p.cmp(rax, -errno.ENXIO)
+            p.jne(failed)
+            p.label(f"step {index} wait")
+            p.dec(ebx)
+            p.js(failed)
+            p.call("nap")
+            p.jmp(again)
+        p.label(failed)
+        relay.emit_failure(p, index, step.says)
+    p.label(done)
+
+
+def _argument(p: Program, argument: StepArgument) -> Argument:
+    match argument:
+        case str():
+            return p.string(argument)
+        case bytes():
+            return p.constant(argument)
+        case Value(variable, offset, size):
+            return Memory(Address(label=variable, disp=offset), size)
+        case Place(variable):
+            return variable
+        case _:
+            return argument

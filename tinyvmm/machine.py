@@ -178,9 +178,9 @@ class Machine:
         entry = boot.load(
             self.memory, kernel, initrd=initrd, cmdline=cmdline, acpi_rsdp_gpa=layout.ACPI_GPA
         )
-        self._enter_long_mode(entry)
+        self.enter_long_mode(entry)
 
-    def _enter_long_mode(self, entry: "Entry") -> None:
+    def enter_long_mode(self, entry: "Entry", extra_cr4: int = 0) -> None:
         """Set vCPU 0 as the 64-bit boot protocol demands (Documentation/x86/boot.rst)."""
         handle = self.vcpus[0].handle
         flat = {"limit": 0xFFFF_FFFF, "present": 1, "s": 1, "g": 1}
@@ -192,7 +192,7 @@ class Machine:
         sregs.gdt = kvm.kvm_dtable(base=entry.gdt_gpa, limit=entry.gdt_limit)
         sregs.cr0 = 1 << 31 | 1 << 4 | 1 << 0  # PG, ET, PE
         sregs.cr3 = entry.cr3
-        sregs.cr4 = 1 << 5  # PAE
+        sregs.cr4 = 1 << 5 | extra_cr4  # PAE
         sregs.efer = 1 << 10 | 1 << 8  # LMA with LME and CR0.PG at once, or KVM refuses the state
         handle.set_sregs(sregs)
         handle.set_regs(kvm.kvm_regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=1 << 1))

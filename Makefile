@@ -1,0 +1,54 @@
+# Two front doors: `make demo` and `make test`. Each does its own set-up.
+# Others: bench, lint, unit, linux, fuzz, clean.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell tools/find-python 3.11)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint unit unit-others linux bench clean packages kernel
+.DEFAULT_GOAL := demo
+
+demo:
+	@tools/need-packages qemu-system-x86_64:qemu-system-x86
+	$(PYTHON) -m tinyvmm demo
+	$(PYTHON) -m tinyvmm doctor
+	$(PYTHON) -m tinyvmm run -- uname -a
+	$(PYTHON) -m tinyvmm run -- sh -c 'echo "this is $$(hostname), pid $$$$, in $$PWD"; \
+	  echo private > /etc/probe; cat /etc/probe; grep MemTotal /proc/meminfo; mount -t 9p'
+	@test ! -e /etc/probe && echo "The guest wrote /etc/probe; this computer has none."
+
+test: packages kernel lint unit unit-others linux
+
+$(BIN)/pytest: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+packages:
+	@tools/need-packages qemu-system-x86_64:qemu-system-x86 iasl:acpica-tools gcc:gcc \
+	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils
+
+kernel: $(BIN)/pytest
+	@$(BIN)/python -m tinyvmm kernel list --quiet || $(BIN)/python -m tinyvmm kernel fetch
+
+lint: $(BIN)/pytest
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: $(BIN)/pytest
+	$(BIN)/python -m pytest -m 'not linux'
+
+# The other Pythons that this computer has: the same unit tests.
+unit-others:
+	@tools/unit-others 3.12 3.13 3.14
+
+linux: $(BIN)/pytest
+	$(BIN)/python -m pytest -m linux --durations=10
+
+bench: $(BIN)/pytest
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv .venv-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

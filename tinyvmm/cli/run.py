@@ -1,0 +1,195 @@
+"""`tinyvmm run`: a command in a virtual machine, with this computer's directories as its root."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tinyvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyvmm.command import RunOptions
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PASSED_ON = ("HOME", "TERM", "LANG")
+
+_EPILOG = """\
+A MAP is [GUEST=]HOST: the host's directory HOST appears at GUEST, / by default. Several read
+trees at one place are united, and later ones win; what the guest writes goes to the write tree,
+or is thrown away where there is none. Maps whose GUEST is not / are seen on top of what is there.
+
+Ctrl-C interrupts the command, and a second one ends the machine; on a terminal, typing Ctrl-]
+three times does.
+
+exit status: the command's; 128+N if signal N killed it; 124 after --timeout; 125 if the machine
+could not be made; 126 and 127 if the command could not be executed or found; 255 if the guest
+crashed.
+
+examples:
+  tinyvmm run -- uname -a
+  tinyvmm run --memory 2G --write ./out -- make -C /usr/src/hello
+  tinyvmm run --read / --read /data=/srv/set1 --write /data=./new -- ls /data
+"""
+
+
+def parse_size(text: str) -> int:
+    """Parse `512M`, `2G`, `1048576`: bytes, in units of 1024. Sizes of RAM are whole MiB."""
+    digits, unit = text.rstrip("KMGTkmgtiBb"), text.lstrip("0123456789").upper()
+    unit = unit.removesuffix("IB") if unit.endswith("IB") else unit.removesuffix("B")
+    if not digits.isascii() or not digits.isdigit() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give e.g. 512M or 2G")
+    size = int(digits) << _UNITS[unit]
+    if size < 32 << 20 or size % (1 << 20):
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole MiB, 32M or more")
+    return size
+
+
+def parse_seconds(text: str) -> float:
+    """Parse a time limit in seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds, more than 0")
+    return seconds
+
+
+def parse_map(text: str) -> tuple[str, str]:
+    """Parse `[GUEST=]HOST`, or novm's `GUEST=>HOST`, into (guest path, absolute host path)."""
+    guest, equals, host = text.partition("=")
+    if not equals or not guest.startswith("/"):
+        guest, host = "/", text
+    host = host.removeprefix(">")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} names no host directory")
+    return os.path.normpath(guest).replace("//", "/"), os.path.abspath(host)
+
+
+def parse_environment(text: str) -> str:
+    """Parse `K=V`, or `K` to pass on the variable of this process."""
+    name, equals, _ = text.partition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE")
+    if equals:
+        return text
+    if name not in os.environ:
+        raise argparse.ArgumentTypeError(f"{name} is not set here: give {name}=VALUE")
+    return f"{name}={os.environ[name]}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `run`."""
+    parser.usage = "tinyvmm run [OPTION]... -- CMD [ARG]..."
+    parser.epilog = _EPILOG
+    add = parser.add_argument
+    add("--memory", type=parse_size, default=1 << 30, metavar="SIZE", help="RAM (default 1G)")
+    add("--cpus", type=int, default=1, metavar="N", help="vCPUs (default 1)")
+    add(
+        "--read",
+        type=parse_map,
+        action="append",
+        default=[],
+        metavar="MAP",
+        help="a read-only tree of the root (default /)",
+    )
+    add(
+        "--write",
+        type=parse_map,
+        action="append",
+        default=[],
+        metavar="MAP",
+        help="a directory that keeps what the guest writes",
+    )
+    add(
+        "--env",
+        type=parse_environment,
+        action="append",
+        default=[],
+        metavar="K[=V]",
+        help="a variable of the command's environment",
+    )
+    add("--kernel", metavar="PATH|VERSION", help="which kernel to boot (default: the newest)")
+    add("--append", default="", metavar="ARGS", help="more of the kernel's command line")
+    add("--timeout", type=parse_seconds, metavar="S", help="end it after S seconds, status 124")
+    add("--console", metavar="FILE|-", help="the kernel's own console, to FILE or stderr")
+    add(
+        "--no-lab",
+        action="store_true",
+        help="refuse, rather than use the lab, where this KVM cannot run Linux",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def environment(extra: list[str]) -> list[str]:
+    """Return the command's environment: PATH, HOME, TERM, LANG as here, then `extra`."""
+    variables = {"PATH": os.environ.get("PATH") or _DEFAULT_PATH}
+    variables |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    variables |= dict(entry.split("=", 1) for entry in extra)
+    return [f"{name}={value}" for name, value in variables.items()]
+
+
+def open_console(where: str | None) -> Callable[[bytes], None] | None:
+    """Return the sink for `--console`; ConfigError if the file cannot be written."""
+    if where is None:
+        return None
+    if where == "-":
+        fd = 2
+    else:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            fd = os.open(where, flags, 0o666)
+        except OSError as error:
+            raise ConfigError(f"cannot write the console to {where}: {error.strerror}") from None
+    from tinyvmm.session import write_all
+
+    return lambda data: write_all(fd, data)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it: here if this KVM can, else in the lab."""
+    argv = args.command + args.command_line
+    if not argv:
+        raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
+    from tinyvmm.probe import missing_for_linux
+
+    problem = missing_for_linux()
+    if problem is not None:
+        return _in_lab(args, argv, problem)
+    from tinyvmm.command import RunOptions, run_command
+    from tinyvmm.terminal import is_terminal_session
+
+    result = run_command(
+        RunOptions(
+            argv=argv,
+            memory=args.memory,
+            cpus=args.cpus,
+            reads=read_maps(args.read),
+            writes=args.write,
+            env=environment(args.env),
+            cwd=os.getcwd(),
+            kernel=args.kernel,
+            append=args.append,
+            timeout=args.timeout,
+            console=open_console(args.console),
+            terminal=is_terminal_session(),
+        ),
+        warn,
+    )
+    if result.message is not None:
+        warn(result.message)
+    return result.status
+
+
+def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the read trees: this computer's / underneath, unless something else is given for /."""
+    if any(guest == "/" for guest, _ in maps):
+        return maps
+    return [("/", "/"), *maps]
+
+
+def warn(line: str) -> None:
+    """Tell the user one thing."""
+    print(f"tinyvmm: {line}", file=sys.stderr, flush=True)

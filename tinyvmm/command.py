@@ -1,0 +1,226 @@
+"""Run one command in one virtual machine: what `tinyvmm run` does, as an API.
+
+`run_command` reads as the whole story: find a kernel, join the directories into one tree, make an
+initramfs around PID 1, build a machine with a console and that tree as its root, boot, relay the
+command's streams, and turn the end into an exit status. Everything opened on the way is closed on
+the way out, whatever happened.
+
+Threads: all of it runs on the main thread, except `_watch`, which waits for the machine to end by
+itself, and the console's sink, which runs on vCPU threads.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from tinyvmm.boot import load_kernel
+from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
+from tinyvmm.devices.virtio.p9 import Virtio9P
+from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.errors import VcpuError
+from tinyvmm.fileserver.descriptors import raise_nofile_limit
+from tinyvmm.fileserver.session import Session as FileSession
+from tinyvmm.fileserver.tree import Tree
+from tinyvmm.fileserver.union import open_tree
+from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
+from tinyvmm.guest.init import InitConfig, describe_step, search_path
+from tinyvmm.images import kernels
+from tinyvmm.kernel_cache import default_dir
+from tinyvmm.machine import Machine
+from tinyvmm.scratch import ScratchDirectory
+from tinyvmm.session import STATUS_MACHINE_FAILED, Ports, Result, Session
+from tinyvmm.streams import PortInput, PortOutput
+from tinyvmm.vcpu import StopCause
+
+if TYPE_CHECKING:
+    from tinyvmm.kernel_image import Kernel
+    from tinyvmm.terminal import Terminal
+
+MODULES = ("virtio_mmio", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
+ROOT_TAG = "root"
+_TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
+_PANIC = b"Kernel panic"
+_PANIC_LINES = 12
+
+# `panic=-1` makes a panic reset at once, which ends the run; what the kernel printed tells why.
+CMDLINE = "console=ttyS0 panic=-1 no_timer_check"
+
+
+class RunOptions(NamedTuple):
+    """What to run and in what machine; sizes in bytes, times in seconds."""
+
+    argv: Sequence[str]
+    memory: int = 1 << 30
+    cpus: int = 1
+    reads: Sequence[tuple[str, str]] = (("/", "/"),)
+    """(guest path, host path) of each read tree; later ones win."""
+    writes: Sequence[tuple[str, str]] = ()
+    """As `reads`, for the trees that keep the guest's writes; / has a private one by default."""
+    env: Sequence[str] = ()
+    """`NAME=VALUE` each."""
+    cwd: str = "/"
+    kernel: str | None = None
+    """A path, or the version of an installed kernel; None for the newest."""
+    append: str = ""
+    """More of the kernel's command line."""
+    timeout: float | None = None
+    console: Callable[[bytes], None] | None = None
+    """Takes everything the kernel prints; None keeps the kernel quiet."""
+    terminal: bool = False
+    hostname: str = "tinyvmm"
+
+
+class _Tail:
+    """The last of what the kernel printed, passed on if somebody wants it."""
+
+    def __init__(self, sink: Callable[[bytes], None] | None) -> None:
+        self._sink = sink
+        self._data = bytearray()
+
+    def __call__(self, data: bytes) -> None:
+        self._data += data
+        if len(self._data) > 2 * _TAIL_LEN:
+            del self._data[:-_TAIL_LEN]
+        if self._sink is not None:
+            self._sink(data)
+
+    def panic(self) -> str | None:
+        """Return the last lines from the panic on, or None if there was none."""
+        start = self._data.rfind(_PANIC)
+        if start < 0:
+            return None
+        start = self._data.rfind(b"\n", 0, start) + 1
+        lines = self._data[start:].decode(errors="replace").splitlines()
+        return "\n".join(line.rstrip() for line in lines[:_PANIC_LINES])
+
+
+def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
+    """Run `options.argv` in a new virtual machine and return how it ended.
+
+    `warn` takes lines for the user, on any thread. ConfigError for what cannot be done.
+    """
+    with ExitStack() as cleanup:
+        kernel, modules = prepare_kernel(options.kernel)
+        cleanup.callback(kernel.close)
+        tree = _tree(options, warn, cleanup)
+        terminal = _terminal(options)
+        config = _init_config(options, modules, terminal)
+        tail = _Tail(options.console)
+
+        machine = cleanup.enter_context(Machine(memory=options.memory, cpus=options.cpus))
+        machine.add_board(console=tail)
+        ports = [ConsolePort(name) for name in ("stdin", "stdout", "stderr", "control")]
+        machine.add_virtio(VirtioConsole(ports))  # the first: its index is in the ports' names
+        machine.add_virtio(Virtio9P(ROOT_TAG, FileSession(tree)))
+        machine.add_virtio(VirtioRng())
+        machine.boot_linux(
+            kernel,
+            initrd=[modules.archive, init_archive(config)],
+            cmdline=_cmdline(options),
+        )
+
+        stdin, stdout, stderr, control = ports
+        session = Session(
+            Ports(
+                PortInput(stdin),
+                PortOutput(stdout),
+                PortOutput(stderr),
+                PortOutput(control),
+                PortInput(control),
+            ),
+            command=options.argv[0],
+            timeout=options.timeout,
+            terminal=terminal,
+            describe_step=lambda step: describe_step(config, step),
+        )
+        machine.start()
+        watch = threading.Thread(target=_watch, args=(machine, session, tail), daemon=True)
+        watch.start()
+        result = session.run()
+        machine.stop(StopCause.STOPPED)
+        watch.join()
+        with suppress(VcpuError):  # `_watch` told the session; any other error is a bug of ours
+            machine.wait()
+        return result
+
+
+def prepare_kernel(wanted: str | None) -> tuple["Kernel", ModuleArchive]:
+    """Find, unpack and cache the kernel and its modules; the caller closes the kernel."""
+    installed = kernels.find(wanted)
+    kernel = load_kernel(installed.vmlinuz)
+    if installed.modules is None:
+        return kernel, ModuleArchive((), b"")  # then everything must be built in
+    return kernel, module_archive(installed.modules, MODULES, default_dir())
+
+
+def _tree(options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack) -> Tree:
+    """Join the read and write trees; where nothing keeps the root's writes, a scratch does."""
+    raise_nofile_limit()
+    writes = list(options.writes)
+    if all(guest != "/" for guest, _ in writes):
+        scratch = ScratchDirectory()
+        cleanup.callback(scratch.close)
+        writes.append(("/", scratch.path))
+    tree = open_tree(options.reads, writes)
+    cleanup.callback(tree.close)
+
+    def no_space(path: bytes) -> None:
+        warn(f"no space left for the guest's writes: {os.fsdecode(path)} is full")
+
+    tree.on_no_space = no_space
+    return tree
+
+
+def _init_config(
+    options: RunOptions, modules: ModuleArchive, terminal: "Terminal | None"
+) -> InitConfig:
+    path = dict(entry.split("=", 1) for entry in options.env).get("PATH", "/usr/bin:/bin")
+    return InitConfig(
+        commands=search_path(options.argv[0], path),
+        argv=options.argv,
+        env=options.env,
+        cwd=options.cwd,
+        modules=modules.paths,
+        hostname=options.hostname,
+        terminal=terminal.size() if terminal is not None else None,
+    )
+
+
+def _cmdline(options: RunOptions) -> str:
+    quiet = "" if options.console is not None else " quiet"
+    more = f" {options.append}" if options.append else ""
+    return CMDLINE + quiet + more
+
+
+def _terminal(options: RunOptions) -> "Terminal | None":
+    if not options.terminal:
+        return None
+    from tinyvmm.terminal import Terminal
+
+    return Terminal()
+
+
+def _watch(machine: Machine, session: Session, tail: _Tail) -> None:
+    """Wait for the machine's end and tell the session; the command's own end takes precedence."""
+    try:
+        cause = machine.wait()
+    except VcpuError as error:
+        session.stopped(STATUS_MACHINE_FAILED, str(error))
+    except BaseException:  # noqa: BLE001 (a bug of ours: the main thread meets it in `wait`)
+        session.stopped()
+    else:
+        session.stopped(*_meaning(cause, tail))
+
+
+def _meaning(cause: str | None, tail: _Tail) -> tuple[int, str | None]:
+    """Return the exit status and the line for a machine that ended before its command did."""
+    panic = tail.panic()
+    if panic is not None:
+        return STATUS_MACHINE_FAILED, f"the guest's kernel panicked:\n{panic}"
+    if cause == StopCause.POWEROFF:
+        return 0, "the guest powered off before the command ended"
+    if cause == StopCause.RESET:
+        return 0, "the guest rebooted before the command ended: that ends the run"
+    return STATUS_MACHINE_FAILED, f"the guest crashed before the command ended: {cause}"

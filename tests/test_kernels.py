@@ -1,0 +1,387 @@
+"""Which kernel is chosen, and what the store does with good kernels, poor ones and accidents."""
+
+import argparse
+import fcntl
+import io
+import json
+import lzma
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from tinyvmm.cli import kernel as command
+from tinyvmm.errors import ConfigError
+from tinyvmm.images import kernels
+from tinyvmm.images.progress import TerminalProgress
+
+V = "6.1.0-56-amd64"
+MODULES = {
+    "fs/9p/9p.ko": "9pnet",
+    "net/9p/9pnet.ko": "",
+    "net/9p/9pnet_virtio.ko": "9pnet",
+    "drivers/virtio/virtio_mmio.ko": "",
+    "drivers/char/virtio_console.ko": "",
+}
+
+
+def make_vmlinuz(version: str) -> bytes:
+    """The setup code of a bzImage, which is where the version stands, and nothing to boot."""
+    setup = bytearray(1024)
+    setup[0x1F1] = 1
+    struct.pack_into("<HH4sH", setup, 0x1FE, 0xAA55, 0x6AEB, b"HdrS", 0x20F)
+    struct.pack_into("<H", setup, 0x20E, 0x300 - 0x200)
+    struct.pack_into("<H", setup, 0x236, 1)
+    text = version.encode() + b" (builder) #1 SMP"
+    setup[0x300 : 0x300 + len(text)] = text
+    return bytes(setup)
+
+
+def make_module(depends: str) -> bytes:
+    """An ELF file with the one section that says what a module depends on."""
+    modinfo = f"license=GPL\0depends={depends}\0".encode()
+    names = b"\0.modinfo\0.shstrtab\0"
+    ehdr = struct.pack("<16sHHIQQQ", b"\x7fELF\2\1\1", 1, 62, 1, 0, 0, 64)
+    ehdr += struct.pack("<IHHHHHH", 0, 64, 0, 0, 64, 3, 2)
+    start = 64 + 3 * 64
+    sections = bytes(64)
+    sections += struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, start, len(modinfo), 0, 0, 1, 0)
+    strings = start + len(modinfo)
+    sections += struct.pack("<IIQQQQIIQQ", 10, 3, 0, 0, strings, len(names), 0, 0, 1, 0)
+    return ehdr + sections + modinfo + names
+
+
+def make_boot(root: Path, version: str = V, *, without: str = "", dep: bool = True) -> Path:
+    """A kernel as installed below `root`; the path of its vmlinuz."""
+    directory = root / "lib/modules" / version
+    names = [name for name in MODULES if not without or without not in name]
+    for name in names:
+        (directory / "kernel" / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / "kernel" / name).write_bytes(make_module(MODULES[name]))
+    if dep:
+        (directory / "modules.dep").write_text("".join(f"kernel/{name}:\n" for name in names))
+    (root / "boot").mkdir(exist_ok=True)
+    path = root / "boot" / f"vmlinuz-{version}"
+    path.write_bytes(make_vmlinuz(version))
+    return path
+
+
+def make_deb(version: str = V, *, without: str = "") -> bytes:
+    buffer = io.BytesIO()
+    files = {f"boot/vmlinuz-{version}": make_vmlinuz(version)}
+    for name, depends in MODULES.items():
+        if not without or without not in name:
+            files[f"lib/modules/{version}/kernel/{name}"] = make_module(depends)
+    with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    packed = b"!<arch>\n"
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": lzma.compress(b"")}
+    for name, data in {**members, "data.tar.xz": buffer.getvalue()}.items():
+        packed += f"{name:<48}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    return packed
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store, and a computer whose own kernel cannot be read."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(kernels, "BOOT_DIR", str(tmp_path / "no-boot"))
+    return tmp_path / "data/tinyvmm/kernels"
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An apt that knows and downloads one kernel; its log of calls."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (tmp_path / "archive.deb").write_bytes(make_deb())
+    log = tmp_path / "log"
+    scripts = {
+        "apt-cache": f"echo '  Depends: linux-image-{V}'",
+        "apt-get": f"""echo "$*" >> {log}
+            case "$*" in
+            *print-uris*) echo "'there' linux_1.deb 9 SHA256:0";;
+            *) cp {tmp_path}/archive.deb linux_1.deb;;
+            esac""",
+    }
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return log
+
+
+def test_an_imported_kernel_has_its_modules_and_their_dependencies(
+    tmp_path: Path, store: Path
+) -> None:
+    path = make_boot(tmp_path, dep=False)
+    imported = kernels.import_(str(path))
+    assert imported == kernels.InstalledKernel(
+        V, f"{store}/{V}/vmlinuz", f"{store}/{V}/modules", f"imported from {path}"
+    )
+    assert Path(imported.vmlinuz).read_bytes() == path.read_bytes()
+    dep = (store / V / "modules/modules.dep").read_text()
+    assert "kernel/fs/9p/9p.ko: kernel/net/9p/9pnet.ko\n" in dep
+    assert kernels.find(V) == imported
+    assert kernels.find(None) == imported
+
+
+def test_a_package_is_imported_by_what_it_holds_not_by_its_name(
+    tmp_path: Path, store: Path
+) -> None:
+    path = tmp_path / "kernel.download"
+    path.write_bytes(make_deb())
+    imported = kernels.import_(str(path))
+    assert imported.version == V
+    assert (store / V / "modules/modules.dep").exists()
+    assert sorted(p.name for p in (store / V).iterdir()) == ["modules", "source", "vmlinuz"]
+
+
+def test_modules_can_be_told(tmp_path: Path) -> None:
+    make_boot(tmp_path)
+    alone = tmp_path / "alone/bzImage"
+    alone.parent.mkdir()
+    alone.write_bytes(make_vmlinuz(V))
+    imported = kernels.import_(str(alone), str(tmp_path / "lib/modules" / V))
+    assert imported.modules
+    assert kernels.features(imported)["9p"] is True
+    with pytest.raises(ConfigError, match="holds no kernel modules"):
+        kernels.import_(str(alone), str(tmp_path))
+
+
+def test_the_newest_version_in_the_store_is_the_default(tmp_path: Path) -> None:
+    for version in ("6.1.0-9-amd64", "6.1.0-10-amd64", "5.10.0-99-amd64"):
+        kernels.import_(str(make_boot(tmp_path, version)))
+    assert kernels.find().version == "6.1.0-10-amd64"
+    assert [k.version for k in kernels.list_()] == [
+        "6.1.0-10-amd64",
+        "6.1.0-9-amd64",
+        "5.10.0-99-amd64",
+    ]
+
+
+def test_with_an_empty_store_this_computers_kernel_is_taken_if_it_can_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apt: Path
+) -> None:
+    path = make_boot(tmp_path, os.uname().release)
+    monkeypatch.setattr(kernels, "BOOT_DIR", str(path.parent))
+    found = kernels.find()
+    assert found.vmlinuz == str(path)
+    assert found.modules == str(tmp_path / "lib/modules" / os.uname().release)
+    assert not apt.exists()
+    (tmp_path / "lib/modules" / os.uname().release / "modules.dep").write_text("")
+    assert kernels.find().version == V  # it lacks 9p now: Debian's was fetched
+
+
+def test_with_nothing_at_all_debians_kernel_is_fetched_once(
+    store: Path, apt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = kernels.find()
+    assert (found.version, found.source) == (V, f"linux-image-{V}")
+    assert kernels.find() == found
+    assert kernels.fetch() == found
+    assert len([line for line in apt.read_text().splitlines() if "print-uris" not in line]) == 1
+    assert sorted(p.name for p in store.iterdir()) == [".lock", V]
+    assert not list((store / V).glob("*.deb"))
+    assert capsys.readouterr().err == f"tinyvmm: downloading linux-image-{V}\n"
+
+
+def test_two_fetches_at_once_fetch_once(store: Path, apt: Path) -> None:
+    found: list[kernels.InstalledKernel] = []
+    threads = [threading.Thread(target=lambda: found.append(kernels.fetch())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    assert len([line for line in apt.read_text().splitlines() if "print-uris" not in line]) == 1
+
+
+def test_a_kernel_without_9p_is_refused_with_reason_and_remedy(tmp_path: Path, store: Path) -> None:
+    version = "6.1.0-56-cloud-amd64"
+    path = make_boot(tmp_path, version, without="9p")
+    for use in (kernels.find, kernels.import_):
+        with pytest.raises(ConfigError, match=r"no 9p.*cloud.*tinyvmm kernel fetch"):
+            use(str(path))
+    package = tmp_path / "cloud.deb"
+    package.write_bytes(make_deb(version, without="9p"))
+    with pytest.raises(ConfigError, match="no 9p"):
+        kernels.import_(str(package))
+    assert [p.name for p in store.iterdir()] == [".lock"]
+
+
+def test_a_kernel_with_everything_built_in_needs_no_modules(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinuz-7.0"
+    path.write_bytes(make_vmlinuz("7.0"))
+    options = ["9P_FS", "NET_9P_VIRTIO", "VIRTIO_MMIO", "VIRTIO_CONSOLE", "OVERLAY_FS"]
+    config = tmp_path / "config-7.0"
+    config.write_text("#\n" + "".join(f"CONFIG_{option}=y\n" for option in options))
+    found = kernels.find(str(path))
+    assert found.modules is None
+    assert all(kernels.features(found).values())
+    config.write_text("#\n" + "".join(f"CONFIG_{option}=m\n" for option in options))
+    with pytest.raises(ConfigError, match=r"no modules beside it.*--modules"):
+        kernels.find(str(path))
+
+
+def test_a_kernel_that_tells_nothing_is_given_the_benefit_of_the_doubt(tmp_path: Path) -> None:
+    path = tmp_path / "bzImage"
+    path.write_bytes(make_vmlinuz("7.0-mine"))
+    found = kernels.find(str(path))
+    assert found == kernels.InstalledKernel("7.0-mine", str(path), None, str(path))
+    assert set(kernels.features(found).values()) == {None}
+
+
+def test_modules_without_modules_dep_are_to_be_imported(tmp_path: Path) -> None:
+    path = make_boot(tmp_path, dep=False)
+    with pytest.raises(ConfigError, match=r"no modules\.dep.*tinyvmm kernel import"):
+        kernels.find(str(path))
+
+
+@pytest.mark.parametrize("name", ["6.9", "..", ".lock", "nothing"])
+def test_an_unknown_version_names_those_there_are(name: str, tmp_path: Path) -> None:
+    kernels.import_(str(make_boot(tmp_path)))
+    with pytest.raises(ConfigError):
+        kernels.find(name)
+    with pytest.raises(ConfigError, match=rf"no such file|{V}"):
+        kernels.find("6.9")
+
+
+def test_importing_again_replaces_and_what_a_killed_process_left_goes(
+    tmp_path: Path, store: Path
+) -> None:
+    path = make_boot(tmp_path)
+    kernels.import_(str(path))
+    (store / ".draft-killed/modules").mkdir(parents=True)
+    path.write_bytes(path.read_bytes() + b"newer")
+    imported = kernels.import_(str(path))
+    assert Path(imported.vmlinuz).read_bytes().endswith(b"newer")
+    assert sorted(p.name for p in store.iterdir()) == [".lock", V]
+
+
+def test_an_import_that_fails_leaves_the_store_as_it_was(tmp_path: Path, store: Path) -> None:
+    kernels.import_(str(make_boot(tmp_path)))
+    for bad in ("missing", "empty"):
+        (tmp_path / "empty").write_bytes(b"")
+        with pytest.raises(ConfigError):
+            kernels.import_(str(tmp_path / bad))
+    assert sorted(p.name for p in store.iterdir()) == [".lock", V]
+
+
+def test_a_store_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_boot(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="XDG_DATA_HOME"):
+        kernels.import_(str(path))
+    assert kernels.list_() == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    path = make_boot(tmp_path)
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(ConfigError, match=r"No space left.*free some"):
+        kernels.import_(str(path))
+    assert [p.name for p in store.iterdir()] == [".lock"]
+
+
+def test_finding_takes_no_lock(tmp_path: Path, store: Path) -> None:
+    kernels.import_(str(make_boot(tmp_path)))
+    with (store / ".lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert kernels.find().version == V
+
+
+def test_finding_imports_nothing_heavy(tmp_path: Path) -> None:
+    kernels.import_(str(make_boot(tmp_path)))
+    script = (
+        "import typing, sys; before = set(sys.modules)\n"
+        "from tinyvmm.images import kernels; kernels.find()\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert not loaded & {"json", "tarfile", "subprocess", "shutil", "tempfile", "pathlib", "lzma"}
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def tinyvmm_kernel(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["kernel", *arguments])
+    return int(args.main(args))
+
+
+def test_the_list_marks_the_default_and_shows_what_each_kernel_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tinyvmm_kernel("list") == 0
+    assert "tinyvmm kernel fetch" in capsys.readouterr().out
+    for version in ("6.1.0-9-amd64", V):
+        assert tinyvmm_kernel("import", str(make_boot(tmp_path, version))) == 0
+    capsys.readouterr()
+    assert tinyvmm_kernel("list") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"* {V}")
+    assert second.startswith("  6.1.0-9-amd64")
+    assert "9p virtio-mmio virtio-console " in first
+    assert "overlay" not in first
+    assert tinyvmm_kernel("list", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["version"], row["default"]) for row in rows] == [
+        (V, True),
+        ("6.1.0-9-amd64", False),
+    ]
+    assert rows[0]["features"]["9p"] is True
+
+
+def test_fetch_prints_what_it_got(apt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tinyvmm_kernel("fetch") == 0
+    assert capsys.readouterr().out.startswith(V)
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_and_is_left_clean() -> None:
+    terminal = Terminal()
+    progress = TerminalProgress(terminal)
+    progress("downloading", 50, 100)
+    assert "[###############               ]  50%" in terminal.getvalue()
+    progress.finish()
+    assert terminal.getvalue().endswith("\r\x1b[K")
+    assert "\n" not in terminal.getvalue()
+
+
+def test_elsewhere_one_line_is_all() -> None:
+    pipe = io.StringIO()
+    progress = TerminalProgress(pipe)
+    for done in range(100):
+        progress("downloading" if done < 50 else "unpacking", done, 100)
+    progress.finish()
+    assert pipe.getvalue() == "tinyvmm: downloading\n"

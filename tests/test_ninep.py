@@ -178,7 +178,9 @@ def test_any_bytes_are_directory_entries_or_a_protocol_error(data: bytes) -> Non
 
 @given(st.lists(values_of(Dirent), max_size=10))
 def test_directory_entries_decode_to_themselves(entries: list[Dirent]) -> None:
-    assert ninep.decode_records(Dirent, ninep.encode_records(entries)) == entries
+    wire = ninep.encode_records(entries)
+    assert ninep.decode_records(Dirent, wire) == entries
+    assert b"".join([ninep.encode_dirent(*entry) for entry in entries]) == wire
 
 
 # --- descriptor chains ----------------------------------------------------------------------
@@ -256,8 +258,23 @@ def test_a_reply_finished_around_its_data_is_the_reply_encoded(
     views = pieces(bytes(80), cuts)
     place = ninep.room(views, Rread, len(data))
     ninep.scatter(place, data)
-    size = ninep.finish(views, Rread, 9, len(data))
+    size = ninep.encode_views(views, Rread(place), 9, 80)
     assert b"".join(views)[:size] == ninep.encode(Rread(data), 9)
+    with pytest.raises(ProtocolError):
+        ninep.encode_views(views, Rread(place), 9, size - 1)
+
+
+@given(messages, st.lists(st.integers(0, 80), max_size=5))
+@settings(deadline=None)
+def test_a_reply_is_written_across_views_as_it_is_encoded(
+    message: Message, cuts: list[int]
+) -> None:
+    wire = ninep.encode(message, 4)
+    views = pieces(bytes(len(wire)), cuts)
+    assert ninep.encode_views(views, message, 4, len(wire)) == len(wire)
+    assert b"".join(views) == wire
+    with pytest.raises(ProtocolError):
+        ninep.encode_views(pieces(bytes(len(wire) - 1), cuts), message, 4, len(wire))
 
 
 # --- golden bytes: intro(5), <net/9p/9p.h> and the format strings of net/9p/client.c ---------

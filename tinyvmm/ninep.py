@@ -82,8 +82,15 @@ class Record(tuple[Any, ...]):
         return hash((type(self), tuple(self)))
 
     def __repr__(self) -> str:
-        pairs = zip(self.fields, self, strict=True)
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in pairs)})"
+        pairs = [f"{name}={_show(value)}" for name, value in zip(self.fields, self, strict=True)]
+        return f"{type(self).__name__}({', '.join(pairs)})"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list) or (isinstance(value, bytes) and len(value) > 300):
+        size = sum([len(view) for view in value]) if isinstance(value, list) else len(value)
+        return f"<{size} bytes>"
+    return repr(value)
 
 
 class Message(Record):
@@ -116,16 +123,6 @@ QTFILE = 0x00
 
 P9_GETATTR_BASIC = 0x7FF  # mode..blocks: what a stat(2) gives
 P9_GETATTR_GEN = 1 << 12
-
-P9_SETATTR_MODE = 1 << 0
-P9_SETATTR_UID = 1 << 1
-P9_SETATTR_GID = 1 << 2
-P9_SETATTR_SIZE = 1 << 3
-P9_SETATTR_ATIME = 1 << 4
-P9_SETATTR_MTIME = 1 << 5
-P9_SETATTR_CTIME = 1 << 6
-P9_SETATTR_ATIME_SET = 1 << 7  # to the time given, else to the server's clock
-P9_SETATTR_MTIME_SET = 1 << 8
 
 P9_LOCK_TYPE_RDLCK, P9_LOCK_TYPE_WRLCK, P9_LOCK_TYPE_UNLCK = 0, 1, 2
 P9_LOCK_SUCCESS, P9_LOCK_BLOCKED, P9_LOCK_ERROR, P9_LOCK_GRACE = 0, 1, 2, 3
@@ -862,17 +859,37 @@ def decode_views(views: Views, limit: int) -> tuple[int, Message]:
     return tag, Twrite(fid, offset, cut(views, twrite.size, count))
 
 
-def room(reply: Views, message: type[Message], count: int) -> list[memoryview]:
-    """Where the counted bytes of a reply belong: `count` at most, fewer if the views end."""
-    return cut(reply, codec_of(message).head.size, count)
+def room(reply: Views, kind: type[Message], count: int) -> list[memoryview]:
+    """Where the data of a reply of this kind belongs: `count` bytes, fewer if the views end."""
+    return cut(reply, codec_of(kind).head.size, count)
 
 
-def finish(reply: Views, message: type[Message], tag: int, count: int) -> int:
-    """Write the head of a reply whose `count` bytes are in their place; gives the whole size."""
-    head = codec_of(message).head
-    size = head.size + count
-    scatter(reply, head.pack(size, message.number, tag, count))
+def encode_views(reply: Views, message: Message, tag: int, limit: int) -> int:
+    """Write a reply of `limit` bytes at most, give its size; ProtocolError if it does not fit.
+
+    Data given as views is in its place already, where `room` said.
+    """
+    kind = type(message)
+    if (kind is Rread or kind is Rreaddir) and isinstance(message[0], list):
+        head = codec_of(kind).head
+        count = sum([len(view) for view in message[0]])
+        size = head.size + count
+        data = head.pack(size, kind.number, tag, count)
+    else:
+        data = encode(message, tag)
+        size = len(data)
+    if size > limit:
+        raise ProtocolError(f"{kind.__name__} of {size} bytes where {limit} were agreed")
+    scatter(reply, data)
     return size
+
+
+_pack_dirent = struct.Struct("<BIQQBH").pack
+
+
+def encode_dirent(qid: Qid, offset: int, dtype: int, name: bytes) -> bytes:
+    """Give the bytes of one Dirent, in the quick way a long directory needs."""
+    return _pack_dirent(*qid, offset, dtype, len(name)) + name
 
 
 def encode_records(records: Sequence[Record]) -> bytes:

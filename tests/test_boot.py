@@ -236,13 +236,12 @@ def test_a_real_processor_takes_the_state_and_finds_what_it_was_told() -> None:
     with Machine(memory=32 * MIB, irqchip=False) as machine:
         machine.ports.add(0xE0, 4, port)
         entry = load(machine.memory, kernel_of(code), cmdline="ro!!")
-        machine._enter_long_mode(entry)
+        machine.enter_long_mode(entry)
         machine.start()
         assert machine.wait(timeout=30) == StopCause.HALT
     assert port.written == [0x53726448, int.from_bytes(b"ro!!", "little"), 0x10]
 
 
-@pytest.mark.linux
 def test_debians_kernel_is_in_ram_as_its_own_program_headers_say(tmp_path: Path) -> None:
     import lzma
 

@@ -52,6 +52,8 @@ from tinyvmm.layout import (
     PAGE_TABLES_GPA,
 )
 
+__all__ = ["Entry", "Kernel", "identity_page_tables", "load", "load_kernel", "memory_map"]
+
 BOOT_CS = 0x10
 BOOT_DS = 0x18
 # Descriptors of 4 GiB, present, ring 0, already marked accessed: code is 64-bit execute/read, data

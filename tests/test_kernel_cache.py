@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import kernel_cache, kernel_payload
+from tinyvmm import kernel_cache, kernel_image
 from tinyvmm.boot import load, load_kernel
 from tinyvmm.errors import ConfigError
 from tinyvmm.kernel_cache import KernelCache
+from tinyvmm.kernel_payload import unpack
 from tinyvmm.memory import GuestMemory
 
 MIB = 1 << 20
@@ -59,17 +60,17 @@ def kernel_path(tmp_path: Path) -> Path:
 def unpackings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names what was unpacked or hashed, in order, while all works as ever."""
     seen: list[str] = []
-    unpack, digest_of = kernel_payload.unpack, kernel_cache.digest_of
+    digest_of = kernel_cache.digest_of
 
-    def spy_unpack(path: str, payload: bytes) -> bytes:
+    def spy_unpack(payload: bytes) -> bytes:
         seen.append("unpack")
-        return unpack(path, payload)
+        return unpack(payload)
 
     def spy_digest(payload: bytes, setup_header: bytes, version: str) -> str:
         seen.append("hash")
         return digest_of(payload, setup_header, version)
 
-    monkeypatch.setattr(kernel_payload, "unpack", spy_unpack)
+    monkeypatch.setattr(kernel_image, "unpack", spy_unpack)
     monkeypatch.setattr(kernel_cache, "digest_of", spy_digest)
     return seen
 

@@ -35,8 +35,8 @@ from tinyvmm.kernel_image import (
     Segment,
     open_image,
     open_kernel,
-    parse_vmlinux,
     truncated,
+    unpack_image,
 )
 from tinyvmm.layout import (
     ACPI_END,
@@ -212,16 +212,11 @@ def identity_page_tables(gpa: int) -> bytes:
 def _unpacked(path: str, status: os.stat_result, image: Image, cache: KernelCache) -> Kernel:
     """Return the kernel in a bzImage's payload, through the cache."""
     from tinyvmm.kernel_cache import SEGMENTS_MAX, digest_of
-    from tinyvmm.kernel_payload import skip_zeros, unpack
 
     digest = digest_of(image.payload, image.setup_header, image.version)
     kernel = cache.find(path, digest)
     if kernel is None:
-        vmlinux = unpack(path, image.payload)
-        layout = parse_vmlinux(path, vmlinux, len(vmlinux))
-        layout = layout._replace(segments=skip_zeros(vmlinux, layout.segments, SEGMENTS_MAX))
-        kernel = Kernel(path, vmlinux, layout, image.setup_header, image.version)
-        kernel = cache.store(kernel, digest)
+        kernel = cache.store(unpack_image(path, image, SEGMENTS_MAX), digest)
     cache.remember(path, status, digest)
     return kernel
 

@@ -23,8 +23,10 @@ from tinyvmm.bootparam import (
     BootParams,
 )
 from tinyvmm.errors import ConfigError
+from tinyvmm.kernel_payload import PayloadError, find_decoder, unpack
 from tinyvmm.layout import HIGH_RAM_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
 
+ZERO_GAP = 1 << 16  # shorter runs of zeros cost less to copy than another system call
 PROTOCOL_MIN = 0x020C  # 2.12 brought xloadflags
 STARTUP_64 = 0x200  # the 64-bit entry point, in the protected-mode part
 
@@ -133,8 +135,6 @@ def open_kernel(path: str) -> tuple[int, os.stat_result]:
 
 def open_image(path: str, fd: int, file_len: int) -> Image:
     """Understand the open kernel file `fd`; ConfigError for anything we could not boot."""
-    from tinyvmm.kernel_payload import find_decoder
-
     head = _pread(path, fd, min(PAGE_SIZE, file_len), 0)
     if head[:4] == ELF_MAGIC:
         return Image(
@@ -240,6 +240,49 @@ def parse_vmlinux(path: str, head: bytes, file_len: int) -> Layout:
     if not entry_is_loaded:
         raise damaged(path, "it is entered where nothing is loaded")
     return Layout(tuple(segments), memory_end, e_entry)
+
+
+def unpack_image(path: str, image: Image, count_max: int) -> Kernel:
+    """Return the kernel in a bzImage's payload, in at most `count_max` segments."""
+    try:
+        vmlinux = unpack(image.payload)
+    except PayloadError as error:
+        raise damaged(path, f"its payload {error}") from None
+    layout = parse_vmlinux(path, vmlinux, len(vmlinux))
+    layout = layout._replace(segments=skip_zeros(vmlinux, layout.segments, count_max))
+    return Kernel(path, vmlinux, layout, image.setup_header, image.version)
+
+
+def skip_zeros(data: bytes, segments: tuple[Segment, ...], count_max: int) -> tuple[Segment, ...]:
+    """Return the parts of `segments` worth copying into RAM that is zero: at most `count_max`.
+
+    Half of a distribution's vmlinux is zeros: room for .bss, padding between sections.
+    """
+    gap = ZERO_GAP
+    while True:
+        parts = [part for segment in segments for part in _nonzero_parts(data, segment, gap)]
+        if len(parts) <= count_max:
+            return tuple(parts)
+        if gap > len(data):
+            return segments
+        gap *= 2
+
+
+def _nonzero_parts(data: bytes, segment: Segment, gap: int) -> list[Segment]:
+    """Split a segment at runs of zero pages longer than `gap` bytes."""
+    zeros = bytes(PAGE_SIZE)
+    view = memoryview(data)[segment.offset : segment.offset + segment.length]
+    runs: list[list[int]] = []
+    for start in range(0, segment.length, PAGE_SIZE):
+        page = view[start : start + PAGE_SIZE]
+        if page == zeros[: len(page)]:
+            continue
+        end = start + len(page)
+        if runs and start - runs[-1][1] <= gap:
+            runs[-1][1] = end
+        else:
+            runs.append([start, end])
+    return [Segment(segment.gpa + a, segment.offset + a, b - a) for a, b in runs]
 
 
 def _self_unpacking(path: str, params: BootParams, setup_len: int, protected_len: int) -> Layout:

@@ -9,13 +9,12 @@ A decoder is imported when its format is met: a cached kernel needs none of them
 
 from collections.abc import Callable
 
-from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_image import Segment, damaged
-from tinyvmm.layout import PAGE_SIZE
-
 VMLINUX_SIZE_MAX = 1 << 30
 XZ_MEMORY_MAX = 512 << 20  # the kernel's build uses dictionaries of 32 MiB (scripts/xz_wrap.sh)
-ZERO_GAP = 1 << 16  # shorter runs of zeros cost less to copy than another system call
+
+
+class PayloadError(ValueError):
+    """A payload that is not what its first bytes promise."""
 
 
 def _gunzip(data: bytes, size: int) -> bytes:
@@ -77,53 +76,20 @@ def find_decoder(payload: bytes) -> Decoder | None:
     return None
 
 
-def unpack(path: str, payload: bytes) -> bytes:
-    """Return the vmlinux in `payload`, which has a decoder; ConfigError if it is damaged."""
+def unpack(payload: bytes) -> bytes:
+    """Return the vmlinux in `payload`, for which there is a decoder; PayloadError if damaged."""
     decoder = find_decoder(payload)
     size = int.from_bytes(payload[-4:], "little")
     if decoder is None or size > VMLINUX_SIZE_MAX:
-        raise damaged(path, f"its payload announces {size >> 20} MiB")
+        raise PayloadError(f"announces {size >> 20} MiB")
     try:
         vmlinux = decoder(payload, size)
-    except MemoryError:
-        raise ConfigError(f"kernel {path}: not enough memory to unpack {size >> 20} MiB") from None
-    except Exception as error:  # noqa: BLE001 - each decoder has exceptions of its own
-        raise damaged(path, f"its payload does not unpack ({error})") from None
+    except Exception as error:
+        # each decoder has exceptions of its own; out of memory is among them
+        raise PayloadError(f"does not unpack ({error or type(error).__name__})") from error
     if len(vmlinux) != size:
-        raise damaged(path, f"its payload unpacks to {len(vmlinux)} bytes of {size}")
+        raise PayloadError(f"unpacks to {len(vmlinux)} bytes of {size}")
     return vmlinux
-
-
-def skip_zeros(data: bytes, segments: tuple[Segment, ...], count_max: int) -> tuple[Segment, ...]:
-    """Return the parts of `segments` worth copying into RAM that is zero: at most `count_max`.
-
-    Half of a distribution's vmlinux is zeros: room for .bss, padding between sections.
-    """
-    gap = ZERO_GAP
-    while True:
-        parts = [part for segment in segments for part in _nonzero_parts(data, segment, gap)]
-        if len(parts) <= count_max:
-            return tuple(parts)
-        if gap > len(data):
-            return segments
-        gap *= 2
-
-
-def _nonzero_parts(data: bytes, segment: Segment, gap: int) -> list[Segment]:
-    """Split a segment at runs of zero pages longer than `gap` bytes."""
-    zeros = bytes(PAGE_SIZE)
-    view = memoryview(data)[segment.offset : segment.offset + segment.length]
-    runs: list[list[int]] = []
-    for start in range(0, segment.length, PAGE_SIZE):
-        page = view[start : start + PAGE_SIZE]
-        if page == zeros[: len(page)]:
-            continue
-        end = start + len(page)
-        if runs and start - runs[-1][1] <= gap:
-            runs[-1][1] = end
-        else:
-            runs.append([start, end])
-    return [Segment(segment.gpa + a, segment.offset + a, b - a) for a, b in runs]
 
 
 def _has_zstd() -> bool:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import kernel_cache, kernel_image
+from tinyvmm import kernel_cache, kernel_payload
 from tinyvmm.boot import load, load_kernel
 from tinyvmm.errors import ConfigError
 from tinyvmm.kernel_cache import KernelCache
@@ -70,7 +70,7 @@ def unpackings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("hash")
         return digest_of(payload, setup_header, version)
 
-    monkeypatch.setattr(kernel_image, "unpack", spy_unpack)
+    monkeypatch.setattr(kernel_payload, "unpack", spy_unpack)
     monkeypatch.setattr(kernel_cache, "digest_of", spy_digest)
     return seen
 

@@ -13,8 +13,8 @@ below is found). Operands are registers, integers, labels (strings) and memory:
 
 How to read it: operands first, then the encoder (prefixes, opcode, ModRM, SIB, displacement,
 immediate: one function, `_instruction`), then the instructions as a table in the class body, each
-made by the function for its group. Where Intel leaves a choice the encoding is GNU as's, except
-that a jump to a label not yet seen is always the long form.
+made by the function for its group. Where Intel leaves a choice the encoding is the one GNU as takes
+in 64-bit mode, except that a jump to a label not yet seen is always the long form.
 
 `bits` is 64, 32 or 16: the mode the processor will be in. In 16-bit mode memory is addressed by
 a constant or a label only.
@@ -180,12 +180,12 @@ def _arithmetic(digit: int) -> _Binary:
         if isinstance(src, int):
             size = self._size(dst)
             value = _signed(src, size)
-            if size == 1:
-                self._instruction(0x80, digit, dst, size, _immediate(src, 1))
-            elif _fits(value, 1):
+            if size > 1 and _fits(value, 1):
                 self._instruction(0x83, digit, dst, size, _immediate(value, 1))
+            elif isinstance(dst, Register) and dst.code == 0:
+                self._short_form(8 * digit + 4 + (size > 1), dst, self._wide(value, size))
             else:
-                self._instruction(0x81, digit, dst, size, self._wide(value, size))
+                self._instruction(0x80 + (size > 1), digit, dst, size, self._wide(value, size))
         else:
             self._two_operands(8 * digit, dst, src)
 
@@ -287,10 +287,9 @@ class Assembler:
         size = self._size(dst)
         if isinstance(dst, Register) and (size < 8 or not _fits(src, 4)):
             self._short_form(0xB8 if size > 1 else 0xB0, dst, _immediate(src, size))
-        elif size == 1:
-            self._instruction(0xC6, 0, dst, size, _immediate(src, 1))
         else:
-            self._instruction(0xC7, 0, dst, size, self._wide(_signed(src, size), size))
+            immediate = self._wide(_signed(src, size), size)
+            self._instruction(0xC6 + (size > 1), 0, dst, size, immediate)
 
     def lea(self, dst: Register, src: Memory) -> None:
         """The address of a memory operand."""
@@ -300,14 +299,13 @@ class Assembler:
         """Flags of dst & src."""
         size = self._size(dst)
         if isinstance(src, int):
-            immediate = _immediate(src, 1) if size == 1 else self._wide(_signed(src, size), size)
-            self._instruction(0xF6 + (size > 1), 0, dst, size, immediate)
+            immediate = self._wide(_signed(src, size), size)
+            if isinstance(dst, Register) and dst.code == 0:
+                self._short_form(0xA8 + (size > 1), dst, immediate)
+            else:
+                self._instruction(0xF6 + (size > 1), 0, dst, size, immediate)
         else:
             self._two_operands(0x84, dst, src)
-
-    def xchg(self, dst: RegMem, src: Register) -> None:
-        """Exchange; with memory it is a locked operation by itself."""
-        self._instruction(0x86 + (src.size > 1), src, dst, src.size)
 
     def push(self, src: Register | int) -> None:
         """Push a register of the mode's own width, or a sign-extended constant."""

@@ -516,6 +516,22 @@ def test_a_failing_relay_fails_the_session_instead_of_hanging_it(host: Host) -> 
         session.run()
 
 
+def test_both_halves_agree_on_the_control_records() -> None:
+    from tinyvmm import session
+    from tinyvmm.guest import relay
+
+    for name in (
+        "STARTED",
+        "EXITED",
+        "EXEC_FAILED",
+        "SETUP_FAILED",
+        "SIGNAL",
+        "WINSIZE",
+        "GOODBYE",
+    ):
+        assert getattr(session, name) == getattr(relay, name)
+
+
 # --- over sockets -------------------------------------------------------------------------------
 
 
@@ -532,36 +548,51 @@ def socket_ports() -> tuple[Ports, list[socket.socket], list[socket.socket]]:
     return ports, ours, [b for _, b in pairs]
 
 
-def test_over_sockets_a_machine_that_leaves_early_takes_no_output_with_it(host: Host) -> None:
+def test_over_sockets_a_slow_consumer_keeps_the_machine_until_it_has_everything(
+    host: Host,
+) -> None:
     ports, ours, theirs = socket_ports()
     _, stdout, _, control = theirs
-    data = os.urandom(3 << 20)  # more than the socket and the pipe hold: somebody must pull
+    data = os.urandom(3 << 20)  # more than the socket and the pipe hold
     got = bytearray()
-    gone = threading.Event()
+    settled = threading.Event()
+
+    def settle() -> None:
+        assert isinstance(ports.stdout, SocketOutput)
+        ports.stdout.settle()
+        settled.set()
 
     def guest() -> None:
         control.sendall(RECORD.pack(STARTED, 2))
         feeder = threading.Thread(target=stdout.sendall, args=(data,))
         feeder.start()
         control.sendall(RECORD.pack(EXITED, 0))
-        feeder.join(20)
+        assert not settled.wait(0.2)  # nobody reads yet
+        threading.Thread(target=consume).start()
+        assert settled.wait(20)
+        feeder.join()
         for sock in theirs:
             sock.close()
-        gone.set()
 
     def consume() -> None:
-        assert gone.wait(20)  # reads nothing until the machine is gone
         while part := os.read(host.from_stdout, 1 << 16):
             got.extend(part)
 
-    threads = [threading.Thread(target=guest), threading.Thread(target=consume)]
-    for thread in threads:
-        thread.start()
-    result = Session(ports, command="prog", files=host.files).run()
+    thread = threading.Thread(target=guest)
+    thread.start()
+    session = Session(
+        ports,
+        command="prog",
+        files=host.files,
+        on_end=lambda: threading.Thread(target=settle).start(),
+    )
+    result = session.run()
     os.close(host.stdout)
     host.stdout = -1
-    for thread in threads:
-        thread.join()
+    thread.join()
+    for other in threading.enumerate():
+        if other is not threading.main_thread() and not other.daemon:
+            other.join(20)
     for sock in ours:
         sock.close()
     assert result == Result(0, "exited")

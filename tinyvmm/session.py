@@ -47,6 +47,7 @@ SETUP_FAILED = 4  # value: step << 16 | errno
 # To the guest:
 SIGNAL = 16  # value: signal number, for the command's process group
 WINSIZE = 17  # value: rows | columns << 16
+GOODBYE = 18  # everything has arrived: power off
 
 STATUS_TIMEOUT = 124  # the statuses of timeout(1) and the shells
 STATUS_NOT_EXECUTABLE = 126

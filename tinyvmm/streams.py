@@ -8,8 +8,8 @@ another thread and releases whoever is blocked.
 
 import errno
 import threading
-from collections import deque
 from collections.abc import Callable
+from time import sleep
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -115,39 +115,38 @@ class PortInput:
 class SocketOutput:
     """Guest to host over a stream socket whose other end closes when the machine is gone.
 
-    The machine may go before a slow consumer has read everything, and what it still holds would
-    go with it: so from `finish` on a thread of its own pulls the rest into memory (a virtqueue
-    and a socket buffer at most). `_lock` covers "next from the backlog, else from the socket", so
-    that two readers keep the order.
+    `read` in one relay thread, `settle` in another. Nobody can see from here whether the machine
+    still holds bytes, so whoever ends it first lets the stream settle, and reads on to its end.
     """
 
     def __init__(self, sock: "socket") -> None:
         self._sock = sock
-        self._lock = threading.Lock()
-        self._backlog: deque[bytes] = deque()
+        self._received = 0
+        self._waiting = threading.Event()  # set while `read` waits for the other end, or after it
 
     def read(self) -> bytes:
         """Return the next bytes; b"" when the other end has closed."""
-        with self._lock:
-            return self._backlog.popleft() if self._backlog else self._receive()
-
-    def finish(self) -> None:
-        """Take over what is still on its way, now, without waiting for the consumer."""
-        threading.Thread(target=self._pull, name="rest of output", daemon=True).start()
-
-    def _pull(self) -> None:
-        while True:
-            with self._lock:
-                data = self._receive()
-                self._backlog.append(data)
-                if not data:
-                    return
-
-    def _receive(self) -> bytes:
+        self._waiting.set()
         try:
-            return self._sock.recv(CHUNK)
+            data = self._sock.recv(CHUNK)
         except ConnectionError:
             return b""  # the machine was killed: the same end, less politely
+        if data:
+            self._waiting.clear()
+            self._received += len(data)
+        return data
+
+    def finish(self) -> None:
+        """Do nothing: the end of this stream is the machine's."""
+
+    def settle(self, quiet: float = 0.02) -> None:
+        """Return once `read` has waited in vain for `quiet` seconds, however slow its caller is."""
+        while True:
+            self._waiting.wait()
+            before = self._received
+            sleep(quiet)
+            if self._received == before and self._waiting.is_set():
+                return
 
 
 class SocketInput:

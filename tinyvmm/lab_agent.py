@@ -1,0 +1,111 @@
+r"""Runs commands for `tinyvmm.lab.Lab`, inside its machine, one after the other, until input ends.
+
+Executed as a file by a bare interpreter, so it imports nothing of ours. A request is a line of
+JSON followed by the command's stdin; an answer is a line of JSON followed by its output:
+
+    {"argv": [...], "env": {...}, "cwd": "/", "timeout": 60, "pty": null, "stdin": 5}\nhello
+    {"status": 0, "timed_out": false, "stdout": 5, "stderr": 0}\nhello
+
+`status` is as subprocess gives it: -N for signal N; `error` in its place says why there was no
+command to run. `pty` may be [rows, columns]: then the command has a terminal of its own, what it
+shows is stdout, and stdin is typed into it.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+from time import monotonic
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def main() -> None:
+    """Serve until our stdin ends."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while line := requests.readline():
+        request = json.loads(line)
+        stdin = requests.read(request["stdin"])
+        try:
+            answer, stdout, stderr = run(request, stdin)
+        except OSError as error:
+            answer, stdout, stderr = {"error": str(error)}, b"", b""
+        answer |= {"stdout": len(stdout), "stderr": len(stderr)}
+        answers.write(json.dumps(answer).encode() + b"\n" + stdout + stderr)
+        answers.flush()
+
+
+def run(request: Json, stdin: bytes) -> tuple[Json, bytes, bytes]:
+    """Run one command to its end, or to its time limit's."""
+    if request["pty"]:
+        return run_in_terminal(request, stdin)
+    with subprocess.Popen(
+        request["argv"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=request["cwd"],
+        env=request["env"],
+        start_new_session=True,
+    ) as child:
+        try:
+            stdout, stderr = child.communicate(stdin, request["timeout"])
+            timed_out = False
+        except subprocess.TimeoutExpired:
+            end(child)
+            stdout, stderr = child.communicate()
+            timed_out = True
+    return {"status": child.returncode, "timed_out": timed_out}, stdout, stderr
+
+
+def run_in_terminal(request: Json, stdin: bytes) -> tuple[Json, bytes, bytes]:
+    """Run one command with a pseudo-terminal as its stdin, stdout and stderr."""
+    import fcntl
+    import termios
+
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", *request["pty"], 0, 0))
+    deadline = monotonic() + request["timeout"]
+    shown = b""
+    child = subprocess.Popen(
+        request["argv"],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        cwd=request["cwd"],
+        env=request["env"],
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no threads
+    )
+    os.close(slave)
+    poller = select.poll()
+    poller.register(master, select.POLLIN | (select.POLLOUT if stdin else 0))
+    with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
+        while (left := deadline - monotonic()) > 0:
+            for _, event in poller.poll(1000 * left):
+                if event & (select.POLLIN | select.POLLHUP):
+                    shown += os.read(master, 65536)
+                elif event & select.POLLOUT:
+                    stdin = stdin[os.write(master, stdin[:256]) :]
+                    if not stdin:
+                        poller.modify(master, select.POLLIN)
+    timed_out = monotonic() >= deadline
+    if timed_out:
+        end(child)
+    os.close(master)
+    return {"status": child.wait(), "timed_out": timed_out}, shown, b""
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Kill the command and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""One file of a union: what files and directories have in common, and `UnionFile`.
+
+A union's nodes are a tree of places, as the guest sees it: each knows its parent and name, and each
+directory its live children, so a walk to a node somebody holds asks the host nothing. That is right
+because nobody else changes a write tree, and renames come only from the guest.
+
+A node that is only in a read tree is *lower*. Its first change copies it up: made complete in the
+work area, renamed into place, and then every descriptor that led to the lower file (the node's and
+those of files open for reading) is pointed at the copy with dup2(2), under the same number. So the
+guest sees one file throughout, with the qid it had.
+"""
+
+import os
+import stat
+from errno import EINVAL, ENODATA, ENOTDIR, EPERM, EROFS, ESTALE
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from tinyvmm.fileserver.copyup import copy_file
+from tinyvmm.fileserver.hostfile import (
+    HostFile,
+    check_xattr_name,
+    fd_path,
+    get_xattr,
+    list_xattr,
+    open_contents,
+    open_path,
+    os_error,
+    set_attributes,
+)
+from tinyvmm.fileserver.maps import UPPER
+from tinyvmm.fileserver.tree import NO_ID, SETATTR_SIZE, Node, OpenFile
+from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
+from tinyvmm.fileserver.writetree import WriteTree
+from tinyvmm.ninep import Qid
+
+if TYPE_CHECKING:
+    from tinyvmm.fileserver.union import UnionTree
+    from tinyvmm.fileserver.union_view import MergedDirectory
+
+    _NodeInterface = Node
+else:
+    _NodeInterface = object  # a Protocol at run time would cost each isinstance and each instance
+
+
+class UnionNode(_NodeInterface):
+    """One place in a union; its methods are those of `tree.Node`."""
+
+    __slots__ = ("dead", "identity", "kind", "name", "parent", "refs", "tree")
+
+    def __init__(
+        self,
+        tree: "UnionTree",
+        parent: "MergedDirectory | None",
+        name: bytes,
+        kind: int,
+        identity: Qid,
+    ) -> None:
+        """Be the child `name` of `parent`, of S_IFMT `kind`, with one reference."""
+        self.tree = tree
+        self.parent = parent
+        self.name = name
+        self.kind = kind
+        self.identity = identity
+        self.refs = 1
+        self.dead = False  # its name has been removed
+        if parent is not None:
+            parent.refs += 1
+            parent.children[name] = self
+        tree.descriptors.hold(self)
+
+    # --- for files and directories to say ---------------------------------------------------------
+    def path_fd(self) -> int:
+        """An O_PATH descriptor of what holds the attributes now; -1 if nothing does."""
+        raise NotImplementedError
+
+    def copy_up(self, *, data: bool = True) -> None:
+        """Be in the write tree from now on; without `data`, as an empty file."""
+        raise NotImplementedError
+
+    def write_tree(self) -> WriteTree | None:
+        """The write tree that takes changes here."""
+        raise NotImplementedError
+
+    def copy_up_whole(self) -> None:
+        """Be in the write tree with everything below."""
+        self.copy_up()
+
+    def close_descriptors(self) -> None:
+        """Close what is open."""
+        raise NotImplementedError
+
+    def give_up(self) -> bool:
+        """Close what is open, if the place still leads to it."""
+        raise NotImplementedError
+
+    # --- references -------------------------------------------------------------------------------
+    def retain(self) -> "UnionNode":
+        """One more reference."""
+        with self.tree.lock:
+            self.refs += 1
+        return self
+
+    def close(self) -> None:
+        """Give back one reference; the last one closes the node, and so up its parents."""
+        with self.tree.lock:
+            node: UnionNode | None = self
+            while node is not None:
+                node.refs -= 1
+                if node.refs:
+                    return
+                node.close_descriptors()
+                node.tree.descriptors.release(node)
+                node.tree.release_path(node)
+                node.leave_parent()
+                node = node.parent
+
+    def leave_parent(self) -> None:
+        """Be no child of the parent any more (which is still referred to)."""
+        parent = self.parent
+        if parent is not None and parent.children.get(self.name) is self:
+            del parent.children[self.name]
+
+    def die(self) -> None:
+        """Its name is gone; keep what is open for those who still hold it."""
+        self.dead = True
+        self.leave_parent()
+
+    # --- what needs no copy -----------------------------------------------------------------------
+    def qid(self) -> Qid:
+        """Its identity, the same for as long as it lives."""
+        return self.identity
+
+    def statfs(self) -> os.statvfs_result:
+        """The file system of the write tree, or of the file where there is none."""
+        with self.tree.lock:
+            write = self.write_tree()
+            fd = self.path_fd() if write is None else write.fd
+            return os.fstatvfs(fd if fd >= 0 else self.tree.any_fd())
+
+    def getxattr(self, name: bytes) -> bytes:
+        """The value of an extended attribute."""
+        with self.tree.lock:
+            fd = self.path_fd()
+            if fd < 0 or name.startswith(PRIVATE_XATTRS):
+                raise os_error(ENODATA)
+            return get_xattr(fd, name)
+
+    def listxattr(self) -> list[bytes]:
+        """The names of its extended attributes, without our own."""
+        with self.tree.lock:
+            fd = self.path_fd()
+            if fd < 0:
+                return []
+            return [name for name in list_xattr(fd) if not name.startswith(PRIVATE_XATTRS)]
+
+    def readlink(self) -> bytes:
+        """The content of a symbolic link."""
+        with self.tree.lock:
+            if self.kind != stat.S_IFLNK:
+                raise os_error(EINVAL)
+            return os.readlink(b"", dir_fd=self.path_fd())
+
+    # --- what does --------------------------------------------------------------------------------
+    def setattr(
+        self,
+        valid: int,
+        mode: int = 0,
+        uid: int = NO_ID,
+        gid: int = NO_ID,
+        size: int = 0,
+        atime_ns: int = 0,
+        mtime_ns: int = 0,
+    ) -> None:
+        """Change size, owner, mode and times."""
+        with self.tree.mutation:
+            self.copy_up(data=not (valid & SETATTR_SIZE and size == 0))
+            fd = self.path_fd()
+            set_attributes(fd, self.kind, valid, mode, uid, gid, size, atime_ns, mtime_ns)
+
+    def setxattr(self, name: bytes, value: bytes, flags: int) -> None:
+        """Set an extended attribute."""
+        check_xattr_name(name)
+        if name.startswith(PRIVATE_XATTRS):
+            raise os_error(EPERM)
+        with self.tree.mutation:
+            self.copy_up()
+            os.setxattr(fd_path(self.path_fd()), name, value, flags)
+
+    def removexattr(self, name: bytes) -> None:
+        """Remove an extended attribute."""
+        with self.tree.mutation:
+            self.getxattr(name)  # ENODATA is no reason to copy
+            self.copy_up()
+            os.removexattr(fd_path(self.path_fd()), name)
+
+
+class UnionFile(UnionNode):
+    """Anything but a directory, in exactly one layer."""
+
+    __slots__ = ("_readers", "dev", "fd", "ino", "layer")
+
+    def __init__(
+        self,
+        parent: "MergedDirectory",
+        name: bytes,
+        identity: Qid,
+        fd: int,
+        st: os.stat_result,
+        layer: int,
+    ) -> None:
+        """Take over O_PATH descriptor `fd`, found in the parent's `layer` (or UPPER)."""
+        super().__init__(parent.tree, parent, name, stat.S_IFMT(st.st_mode), identity)
+        self.fd = fd
+        self.layer = layer
+        self.dev = st.st_dev
+        self.ino = st.st_ino
+        self._readers: list[_LowerReader] | None = None
+
+    def close_descriptors(self) -> None:
+        """Close the descriptor, if it is open."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def give_up(self) -> bool:
+        """Close the descriptor, unless only it leads to the file."""
+        if self.dead:
+            return False
+        self.close_descriptors()
+        return True
+
+    def path_fd(self) -> int:
+        """The descriptor, opened again if it was given up."""
+        if self.fd >= 0:
+            return self.fd
+        parent = self.parent
+        if parent is None or self.refs <= 0:
+            raise os_error(ESTALE)  # the tree is closed
+        fd = open_path(self.name, parent.layer_fd(self.layer))
+        st = os.fstat(fd)
+        if st.st_ino != self.ino or st.st_dev != self.dev:
+            os.close(fd)
+            raise os_error(ESTALE)  # the host replaced it
+        self.fd = fd
+        self.tree.descriptors.hold(self)
+        return fd
+
+    def stat(self) -> os.stat_result:
+        """Its stat; a lower file has one name here, whatever names the host has for it."""
+        with self.tree.lock:
+            st = os.fstat(self.path_fd())
+            if st.st_nlink > 1 and self.layer != UPPER:
+                return altered(st, nlink=1)
+            return st
+
+    def not_directory(self, *_args: object, **_named: object) -> NoReturn:
+        """Refuse what only a directory can do."""
+        raise os_error(ENOTDIR)
+
+    walk = create = mkdir = symlink = mknod = link = rename = unlink = not_directory
+
+    def write_tree(self) -> WriteTree | None:
+        """The write tree that takes changes of this file."""
+        return None if self.parent is None else self.parent.write
+
+    def open(self, flags: int) -> OpenFile:
+        """Open the contents, copying up first if they may change."""
+        tree = self.tree
+        with tree.mutation:
+            tree.descriptors.make_room()
+            if flags & (os.O_ACCMODE | os.O_TRUNC) and self.kind == stat.S_IFREG:
+                self.copy_up(data=not flags & os.O_TRUNC)
+            upper = self.layer == UPPER
+            fd = open_contents(self.path_fd(), self.kind, flags, owner_may=upper)
+            if upper:
+                return HostFile(fd, tree.no_space)
+            reader = _LowerReader(fd, self)
+            if self._readers is None:
+                self._readers = []
+            self._readers.append(reader)
+            return reader
+
+    def copy_up(self, *, data: bool = True) -> None:
+        """Be in the write tree."""
+        if self.layer == UPPER:
+            return
+        parent = self.parent
+        if parent is None or parent.write is None:
+            raise os_error(EROFS)
+        write = parent.write
+        if not self.dead:
+            parent.copy_up()
+        fd = self.path_fd()
+        temporary = write.temporary()
+        copy = -1
+        try:
+            copy = copy_file(fd, os.fstat(fd), temporary, write.work(), data=data)
+            readers = [
+                (reader, open_contents(copy, self.kind, os.O_RDONLY, owner_may=True))
+                for reader in self._readers or ()
+            ]
+            if self.dead:
+                write.discard(temporary)  # nameless like what it is a copy of
+            else:
+                parent.place_copy(temporary, self.name)
+        except BaseException:
+            if copy >= 0:
+                os.close(copy)
+            write.discard(temporary)
+            raise
+        st = os.fstat(copy)
+        os.dup2(copy, fd, inheritable=False)
+        os.close(copy)
+        self.layer = UPPER
+        self.dev, self.ino = st.st_dev, st.st_ino
+        if not self.dead:
+            self.tree.remember(write, st, self.identity)
+        for reader, contents in readers:
+            if reader.fd is not None:
+                os.dup2(contents, reader.fd, inheritable=False)
+            os.close(contents)
+        self._readers = None
+
+    def forget_reader(self, reader: "_LowerReader") -> None:
+        """Note that a file open for reading is being closed."""
+        if self._readers is not None:
+            self._readers.remove(reader)
+
+
+class _LowerReader(HostFile):
+    """A lower file open for reading; its descriptor is swapped when the file is copied up."""
+
+    __slots__ = ("_node",)
+
+    def __init__(self, fd: int, node: UnionFile) -> None:
+        """Take over `fd` and keep `node`, which finds us through its list of readers."""
+        super().__init__(fd, node.tree.no_space)
+        node.refs += 1
+        self._node = node
+
+    def close(self) -> None:
+        """Close the descriptor, once."""
+        with self._node.tree.lock:
+            if self.fd is not None:
+                self._node.forget_reader(self)
+                super().close()
+                self._node.close()
+
+
+def altered(
+    st: os.stat_result,
+    *,
+    mode: int | None = None,
+    nlink: int | None = None,
+    uid: int | None = None,
+    gid: int | None = None,
+) -> os.stat_result:
+    """A copy of `st` with some of its fields different."""
+    # The only way to all fields of a structseq.
+    fields, rest = cast("tuple[tuple[int, ...], dict[str, object]]", st.__reduce__()[1])
+    changed = list(fields)
+    for index, value in ((0, mode), (3, nlink), (4, uid), (5, gid)):
+        if value is not None:
+            changed[index] = value
+    return os.stat_result(changed, rest)

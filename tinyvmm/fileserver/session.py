@@ -19,7 +19,19 @@ to what system calls take before a tree sees it.
 import os
 import stat
 from collections.abc import Callable, Sequence
-from errno import E2BIG, EBADF, EBUSY, EINVAL, EIO, EMFILE, EMSGSIZE, ENOENT, EOPNOTSUPP, EPROTO
+from errno import (
+    E2BIG,
+    EBADF,
+    EBUSY,
+    EINVAL,
+    EIO,
+    EMFILE,
+    EMSGSIZE,
+    ENOENT,
+    ENOTDIR,
+    EOPNOTSUPP,
+    EPROTO,
+)
 from typing import Any
 
 from tinyvmm import ninep
@@ -50,8 +62,8 @@ NO_NAMES = (b"", b".", b"..")
 
 # The rest concerns the client (O_CLOEXEC, O_NONBLOCK, O_DIRECT, O_NOATIME...), or asks the server
 # for what only Tlcreate may (O_CREAT, O_TMPFILE).
-OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_DIRECTORY | os.O_SYNC
-CREATE_FLAGS = OPEN_FLAGS & ~os.O_DIRECTORY | os.O_EXCL | os.O_CREAT
+OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_SYNC
+CREATE_FLAGS = OPEN_FLAGS | os.O_CREAT | os.O_EXCL
 
 MKNOD_TYPES = {0, stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
 
@@ -339,7 +351,10 @@ class Session:
     def Tlopen(self, m: ninep.Tlopen) -> Message:
         """Open what the fid stands for."""
         fid = self._unopened(m.fid)
-        fid.file = fid.node.open(_open_flags(m.flags) & OPEN_FLAGS)
+        flags = _open_flags(m.flags)
+        if flags & os.O_DIRECTORY and not fid.node.qid().type & ninep.QTDIR:
+            raise failure(ENOTDIR)
+        fid.file = fid.node.open(flags & OPEN_FLAGS)
         return ninep.Rlopen(fid.node.qid(), 0)
 
     def Tlcreate(self, m: ninep.Tlcreate) -> Message:

@@ -31,9 +31,10 @@ class NoInterrupts:
         """Ignore the level."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo has no options."""
-    parser.epilog = "example: tinyvmm demo"
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command, which has no options."""
+    parser = subparsers.add_parser("demo", help="run a tiny guest of our own; needs no kernel")
+    parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -72,7 +72,7 @@ def check_kernel() -> Finding:
     from tinyvmm.images import kernels
 
     try:
-        installed = kernels.find_installed()
+        installed = kernels.default()
     except ConfigError as error:
         return Finding("note", "kernel", str(error), "tinyvmm kernel fetch")
     if installed is not None:
@@ -147,9 +147,14 @@ def can_run(found: list[Finding]) -> bool:
     return state["linux on kvm"] == "ok" or state["lab"] == "ok"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The doctor has no options."""
-    parser.epilog = "exit status: 0 if `tinyvmm run` can work here, else 1"
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command, which has no options."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what this computer offers and lacks",
+        epilog="exit status: 0 if `tinyvmm run` can work here, else 1",
+    )
+    parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -17,31 +17,21 @@ from tinyvmm.errors import TinyvmmError
 
 STATUS_FAILED = 125
 
-COMMANDS = {
-    "run": "run a command in a virtual machine",
-    "kernel": "list, fetch and import kernels",
-    "doctor": "say what this computer offers and lacks",
-    "lab": "run a command where /dev/kvm is a real kvm_amd",
-    "demo": "run a tiny guest of our own, no kernel needed",
-}
+COMMANDS = ("run", "kernel", "doctor", "lab", "demo")
 
 
 class CommandModule(Protocol):
     """What each module tinyvmm.cli.NAME provides."""
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the command's options."""
+    def add_parser(self, subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+        """Declare the command and its options; `set_defaults(main=...)` says who does it.
 
-    def main(self, args: argparse.Namespace) -> int:
-        """Do it; `args.command_line` is what stood behind `--`. Return the exit status."""
-
-
-def command_module(name: str) -> CommandModule:
-    """Import the module of one command."""
-    return cast("CommandModule", import_module(f"tinyvmm.cli.{name}"))
+        `main` takes the arguments, in which `guest_argv` is what stood behind `--` and `own_argv`
+        what stood before it, and returns the exit status.
+        """
 
 
-def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_argv(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split at the first `--`: our own arguments, and the guest's."""
     argv = list(argv)
     if "--" not in argv:
@@ -50,41 +40,29 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the part that all commands share."""
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+def build_parser(commands: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of these commands."""
     parser = argparse.ArgumentParser(
         prog="tinyvmm",
-        usage="tinyvmm COMMAND [OPTION]... [-- CMD [ARG]...]",
         description="Run commands in real virtual machines, from pure Python.",
-        epilog=f"commands:\n{listing}\n\nexample: tinyvmm run -- uname -a",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: tinyvmm run -- uname -a",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tinyvmm {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in commands:
+        cast("CommandModule", import_module(f"tinyvmm.cli.{name}")).add_parser(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv by default) and return the exit status."""
-    own, guests = split_command_line(sys.argv[1:] if argv is None else argv)
-    if own and own[0] in COMMANDS:
-        name, rest = own[0], own[1:]
-    else:
-        name, rest = build_parser().parse_args(own[:1] or ["--help"]).command, own[1:]
-    module = command_module(name)
-    parser = argparse.ArgumentParser(
-        prog=f"tinyvmm {name}",
-        description=COMMANDS[name].capitalize() + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    args = parser.parse_args(rest)
-    args.command_line = guests
+    own, guests = split_argv(sys.argv[1:] if argv is None else argv)
+    asked = [own[0]] if own and own[0] in COMMANDS else COMMANDS
+    args = build_parser(asked).parse_args(own)
+    args.own_argv, args.guest_argv = own, guests
     try:
-        return module.main(args)
+        return cast("int", args.main(args))
     except TinyvmmError as error:
         print(f"tinyvmm: {error}", file=sys.stderr)
         return STATUS_FAILED

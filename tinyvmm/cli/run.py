@@ -4,12 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from tinyvmm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tinyvmm.command import RunOptions
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -80,10 +76,18 @@ def parse_environment(text: str) -> str:
     return f"{name}={os.environ[name]}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `run`."""
-    parser.usage = "tinyvmm run [OPTION]... -- CMD [ARG]..."
-    parser.epilog = _EPILOG
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run a command in a virtual machine",
+        usage="tinyvmm run [OPTION]... -- CMD [ARG]...",
+        description="Run a command in a virtual machine whose root is this computer's directories.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(main=main)
     add = parser.add_argument
     add("--memory", type=parse_size, default=1 << 30, metavar="SIZE", help="RAM (default 1G)")
     add("--cpus", type=int, default=1, metavar="N", help="vCPUs (default 1)")
@@ -120,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refuse, rather than use the lab, where this KVM cannot run Linux",
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    add("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # the -- may be left out
 
 
 def environment(extra: list[str]) -> list[str]:
@@ -150,7 +154,7 @@ def open_console(where: str | None) -> Callable[[bytes], None] | None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it: here if this KVM can, else in the lab."""
-    argv = args.command + args.command_line
+    argv = args.argv + args.guest_argv
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
     from tinyvmm.probe import missing_for_linux

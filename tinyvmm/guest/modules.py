@@ -15,7 +15,7 @@ the headers of each file. Names are compared as the kernel does, with `-` and `_
 import importlib
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -100,9 +100,7 @@ def write_modules_dep(modules_dir: str) -> None:
     Raises ConfigError if a module isn't one, depends on none that is there, or on itself.
     """
     paths = {module_name(path): path for path in sorted(_find(modules_dir))}
-    direct: dict[str, Sequence[str]] = {}
-    for name, path in paths.items():
-        direct[name] = tuple(map(module_name, _read_dependencies(modules_dir, path)))
+    direct = {name: _read_dependencies(modules_dir, path) for name, path in paths.items()}
     temporary = os.path.join(modules_dir, f"modules.dep.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
         for name, path in paths.items():
@@ -116,10 +114,14 @@ def dependencies(module: bytes | memoryview) -> tuple[str, ...]:
 
     Raises ValueError if it is not a kernel module.
     """
-    for entry in bytes(_modinfo(module)).split(b"\0"):
+    try:
+        info = bytes(_modinfo(module))
+    except (struct.error, OverflowError):  # a table that would lie beyond the end
+        raise ValueError("it is cut off or damaged") from None
+    for entry in info.split(b"\0"):
         key, _, value = entry.partition(b"=")
         if key == b"depends":
-            return tuple(name for name in value.decode().split(",") if name)
+            return tuple(module_name(name) for name in value.decode().split(",") if name)
     return ()
 
 
@@ -144,11 +146,11 @@ def _read_dependencies(modules_dir: str, path: str) -> tuple[str, ...]:
             memoryview(view) as data,
         ):
             return dependencies(data)
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{module.path} is not a whole kernel module: {error}") from None
 
 
-def _in_order(name: str, direct: dict[str, Sequence[str]]) -> list[str]:
+def _in_order(name: str, direct: Mapping[str, Sequence[str]]) -> list[str]:
     """All that `name` depends on, each after what it depends on itself."""
     order: dict[str, None] = {}
 

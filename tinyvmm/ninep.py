@@ -722,7 +722,9 @@ class Codec:
 
         # Most messages are one run with a qid at most: `head` packs and unpacks them whole.
         first = self.runs[0]
+        self.kind: type[Any] = record
         self.head = struct.Struct(HEADER.format + first.struct.format[1:])
+        self.unpack = struct.Struct("<7x" + first.struct.format[1:]).unpack
         self.short = len(self.runs) == 1 and first.take is None and len(first.qids) < 2
         self.qid_at = first.qids[0] if first.qids else -1
 
@@ -759,11 +761,17 @@ class Codec:
 _codecs: dict[type[Record], Codec] = {}
 
 
+_by_number: dict[int, Codec] = {}
+_new = tuple.__new__  # a record of fields known to be all there
+
+
 def codec_of(record: type[Record]) -> Codec:
     """Give the compiled grammar of a record, compiling it the first time."""
     codec = _codecs.get(record)
     if codec is None:
         codec = _codecs[record] = Codec(record)
+        if codec.number:
+            _by_number[codec.number] = codec
     return codec
 
 
@@ -787,18 +795,18 @@ def decode(data: bytes) -> tuple[int, Message]:
     data = bytes(data)
     try:
         size, number, tag = HEADER.unpack_from(data)
-        kind = MESSAGES.get(number)
-        if size != len(data) or kind is None:
+        if size != len(data) or number not in MESSAGES:
             raise ProtocolError(f"size {size}, type {number} in {len(data)} bytes")
-        codec = _codecs.get(kind) or codec_of(kind)
+        codec = _by_number.get(number) or codec_of(MESSAGES[number])
+        kind = codec.kind
         if codec.short and codec.qid_at < 0:
-            return tag, tuple.__new__(kind, codec.head.unpack(data)[3:])
+            return tag, _new(kind, codec.unpack(data))
         values, end = codec.take(data, HEADER.size)
     except struct.error as error:
         raise ProtocolError(str(error)) from None
     if end != size:
         raise ProtocolError(f"{kind.__name__}: {size - end} bytes too many")
-    return tag, tuple.__new__(kind, values)
+    return tag, _new(kind, values)
 
 
 # --- messages in descriptor chains ----------------------------------------------------------
@@ -841,10 +849,10 @@ def scatter(views: Views, data: bytes) -> int:
 
 def decode_views(views: Views, limit: int) -> tuple[int, Message]:
     """Decode one request of `limit` bytes at most; the data of a Twrite is left in the views."""
-    total = sum([len(view) for view in views])
+    head: memoryview | bytes = views[0] if views else b""
+    total = len(head) if len(views) < 2 else sum([len(view) for view in views])
     if total > limit:
         raise ProtocolError(f"{total} bytes where {limit} were agreed")
-    head = views[0] if views else b""
     if len(head) < HEADER.size:
         head = b"".join(cut(views, 0, HEADER.size))
     if len(head) < HEADER.size or head[4] != Twrite.number:
@@ -907,5 +915,5 @@ def decode_records(record: type[R], data: bytes) -> list[R]:
             values, at = codec.take(data, at)
         except struct.error as error:
             raise ProtocolError(str(error)) from None
-        records.append(tuple.__new__(record, values))
+        records.append(_new(record, values))
     return records

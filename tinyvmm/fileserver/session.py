@@ -279,7 +279,7 @@ class Session:
         qids: list[Qid] = []
         try:
             for name in m.wname:
-                if name in (b"", b".") or b"/" in name or b"\0" in name:
+                if not name or name == b"." or b"/" in name or b"\0" in name:
                     raise failure(ENOENT)
                 below = node.walk(name)
                 if above is not None:

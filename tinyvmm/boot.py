@@ -303,6 +303,8 @@ def _send(memory: Ram, path: str, source: int, segment: Segment) -> None:
     gpa, offset, left = segment
     region = next(r for r in memory.regions if r.gpa <= gpa < r.gpa + r.size)
     os.lseek(memory.fd, region.offset + gpa - region.gpa, os.SEEK_SET)
+    # sendfile reads ahead timidly: on a file that is not in memory this doubles its pace
+    os.posix_fadvise(source, offset, left, os.POSIX_FADV_WILLNEED)
     while left:
         try:
             sent = os.sendfile(memory.fd, source, offset, left)

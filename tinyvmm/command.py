@@ -45,7 +45,7 @@ _PANIC = b"Kernel panic"
 _PANIC_LINES = 12
 
 # `panic=-1` makes a panic reset at once, which ends the run; what the kernel printed tells why.
-CMDLINE = "console=ttyS0 panic=-1 no_timer_check"
+CMDLINE = "console=ttyS0 panic=-1 no_timer_check pci=off"
 
 
 class RunOptions(NamedTuple):

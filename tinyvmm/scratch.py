@@ -13,27 +13,29 @@ _PREFIX = "tinyvmm-scratch-"
 
 
 class ScratchDirectory:
-    """A new directory, mode 0700, at `path` until `close`."""
+    """A new directory at `path` until `close`, inside a locked one of mode 0700."""
 
     def __init__(self, parent: str | None = None) -> None:
         """Make it under `parent` ($TMPDIR, else /tmp), after removing what dead runs left there."""
         parent = parent or os.environ.get("TMPDIR") or "/tmp"
-        self.path = os.path.join(parent, _PREFIX + os.urandom(6).hex())
+        self._base = os.path.join(parent, _PREFIX + os.urandom(6).hex())
+        self.path = os.path.join(self._base, "writes")
         try:
             _remove_stale(parent)
-            os.mkdir(self.path, 0o700)
+            os.mkdir(self._base, 0o700)
+            os.mkdir(self.path, 0o755)
         except OSError as error:
             raise ConfigError(
                 f"cannot make a directory for the guest's writes in {parent}: {error.strerror}; "
                 "set TMPDIR, or give --write DIR"
             ) from None
-        self._fd = _lock(self.path)
+        self._fd = _lock(self._base)
 
     def close(self) -> None:
         """Remove the directory and all that is in it; harmless when done twice."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            _remove(self.path)
+            _remove(self._base)
             os.close(fd)
 
 
@@ -64,7 +66,8 @@ def _remove_stale(parent: str) -> None:
 
 def _remove(path: str) -> None:
     try:
-        os.rmdir(path)  # the common case: nothing was written
+        os.rmdir(os.path.join(path, "writes"))  # the common case: nothing was written
+        os.rmdir(path)
     except OSError:
         from shutil import rmtree
 

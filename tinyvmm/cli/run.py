@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
 
     problem = missing_for_linux()
     if problem is not None:
-        return _in_lab(args, argv, problem)
+        return run_in_lab(args, problem)
     from tinyvmm.command import RunOptions, run_command
     from tinyvmm.terminal import is_terminal_session
 
@@ -185,6 +185,32 @@ def main(args: argparse.Namespace) -> int:
     if result.message is not None:
         warn(result.message)
     return result.status
+
+
+def run_in_lab(args: argparse.Namespace, problem: str) -> int:
+    """Do the same in the lab, where KVM is a hardware one; say so first."""
+    if args.no_lab:
+        raise ConfigError(
+            f"this KVM cannot run Linux: {problem}; leave out --no-lab to use the lab"
+        )
+    from tinyvmm.command import prepare_kernel
+    from tinyvmm.lab import reexec
+    from tinyvmm.qemu import find_program
+
+    try:
+        find_program()
+    except ConfigError as error:
+        raise ConfigError(
+            f"this KVM cannot run Linux ({problem}), and for the lab {error}"
+        ) from None
+    # What is fetched, unpacked and cached here need not be there, where everything is slow.
+    prepare_kernel(args.kernel)[0].close()
+    shares = [host for _, host in args.write]
+    if args.console not in {None, "-"}:
+        shares.append(os.path.dirname(os.path.abspath(args.console)))
+    warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
+    own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
+    return reexec([*own, "--", *args.guest_argv], shares=shares)
 
 
 def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:

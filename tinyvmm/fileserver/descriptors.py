@@ -65,6 +65,10 @@ class Descriptors:
             holder.close_descriptors()
         self._holders.clear()
 
+    def holders(self) -> list[Holder]:
+        """Who holds descriptors now, oldest first."""
+        return list(self._holders)
+
     def make_room(self) -> None:
         """Come down to three quarters of the limit, if it is reached."""
         if len(self._holders) >= self.limit:

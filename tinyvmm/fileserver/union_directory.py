@@ -133,9 +133,9 @@ class UnionDirectory(MergedDirectory):
         check_name(name)
         with self.tree.mutation:
             source = self._of_this_tree(target)
+            self._check_free(name)
             if not isinstance(source, UnionFile):
                 raise os_error(EPERM)
-            self._check_free(name)
             if source.parent is None or source.parent.write is not self.write:
                 raise os_error(EXDEV)
             if source.dead and source.layer != UPPER:

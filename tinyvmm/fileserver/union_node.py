@@ -189,7 +189,10 @@ class UnionNode(_NodeInterface):
     def removexattr(self, name: bytes) -> None:
         """Remove an extended attribute."""
         with self.tree.mutation:
-            self.getxattr(name)  # ENODATA is no reason to copy
+            if self.kind in {stat.S_IFREG, stat.S_IFDIR}:
+                self.getxattr(name)  # ENODATA is no reason to copy
+            elif name.startswith(b"user."):
+                raise os_error(EPERM)  # xattr(7): not on these
             self.copy_up()
             os.removexattr(fd_path(self.path_fd()), name)
 
@@ -249,8 +252,8 @@ class UnionFile(UnionNode):
         """Its stat; a lower file has one name here, whatever names the host has for it."""
         with self.tree.lock:
             st = os.fstat(self.path_fd())
-            if st.st_nlink > 1 and self.layer != UPPER:
-                return altered(st, nlink=1)
+            if self.layer != UPPER and st.st_nlink != (not self.dead):
+                return altered(st, nlink=0 if self.dead else 1)
             return st
 
     def not_directory(self, *_args: object, **_named: object) -> NoReturn:

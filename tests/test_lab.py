@@ -91,6 +91,12 @@ def test_without_qemu_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         lab.run_in_lab(["true"])
 
 
+@pytest.mark.parametrize("hardware", [{"memory": 1 << 20}, {"cpus": 0}, {"cpus": 1000}])
+def test_a_machine_nobody_could_use_is_refused(hardware: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="give it"):
+        lab.run_in_lab(["true"], **hardware)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("path", "why"), [("/etc/passwd", "not a directory"), ("/nowhere", "make it"), ("/", "no lab")]
 )

@@ -50,6 +50,8 @@ from tinyvmm.streams import SocketOutput
 
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "kvm_amd")
 MEMORY = 4096 * MIB
+MEMORY_MIN = 256 * MIB
+CPUS_MAX = 64  # more than any computer can emulate side by side
 BOOT_TIMEOUT = 120.0  # seconds to STARTED; a few are usual
 POWER_OFF_TIMEOUT = 10.0  # seconds from GOODBYE to the end of QEMU
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -108,6 +110,15 @@ def _plan(
     find_program()
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm lab -- ls /dev/kvm")
+    hardware = Hardware(
+        default_memory() if memory is None else memory,
+        default_cpus() if cpus is None else cpus,
+        [_share(path) for path in shares],
+    )
+    if hardware.memory < MEMORY_MIN:
+        raise ConfigError(f"the lab cannot do with less than {MEMORY_MIN // MIB}M; give it more")
+    if not 1 <= hardware.cpus <= CPUS_MAX:
+        raise ConfigError(f"the lab cannot have {cpus} processors; give it 1 to {CPUS_MAX}")
     environment = dict(os.environ if env is None else env)
     environment.setdefault("PATH", DEFAULT_PATH)
     installed = kernels.find(kernel)
@@ -116,10 +127,9 @@ def _plan(
             f"kernel {installed.version}: the lab needs its modules, kvm_amd above all, and there "
             "are none with it; get a whole kernel with: tinyvmm kernel fetch"
         )
-    directories = [_share(path) for path in shares]
     mounts = [
         Mount(f"share{number}", path, "9p", data=SHARE_OPTIONS)
-        for number, path in enumerate(directories)
+        for number, path in enumerate(hardware.shares)
     ]
     config = InitConfig(
         commands=search_path(argv[0], environment["PATH"]),
@@ -133,7 +143,6 @@ def _plan(
         terminal=terminal,
         await_goodbye=True,
     )
-    hardware = Hardware(memory or default_memory(), cpus or default_cpus(), directories)
     return _Plan(config, hardware, installed.vmlinuz, installed.modules)
 
 
@@ -253,8 +262,10 @@ def python_command(code: str, arguments: Sequence[str]) -> list[str]:
     return [os.path.realpath(sys.executable), "-I", "-S", "-c", code, *arguments]
 
 
-def reexec(arguments: Sequence[str], *, shares: Sequence[str] = ()) -> int:
-    """Run `tinyvmm ARGUMENTS` in a lab and return its exit status."""
+def reexec(
+    arguments: Sequence[str], *, shares: Sequence[str] = (), timeout: float | None = None
+) -> int:
+    """Run `tinyvmm ARGUMENTS` in a lab and return its exit status, as `run_in_lab`."""
     import compileall
 
     package = os.path.dirname(os.path.abspath(__file__))
@@ -264,7 +275,7 @@ def reexec(arguments: Sequence[str], *, shares: Sequence[str] = ()) -> int:
         f"import sys; sys.path.insert(0, {os.path.dirname(package)!r}); sys.argv[0] = 'tinyvmm'; "
         "from tinyvmm.cli.main import main; sys.exit(main())"
     )
-    return run_in_lab(python_command(code, arguments), shares=shares)
+    return run_in_lab(python_command(code, arguments), shares=shares, timeout=timeout)
 
 
 # --- many commands -----------------------------------------------------------------------------

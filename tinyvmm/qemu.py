@@ -202,11 +202,17 @@ class Qemu:
         self._process.kill()
 
     def last_words(self, count: int = 12) -> str:
-        """Return the last lines of the guest kernel's console and of QEMU's own messages."""
+        """Return lines of the guest kernel's console and QEMU's own messages: a panic, or the last.
+
+        A panic begins with its reason, and goes on with a trace that may be long.
+        """
         end = os.lseek(self._console, 0, os.SEEK_END)
-        tail = os.pread(self._console, 1 << 16, max(0, end - (1 << 16)))
-        lines = [line.rstrip() for line in tail.decode(errors="replace").splitlines()]
-        return "\n".join([line for line in lines if line][-count:])
+        tail = os.pread(self._console, 1 << 16, max(0, end - (1 << 16))).decode(errors="replace")
+        lines = [line.rstrip() for line in tail.splitlines() if line.strip()]
+        for number, line in enumerate(lines):
+            if "Kernel panic" in line:
+                return "\n".join(lines[number : number + count])
+        return "\n".join(lines[-count:])
 
     def close(self) -> None:
         """End it if it runs, and let go of everything."""

@@ -138,6 +138,13 @@ def test_a_command_that_is_not_there_is_127() -> None:
     assert done.stderr == b"tinyvmm: lab: no-such-command: command not found in the guest\n"
 
 
+def test_a_panic_ends_it_with_255_and_its_reason() -> None:
+    done = tinyvmm_lab("--", "sh", "-c", "echo c > /proc/sysrq-trigger")
+    assert done.returncode == 255
+    assert b"tinyvmm: lab: the lab ended before its command did\n" in done.stderr
+    assert b"Kernel panic - not syncing: sysrq triggered crash\n" in done.stderr
+
+
 def test_a_slow_reader_gets_all_output() -> None:
     # The command ends long before: what it wrote waits in pipes, queues and sockets.
     command = [sys.executable, "-m", "tinyvmm", "lab", "--", "seq", "200000"]

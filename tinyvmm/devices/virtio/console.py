@@ -1,203 +1,248 @@
-"""Console device (virtio 1.2, section 5.3) with several ports: byte streams between guest and host.
+"""virtio console device with many ports: virtio 1.2, section 5.3.
 
-Model: device ID 3, VIRTIO_CONSOLE_F_MULTIPORT. Port i has a receive and a transmit queue; two
-control queues carry the messages by which ports come, are named, open and close. Linux shows port
-i of the virtio device v as /dev/vport<v>p<i>. Interrupt: the transport's.
+Device ID 3. A port is a stream each way; in a Linux guest port n of console device i is the
+character device /dev/vport<i>p<n>. Queues, from the driver's point of view:
 
-    queues: port 0 rx, tx; control rx, tx; port 1 rx, tx; port 2 rx, tx; ...
+    0, 1            receiveq and transmitq of port 0
+    2, 3            control receiveq and transmitq
+    2n + 2, 2n + 3  receiveq and transmitq of port n, from 1 on
 
-Port 0 is the one a driver without multiport would use: its queues exist, it is never added. Not
-emulated: console ports (hvc), resize, emergency write.
+Port 0 is what a driver without VIRTIO_CONSOLE_F_MULTIPORT would use; its queues exist, the port is
+never added. `ConsolePort` is the host's end of a port, `VirtioConsole` all of them together.
 
-Two rules of Linux's driver shape this file (drivers/char/virtio_console.c): data for a port that
-nobody in the guest has open is thrown away, so the host waits until it knows of a reader; and a
-reader sees end of file when we close the port, but only after it has read what came before.
+On the control queues travel messages `{le32 id, le16 event, le16 value}`. The driver begins with
+DEVICE_READY; each port is then offered with PORT_ADD, and once the driver answers PORT_READY, given
+its PORT_NAME and opened (PORT_OPEN 1). The driver says by PORT_OPEN whether a process has the port
+open. Linux throws away what arrives for a port that nobody has open, so nothing is sent before.
 
-Threads: `take_output`, `put_input` and `close` come from host threads, the rest from vCPUs; all
-take the device's lock. `on_output` and `on_space` are called with it held, so they must only wake
-somebody.
+Flow control is the queues' own. Output stays in the transmitq, and a writer in the guest blocks,
+until the host takes it; input goes as far as the buffers in the receiveq.
+
+Not emulated: VIRTIO_CONSOLE_F_SIZE and F_EMERG_WRITE, console ports (CONSOLE_PORT, RESIZE), removal
+of ports. A driver without F_MULTIPORT finds a device with nothing to say.
+
+Threads: vCPU threads through the transport, any host thread through the methods of a port; all hold
+the device's lock. `on_output` and `on_space` are called with it held: they may call the port's
+methods, and must not wait for another thread.
 """
 
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from struct import Struct
 from typing import Any
 
 from tinyvmm.devices.virtio.device import VirtioDevice
-from tinyvmm.devices.virtio.queue import Chain
+from tinyvmm.devices.virtio.queue import Chain, Virtqueue
 
+VIRTIO_ID_CONSOLE = 3
 VIRTIO_CONSOLE_F_MULTIPORT = 1 << 1
 
-DEVICE_READY, PORT_ADD, PORT_REMOVE, PORT_READY = 0, 1, 2, 3
-CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 4, 5, 6, 7
-CONTROL = Struct("<IHH")  # struct virtio_console_control: id, event, value
+VIRTIO_CONSOLE_DEVICE_READY = 0
+VIRTIO_CONSOLE_PORT_ADD = 1
+VIRTIO_CONSOLE_PORT_READY = 3
+VIRTIO_CONSOLE_PORT_OPEN = 6
+VIRTIO_CONSOLE_PORT_NAME = 7
+
 CONTROL_RX, CONTROL_TX = 2, 3
+_control = struct.Struct("<IHH")  # virtio_console_control: id, event, value
+_config = struct.Struct("<HHII")  # virtio_console_config: cols, rows, max_nr_ports, emerg_wr
 
-QUEUE_SIZE = 64
-CONTROL_MAX = 256  # messages kept for a driver that gives no buffers for them
-OUTPUT_MAX = 1 << 20  # bytes in one chain; a chain could name all of RAM many times over
-_CONFIG = Struct("<HHII")  # cols, rows, max_nr_ports, emerg_wr
-
-
-def _nobody() -> None:
-    """Stand in for the owner of a port."""
+# Linux fills every receiveq with pages and sends at most 32 KiB at a time.
+PORT_QUEUE_SIZE = 32
+CONTROL_QUEUE_SIZE = 16
+UNUSED_QUEUE_SIZE = 2
+# Far above what a driver sends in one chain; descriptors may name the same RAM again and again.
+OUTPUT_MAX = 16 << 20
 
 
 class ConsolePort:
-    """One byte stream each way; the host's end of it.
-
-    `on_output` is called when the guest has sent something, `on_space` when it has made room.
-    """
+    """The host's end of one port; it comes to life when given to a VirtioConsole."""
 
     def __init__(self, name: str) -> None:
-        """Make a port that the guest will see under `name`."""
+        """Make a port called `name` in the guest (/sys/class/virtio-ports/*/name)."""
         self.name = name
-        self.on_output: Callable[[], None] = _nobody
-        self.on_space: Callable[[], None] = _nobody
-        self._device: VirtioConsole | None = None
-        self._number = 0
-        self._host_open = True
+        self.on_output: Callable[[], None] = _nothing
+        """Called when the driver has sent something that `take_output` will return."""
+        self.on_space: Callable[[], None] = _nothing
+        """Called when `put_input` may succeed again."""
+        self.id = 0
+        self.ready = False  # the driver knows the port
+        self.guest_open = False  # a process in the guest has it open
+        self.closed = False  # by us
+        self._console: VirtioConsole | None = None
+
+    def attach(self, console: "VirtioConsole", port_id: int) -> None:
+        """Become port `port_id` of `console`."""
+        self._console = console
+        self.id = port_id
 
     def take_output(self) -> bytes:
-        """Take one buffer of what the guest sent; b"" if there is none.
-
-        What nobody takes stays in the guest's queue, and when that is full its writers wait.
-        """
-        return b"" if self._device is None else self._device.take(self._number)
+        """Return what one buffer of the guest holds and give it back; b"" if none waits."""
+        return self._console.take_output(self) if self._console is not None else b""
 
     def put_input(self, data: bytes | memoryview) -> int:
-        """Copy `data` into buffers the guest has posted; how many bytes found room."""
-        return 0 if self._device is None else self._device.put(self._number, data)
+        """Copy as much of `data` as the driver's buffers hold and return its length.
+
+        0 means to wait for `on_space`: the driver has no buffer, or nobody has the port open.
+        """
+        return self._console.put_input(self, data) if self._console is not None else 0
 
     def close(self) -> None:
-        """Let the guest's reader see end of file, after what was put before."""
-        self._host_open = False
-        if self._device is not None:
-            self._device.announce(self._number, PORT_OPEN, 0)
-
-    def attach(self, device: "VirtioConsole", number: int) -> None:
-        """Become port `number` of `device`."""
-        self._device, self._number = device, number
-
-    def is_open(self) -> bool:
-        """Whether the host's end is open."""
-        return self._host_open
+        """Let the guest's reader see end of file after what was put; no more can be."""
+        if self._console is not None:
+            self._console.close_port(self)
 
 
 class VirtioConsole(VirtioDevice):
-    """A console with the ports given, numbered from 1."""
-
-    name = "console"
-    device_id = 3
-    features = VIRTIO_CONSOLE_F_MULTIPORT
+    """The device: its ports have the ids 1, 2... in the order given."""
 
     def __init__(self, ports: Sequence[ConsolePort]) -> None:
-        super().__init__()
-        self._ports = dict(enumerate(ports, start=1))
-        self.queue_sizes = (QUEUE_SIZE,) * (2 * (len(ports) + 1) + 2)
-        self._control: deque[bytes] = deque()  # messages for the driver, not yet delivered
-        for number, port in self._ports.items():
-            port.attach(self, number)
+        sizes = [UNUSED_QUEUE_SIZE] * 2 + [CONTROL_QUEUE_SIZE] * 2
+        super().__init__(
+            "virtio-console",
+            VIRTIO_ID_CONSOLE,
+            queue_sizes=sizes + [PORT_QUEUE_SIZE] * (2 * len(ports)),
+            features=VIRTIO_CONSOLE_F_MULTIPORT,
+            config=_config.pack(0, 0, len(ports) + 1, 0),
+        )
+        self.ports = dict(enumerate(ports, 1))
+        for port_id, port in self.ports.items():
+            port.attach(self, port_id)
+        # Each message is here at most once, so there are at most four a port.
+        self._pending: deque[bytes] = deque()
 
-    def config(self) -> bytes:
-        """Return struct virtio_console_config."""
-        return _CONFIG.pack(0, 0, len(self._ports) + 1, 0)
+    def reset(self) -> None:
+        """Forget what the driver knew and had open; what the host closed stays closed."""
+        super().reset()
+        self._pending.clear()
+        for port in self.ports.values():
+            port.ready = port.guest_open = False
 
-    def handle_queue(self, index: int) -> None:
-        """Serve the control queues; wake the owner of a port."""
+    def handle(self, queue: Virtqueue) -> None:
+        """Serve the control queues, and pass on that a port's queue has moved."""
+        index = queue.index
         if index == CONTROL_TX:
-            self.drain(index, self._control_message)
+            while (chain := queue.pop()) is not None:
+                message = b"".join(view[: _control.size] for view in chain.readable)
+                queue.push(chain, 0)
+                if len(message) >= _control.size:
+                    self._control(*_control.unpack_from(message))
         elif index == CONTROL_RX:
-            self._deliver_control()
-        else:
-            port = self._ports.get((index - 2) // 2)
-            if port is not None:
-                wake = port.on_output if index % 2 else port.on_space
-                wake()
+            self._flush()
+        elif index > CONTROL_TX:
+            port = self.ports[index // 2 - 1]
+            if index & 1:
+                port.on_output()
+            else:
+                port.on_space()
 
-    def on_reset(self) -> None:
-        """Forget undelivered messages: the next driver asks anew."""
-        self._control.clear()
+    # --- control ----------------------------------------------------------------------------
 
-    # --- data, for ConsolePort ------------------------------------------------------------------
+    def _control(self, port_id: int, event: int, value: int) -> None:
+        if event == VIRTIO_CONSOLE_DEVICE_READY:
+            if value:
+                for known in self.ports:
+                    self._send(known, VIRTIO_CONSOLE_PORT_ADD)
+            return
+        port = self.ports.get(port_id)
+        if port is None:
+            return
+        if event == VIRTIO_CONSOLE_PORT_READY and value:
+            port.ready = True
+            self._send(port_id, VIRTIO_CONSOLE_PORT_NAME, 1, port.name.encode())
+            self._send(port_id, VIRTIO_CONSOLE_PORT_OPEN, int(not port.closed))
+        elif event == VIRTIO_CONSOLE_PORT_OPEN:
+            port.guest_open = bool(value)
+            if value:
+                port.on_space()
 
-    def take(self, number: int) -> bytes:
-        """Take the next non-empty buffer that the guest sent to a port."""
-        index = 2 * number + 3
+    def _send(self, port_id: int, event: int, value: int = 1, more: bytes = b"") -> None:
+        message = _control.pack(port_id, event, value) + more
+        if message not in self._pending:
+            self._pending.append(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what control messages there are buffers for."""
+        queue = self.queues[CONTROL_RX]
+        while self._pending and (chain := queue.pop()) is not None:
+            message = memoryview(self._pending.popleft())
+            written = _fill(chain, message)
+            queue.push(chain, written)
+            if written < len(message):
+                self.fail(f"control receiveq: a buffer of {written} bytes")
+
+    # --- the ports' side --------------------------------------------------------------------
+
+    def take_output(self, port: ConsolePort) -> bytes:
+        """See ConsolePort.take_output."""
         with self.lock:
-            data = b""
-            while not data and (chain := self.pop(index)) is not None:
-                data = self._gather(chain)
-                self.queues[index].push(chain, 0)
-            if data:
-                self.interrupt_if_needed(index)
+            queue = self.queues[2 * port.id + 3]
+            if not self.running or (chain := queue.pop()) is None:
+                return b""
+            if not 1 <= sum(map(len, chain.readable)) <= OUTPUT_MAX:
+                self.fail(f"port {port.id}: a chain without data, or past {OUTPUT_MAX} bytes of it")
+                return b""
+            data = b"".join(chain.readable)
+            queue.push(chain, 0)
             return data
 
-    def put(self, number: int, data: bytes | memoryview) -> int:
-        """Copy what fits into the buffers that the guest has posted for a port."""
-        index = 2 * number + 2
-        rest = memoryview(data)
+    def put_input(self, port: ConsolePort, data: bytes | memoryview) -> int:
+        """See ConsolePort.put_input."""
         with self.lock:
-            while rest and (chain := self.pop(index)) is not None:
+            if not self.running or not port.guest_open or port.closed:
+                return 0
+            rest = memoryview(data)
+            queue = self.queues[2 * port.id + 2]
+            while rest and (chain := queue.pop()) is not None:
                 written = _fill(chain, rest)
-                self.queues[index].push(chain, written)
+                if not written:
+                    self.fail(f"port {port.id}: a receive buffer without room")
+                    break
+                queue.push(chain, written)
                 rest = rest[written:]
-            if len(rest) < len(data):
-                self.interrupt_if_needed(index)
             return len(data) - len(rest)
 
-    def _gather(self, chain: Chain) -> bytes:
-        """Copy a chain's readable buffers, unless the copy would be too large to be honest."""
-        if sum(map(len, chain.readable)) > OUTPUT_MAX:
-            self.needs_reset(f"more than {OUTPUT_MAX} bytes in one chain")
-            return b""
-        return b"".join(chain.readable)
-
-    # --- control messages -------------------------------------------------------------------------
-
-    def announce(self, number: int, event: int, value: int, text: bytes = b"") -> None:
-        """Send the driver a message about a port, now or when it has room for it."""
+    def close_port(self, port: ConsolePort) -> None:
+        """See ConsolePort.close."""
         with self.lock:
-            if self.is_live() and len(self._control) < CONTROL_MAX:
-                self._control.append(CONTROL.pack(number, event, value) + text)
-                self._deliver_control()
+            if not port.closed:
+                port.closed = True
+                if self.running and port.ready:
+                    self._send(port.id, VIRTIO_CONSOLE_PORT_OPEN, 0)
 
-    def _deliver_control(self) -> None:
-        while self._control and (chain := self.pop(CONTROL_RX)) is not None:
-            message = self._control.popleft()
-            self.queues[CONTROL_RX].push(chain, _fill(chain, memoryview(message)))
-        self.interrupt_if_needed(CONTROL_RX)
-
-    def _control_message(self, chain: Chain) -> int:
-        """Take a message from the driver; nonsense is ignored."""
-        message = self._gather(chain)
-        if len(message) < CONTROL.size:
-            return 0
-        number, event, value = CONTROL.unpack_from(message)
-        if event == DEVICE_READY and value == 1:
-            for each in self._ports:
-                self.announce(each, PORT_ADD, 0)
-        elif event == PORT_READY and value == 1 and number in self._ports:
-            port = self._ports[number]
-            self.announce(number, PORT_NAME, 0, port.name.encode())
-            self.announce(number, PORT_OPEN, int(port.is_open()))
-        return 0
+    # --- state ------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """Return the queues' state and undelivered messages."""
-        return {**super().save(), "control": [message.hex() for message in self._control]}
+        """Return the state, with what driver and host know of each port."""
+        with self.lock:
+            return super().save() | {
+                "pending": [message.hex() for message in self._pending],
+                "ports": [
+                    [port.ready, port.guest_open, port.closed] for port in self.ports.values()
+                ],
+            }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what `save` returned."""
-        super().load(state)
-        self._control = deque(bytes.fromhex(message) for message in state["control"])
+        """Become what `save` described."""
+        with self.lock:
+            super().load(state)
+            self._pending.extend(bytes.fromhex(message) for message in state["pending"])
+            for port, known in zip(self.ports.values(), state["ports"], strict=True):
+                port.ready, port.guest_open, port.closed = known
 
 
 def _fill(chain: Chain, data: memoryview) -> int:
-    """Copy the beginning of `data` into the chain's writable buffers; how much that was."""
-    written = 0
+    """Copy the beginning of `data` into the chain's writable part; return how much."""
+    done = 0
     for buffer in chain.writable:
-        part = data[written : written + len(buffer)]
+        part = data[done : done + len(buffer)]
+        if not part:
+            break
         buffer[: len(part)] = part
-        written += len(part)
-    return written
+        done += len(part)
+    return done
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -1,20 +1,32 @@
-"""A virtio device without its transport (virtio 1.2, chapter 2): status, features, queues.
+"""What every virtio device is, whatever transport carries it: virtio 1.2, sections 2.1 to 2.6.
 
-A device type is a subclass that says what it is (`device_id`, `features`, `queue_sizes`), gives its
-configuration space, and handles a queue when the driver has added something. rng.py is the model.
-The transport (mmio.py) attaches itself, and turns register accesses into the calls below.
+A device is an ID, feature bits, the sizes of its queues, a configuration space of a few bytes, and
+what it does with one chain: a subclass gives those to `__init__` and writes `handle`. rng.py is the
+smallest that is whole. The transport (mmio.py) turns register accesses into the methods below.
 
-Threads: vCPU threads come in through the transport, host threads through the device's own methods.
-`lock`, one for each device, guards everything in the device and its queues; both kinds take it.
+The driver starts a device by raising bits of the status: ACKNOWLEDGE, DRIVER, its features,
+FEATURES_OK (refused, by not reading back, if it accepted what was not offered), the queues, then
+DRIVER_OK. No queue is touched before. If the driver breaks a rule the device raises
+DEVICE_NEEDS_RESET and does nothing more until the driver resets it by writing 0.
+
+Threads: vCPU threads come in through the transport, host threads through what a device offers them
+(a console's ports). `lock`, one RLock a device, guards everything here and the queues. A chain is
+taken, handled and given back within one hold of it, so a reset never finds one in between.
 """
 
 import threading
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from tinyvmm import trace
 from tinyvmm.devices.device import GuestMemory
-from tinyvmm.devices.virtio.queue import Chain, QueueError, Virtqueue
+from tinyvmm.devices.virtio.queue import (
+    VIRTIO_F_RING_EVENT_IDX,
+    VIRTIO_F_RING_INDIRECT_DESC,
+    Virtqueue,
+    VirtqueueError,
+)
 
 ACKNOWLEDGE = 1 << 0
 DRIVER = 1 << 1
@@ -22,150 +34,150 @@ DRIVER_OK = 1 << 2
 FEATURES_OK = 1 << 3
 DEVICE_NEEDS_RESET = 1 << 6
 FAILED = 1 << 7
+_DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
 
-VIRTIO_F_INDIRECT_DESC = 1 << 28
-VIRTIO_F_EVENT_IDX = 1 << 29
 VIRTIO_F_VERSION_1 = 1 << 32
-COMMON_FEATURES = VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX | VIRTIO_F_VERSION_1
+RING_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_RING_EVENT_IDX | VIRTIO_F_RING_INDIRECT_DESC
+
+# Why the driver is interrupted: the bits of InterruptStatus (4.2.2) and of the ISR (4.1.4.5).
+USED_BUFFER = 1 << 0
+CONFIGURATION_CHANGE = 1 << 1
 
 
 class VirtioDevice:
-    """The base of every virtio device."""
+    """A virtio device without its transport."""
 
-    name: ClassVar[str]
-    device_id: ClassVar[int]
-    """Chapter 5: "Virtio Device ID"."""
-    features: int = 0
-    """The type's own feature bits; those of the queue are added to them."""
-    queue_sizes: tuple[int, ...] = ()
-
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        name: str,
+        device_id: int,
+        *,
+        queue_sizes: Sequence[int],
+        features: int = 0,
+        config: bytes = b"",
+    ) -> None:
+        """Make device `device_id` (section 5), its `queue_sizes` being powers of two."""
+        self.name = name
+        self.device_id = device_id
+        self.features = features | RING_FEATURES
+        self.config = config
+        self.config_generation = 0
         self.lock = threading.RLock()
-        self.queues: list[Virtqueue] = []
         self.status = 0
         self.driver_features = 0
-        self._interrupt: Callable[[bool], None] = _nowhere
+        self._interrupt: Callable[[int], None] = _nobody
+        self._memory: GuestMemory | None = None
+        self.queues = [Virtqueue(index, size, self.fail) for index, size in enumerate(queue_sizes)]
 
-    # --- for the type -------------------------------------------------------------------------
-
-    def config(self) -> bytes:
-        """Return the configuration space as it is now."""
-        return b""
-
-    def handle_queue(self, index: int) -> None:
-        """Look for chains in queue `index`; with `lock` held."""
+    def handle(self, queue: Virtqueue) -> None:
+        """Serve `queue`, which has chains or may have; the lock is held."""
         raise NotImplementedError
 
-    def on_reset(self) -> None:
-        """Forget what the driver had set; with `lock` held."""
-
-    def drain(self, index: int, handle: Callable[[Chain], int]) -> None:
-        """Let `handle` serve every chain of a queue and return the length it wrote."""
-        queue = self.queues[index]
-        while (chain := self.pop(index)) is not None:
-            queue.push(chain, handle(chain))
-        self.interrupt_if_needed(index)
-
-    def pop(self, index: int) -> Chain | None:
-        """Take the next chain of a queue; None also when the driver broke its rules."""
-        if not self.is_live():
-            return None
-        try:
-            return self.queues[index].pop()
-        except QueueError as error:
-            self.needs_reset(str(error))
-            return None
-
-    def interrupt_if_needed(self, index: int) -> None:
-        """Tell the driver of used buffers, if it wants to be told."""
-        if self.queues[index].needs_interrupt():
-            self._interrupt(False)
-
-    def needs_reset(self, why: str) -> None:
-        """Stop serving, and ask the driver to start over (2.1.2)."""
-        if trace.hook is not None:
-            trace.hook(trace.Message(self.name, f"DEVICE_NEEDS_RESET: {why}"))
-        self.status |= DEVICE_NEEDS_RESET
-        if self.status & DRIVER_OK:
-            self._interrupt(True)
-
-    def is_live(self) -> bool:
-        """Whether the driver is ready and has not broken anything since."""
-        return self.status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK
-
-    # --- for the transport ----------------------------------------------------------------------
-
-    def attach(self, memory: GuestMemory, interrupt: Callable[[bool], None]) -> None:
-        """Make the queues; `interrupt` is called with False for buffers, True for the rest."""
-        self.queues = [Virtqueue(memory, size) for size in self.queue_sizes]
+    def attach(self, memory: GuestMemory, interrupt: Callable[[int], None]) -> None:
+        """Join a transport: `interrupt` takes USED_BUFFER or CONFIGURATION_CHANGE."""
+        self._memory = memory
         self._interrupt = interrupt
+        for queue in self.queues:
+            queue.on_used = partial(interrupt, USED_BUFFER)
 
-    def offered_features(self) -> int:
-        """Return every feature bit of this device."""
-        return self.features | COMMON_FEATURES
-
-    def set_status(self, value: int) -> None:
-        """Take what the driver writes to the status; 0 resets (2.1, 3.1.1)."""
-        if value == 0:
-            self.reset()
-            return
-        if value & FEATURES_OK and not self.status & FEATURES_OK:
-            unknown = self.driver_features & ~self.offered_features()
-            if unknown or not self.driver_features & VIRTIO_F_VERSION_1:
-                value &= ~FEATURES_OK
-        # A driver only ever adds bits, and cannot withdraw our request for a reset.
-        self.status |= value & ~DEVICE_NEEDS_RESET
-        if not self.status & FEATURES_OK:
-            self.status &= ~DRIVER_OK
-        if self.is_live():
-            for index in range(len(self.queues)):
-                self.notify(index)
-
-    def set_driver_features(self, half: int, value: int) -> None:
-        """Take 32 bits of the features that the driver accepts; only before FEATURES_OK."""
-        if half in {0, 1} and not self.status & FEATURES_OK:
-            shift = 32 * half
-            kept = self.driver_features & ~(0xFFFF_FFFF << shift)
-            self.driver_features = kept | value << shift
-
-    def enable_queue(self, index: int) -> None:
-        """Start queue `index`, as the driver has set it up."""
-        features = self.driver_features
-        try:
-            self.queues[index].enable(
-                event_idx=bool(features & VIRTIO_F_EVENT_IDX),
-                indirect=bool(features & VIRTIO_F_INDIRECT_DESC),
-            )
-        except QueueError as error:
-            self.needs_reset(str(error))
+    # --- what the transport calls -----------------------------------------------------------
 
     def notify(self, index: int) -> None:
-        """Tell the device that the driver has added to queue `index`; any number is allowed."""
-        if index < len(self.queues) and self.queues[index].ready and self.is_live():
-            self.handle_queue(index)
+        """The driver has made chains available in queue `index`; any number is harmless."""
+        with self.lock:
+            if self.status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK:
+                queues = self.queues
+                if index < len(queues) and queues[index].ready:
+                    self.handle(queues[index])
+
+    def set_status(self, value: int) -> None:
+        """Take the driver's write to the device status: more bits, or 0 for reset."""
+        with self.lock:
+            if not value:
+                self.reset()
+                return
+            raised = value & _DRIVER_BITS & ~self.status
+            if raised & FEATURES_OK and not self._features_ok():
+                raised &= ~FEATURES_OK
+            if raised & DRIVER_OK and not (self.status | raised) & FEATURES_OK:
+                raised &= ~DRIVER_OK
+            self.status |= raised
+            if raised & DRIVER_OK:
+                for queue in self.queues:  # a kick that came before was not heard
+                    self.notify(queue.index)
+
+    def _features_ok(self) -> bool:
+        accepted = self.driver_features
+        return bool(accepted & VIRTIO_F_VERSION_1) and not accepted & ~self.features
+
+    def enable_queue(self, queue: Virtqueue) -> None:
+        """Begin to use `queue` where the driver put it."""
+        with self.lock:
+            if queue.ready or not self.status & FEATURES_OK or self._memory is None:
+                return
+            try:
+                queue.enable(self._memory, self.driver_features)
+            except VirtqueueError as error:
+                self.fail(str(error))
 
     def reset(self) -> None:
-        """Return to the state of a device nobody has touched."""
+        """Forget the driver; a subclass adds what it knows of it. The lock is held."""
         self.status = 0
         self.driver_features = 0
         for queue in self.queues:
             queue.reset()
-        self.on_reset()
+
+    # --- what a device calls ----------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """True between DRIVER_OK and the first error or reset."""
+        return self.status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK
+
+    def fail(self, why: str) -> None:
+        """Stop until reset, because the driver did what it must not; the lock is held."""
+        if self.status & DEVICE_NEEDS_RESET:
+            return
+        if trace.hook is not None:
+            trace.hook(trace.Message(self.name, f"needs a reset: {why}"))
+        self.status |= DEVICE_NEEDS_RESET
+        if self.status & DRIVER_OK:  # section 2.1.2
+            self._interrupt(CONFIGURATION_CHANGE)
+
+    def set_config(self, config: bytes) -> None:
+        """Change the configuration space, and tell the driver; from any thread."""
+        with self.lock:
+            self.config = config
+            self.config_generation = (self.config_generation + 1) & 0xFFFF_FFFF
+            if self.running:
+                self._interrupt(CONFIGURATION_CHANGE)
+
+    # --- state ------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """Return status, features and queues; a type adds its own."""
-        return {
-            "status": self.status,
-            "driver_features": self.driver_features,
-            "queues": [queue.save() for queue in self.queues],
-        }
+        """Return the state in plain JSON types; the rings and buffers are in RAM."""
+        with self.lock:
+            return {
+                "status": self.status,
+                "driver_features": self.driver_features,
+                "config": self.config.hex(),
+                "config_generation": self.config_generation,
+                "queues": [queue.save() for queue in self.queues],
+            }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what `save` returned."""
-        self.status, self.driver_features = state["status"], state["driver_features"]
-        for queue, saved in zip(self.queues, state["queues"], strict=True):
-            queue.load(saved)
+        """Become what `save` described; the RAM attached holds what it held then."""
+        with self.lock:
+            if self._memory is None:
+                raise RuntimeError(f"{self.name} has no transport yet")
+            self.reset()
+            self.status = state["status"]
+            self.driver_features = state["driver_features"]
+            self.config = bytes.fromhex(state["config"])
+            self.config_generation = state["config_generation"]
+            for queue, queue_state in zip(self.queues, state["queues"], strict=True):
+                queue.load(queue_state, self._memory, self.driver_features)
 
 
-def _nowhere(configuration: bool) -> None:
-    """Stand in for the transport's interrupt until there is one."""
+def _nobody(_bits: int) -> None:
+    """Interrupt nobody: there is no transport yet."""

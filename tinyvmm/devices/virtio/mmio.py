@@ -1,15 +1,23 @@
-"""The virtio MMIO transport, version 2 (virtio 1.2, section 4.2.2).
+"""The virtio-over-MMIO transport, version 2: virtio 1.2, section 4.2.
 
-Model: a page of 32-bit registers, then the device's configuration space from 0x100. The guest is
-told of it by an ACPI device LNRO0005. Interrupt: one line, level-triggered: high while
-InterruptStatus is not 0.
+One page of guest-physical addresses: 32-bit registers below 0x100, the device's configuration space
+from there. `REGISTERS` is the table of section 4.2.2. Registers take aligned 32-bit accesses only;
+what else a driver does there reads as 0 and writes nothing. The configuration space takes any width
+and is read-only. What describes a queue is stored as it comes and checked when QueueReady is set.
 
-Not emulated: legacy drivers (version 1), shared-memory regions (their length reads as all-ones, so
-there are none), QueueReset.
+The guest is told of the page by an ACPI device LNRO0005. The interrupt is level triggered: the line
+is high while InterruptStatus is not 0.
 
-Threads: vCPUs; every access is made with the device's lock held.
+Not emulated: the legacy interface (version 1), shared memory regions (none exists), QueueReset
+(VIRTIO_F_RING_RESET is not offered).
+
+Threads: all vCPU threads; host threads come in through the device and `_interrupt`. The device's
+lock guards the registers. `_irq_lock` alone guards InterruptStatus and the line, so that a vCPU
+which acknowledges an interrupt need not wait for another one's request; it is taken last.
 """
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from tinyvmm.devices.device import GuestMemory, IrqLine
@@ -18,19 +26,18 @@ from tinyvmm.devices.virtio.device import FEATURES_OK, VirtioDevice
 from tinyvmm.devices.virtio.queue import Virtqueue
 
 MAGIC = int.from_bytes(b"virt", "little")
-VENDOR_ID = int.from_bytes(b"TINY", "little")
-CONFIG_OFFSET = 0x100
-INTERRUPT_USED_BUFFER = 1 << 0
-INTERRUPT_CONFIGURATION = 1 << 1
-NO_SHARED_MEMORY = 0xFFFF_FFFF
+VERSION = 2
+VENDOR_ID = int.from_bytes(b"tiny", "little")
+CONFIG = 0x100
+_U32 = 0xFFFF_FFFF
 
 
 class VirtioMmio(RegisterDevice):
-    """A virtio device behind a page of registers."""
+    """One virtio device on the memory bus; answers 0x1000 bytes."""
 
     REGISTERS = (
         Register("MagicValue", 0x000, 4, "R", MAGIC),
-        Register("Version", 0x004, 4, "R", 2),
+        Register("Version", 0x004, 4, "R", VERSION),
         Register("DeviceID", 0x008, 4, "R"),
         Register("VendorID", 0x00C, 4, "R", VENDOR_ID),
         Register("DeviceFeatures", 0x010, 4, "R"),
@@ -52,150 +59,173 @@ class VirtioMmio(RegisterDevice):
         Register("QueueDeviceLow", 0x0A0, 4, "W"),
         Register("QueueDeviceHigh", 0x0A4, 4, "W"),
         Register("SHMSel", 0x0AC, 4, "W"),
-        Register("SHMLenLow", 0x0B0, 4, "R", NO_SHARED_MEMORY),
-        Register("SHMLenHigh", 0x0B4, 4, "R", NO_SHARED_MEMORY),
-        Register("SHMBaseLow", 0x0B8, 4, "R", NO_SHARED_MEMORY),
-        Register("SHMBaseHigh", 0x0BC, 4, "R", NO_SHARED_MEMORY),
+        # The length of a region that does not exist is -1, and none does.
+        Register("SHMLenLow", 0x0B0, 4, "R", _U32),
+        Register("SHMLenHigh", 0x0B4, 4, "R", _U32),
+        Register("SHMBaseLow", 0x0B8, 4, "R", _U32),
+        Register("SHMBaseHigh", 0x0BC, 4, "R", _U32),
         Register("ConfigGeneration", 0x0FC, 4, "R"),
     )
 
     def __init__(self, device: VirtioDevice, memory: GuestMemory, irq: IrqLine) -> None:
-        """Put `device` behind registers, its queues in `memory`, its interrupt on `irq`."""
-        self.name = f"virtio-mmio {device.name}"
-        self._device = device
+        """Give `device` its registers, the guest's `memory` and an interrupt line."""
+        self.name = device.name
+        self.device = device
+        self.write_QueueNotify: Callable[[int], None] = device.notify  # hot: no frame in between
         self._irq = irq
+        self._irq_lock = threading.Lock()
+        self._interrupt_status = 0
         super().__init__()
-        self.values["DeviceID"] = device.device_id
         device.attach(memory, self._interrupt)
 
-    def read(self, offset: int, size: int) -> int:
-        """Answer a register or configuration read."""
-        with self._device.lock:
-            return super().read(offset, size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Perform a register write."""
-        with self._device.lock:
-            super().write(offset, size, value)
-
     def read_other(self, offset: int, size: int) -> int:
-        """Answer from the configuration space; zeros behind its end and between registers."""
-        if offset < CONFIG_OFFSET:
+        """Read the configuration space, which is 0 past its end."""
+        start = offset - CONFIG
+        if start < 0:
             return 0
-        start = offset - CONFIG_OFFSET
-        return int.from_bytes(self._device.config()[start : start + size], "little")
+        return int.from_bytes(self.device.config[start : start + size], "little")
 
-    def _queue(self) -> Virtqueue | None:
-        """Return the queue that QueueSel names, if there is one."""
-        index = self.values["QueueSel"]
-        return self._device.queues[index] if index < len(self._device.queues) else None
+    # --- identity and features --------------------------------------------------------------
 
-    def _interrupt(self, configuration: bool) -> None:
-        cause = INTERRUPT_CONFIGURATION if configuration else INTERRUPT_USED_BUFFER
-        status = self.values["InterruptStatus"]
-        self.values["InterruptStatus"] = status | cause
-        if configuration:
-            generation = self.values["ConfigGeneration"] + 1
-            self.values["ConfigGeneration"] = generation & 0xFFFF_FFFF
-        if not status:
-            self._irq.set(True)
-
-    # --- registers with side effects ----------------------------------------------------------
+    def read_DeviceID(self) -> int:
+        """Say which kind of device this is."""
+        return self.device.device_id
 
     def read_DeviceFeatures(self) -> int:
-        """32 bits of the offered features: which, DeviceFeaturesSel says."""
-        half = self.values["DeviceFeaturesSel"]
-        return self._device.offered_features() >> 32 * half & 0xFFFF_FFFF if half < 2 else 0
+        """Offer the 32 features that DeviceFeaturesSel chooses."""
+        sel = self.values["DeviceFeaturesSel"]
+        return self.device.features >> 32 * sel & _U32 if sel < 2 else 0
 
     def write_DriverFeatures(self, value: int) -> None:
-        """32 bits of the accepted features."""
-        self._device.set_driver_features(self.values["DriverFeaturesSel"], value)
+        """Take the 32 features that DriverFeaturesSel chooses.
+
+        None past the 64th was offered; what is accepted there is kept in one place, to be refused.
+        """
+        with self.device.lock:
+            if not self.device.status & FEATURES_OK:
+                shift = 32 * min(self.values["DriverFeaturesSel"], 2)
+                kept = self.device.driver_features & ~(_U32 << shift)
+                self.device.driver_features = kept | value << shift
+
+    # --- queues -----------------------------------------------------------------------------
+
+    def _queue(self) -> Virtqueue | None:
+        sel = self.values["QueueSel"]
+        return self.device.queues[sel] if sel < len(self.device.queues) else None
 
     def read_QueueNumMax(self) -> int:
-        """The largest size of the queue, 0 if there is no such queue."""
+        """Return the greatest size of the queue, 0 if there is no such queue."""
         queue = self._queue()
         return queue.size_max if queue is not None else 0
 
-    def write_QueueNum(self, value: int) -> None:
-        """The size that the driver wants."""
-        queue = self._queue()
-        if queue is not None and not queue.ready:
-            queue.size = value
-
     def read_QueueReady(self) -> int:
-        """Whether the queue is in use."""
+        """Return 1 while the queue is in use."""
         queue = self._queue()
         return int(queue is not None and queue.ready)
 
     def write_QueueReady(self, value: int) -> None:
-        """Start the queue, or stop it."""
-        queue = self._queue()
-        if queue is None:
-            return
-        if value & 1 and not queue.ready and self._device.status & FEATURES_OK:
-            self._device.enable_queue(self.values["QueueSel"])
-        elif not value & 1:
-            queue.ready = False
+        """Begin (1) or end (0) to use the queue."""
+        with self.device.lock:
+            queue = self._queue()
+            if queue is None:
+                return
+            if value & 1:
+                self.device.enable_queue(queue)
+            else:
+                queue.disable()
 
-    def write_QueueNotify(self, value: int) -> None:
-        """The driver has added buffers to queue `value`."""
-        self._device.notify(value)
-
-    def write_InterruptACK(self, value: int) -> None:
-        """The driver has seen these causes."""
-        status = self.values["InterruptStatus"]
-        left = self.values["InterruptStatus"] = status & ~value
-        if status and not left:
-            self._irq.set(False)
-
-    def read_Status(self) -> int:
-        """The device status."""
-        return self._device.status
-
-    def write_Status(self, value: int) -> None:
-        """The driver's progress, or 0 for a reset."""
-        self._device.set_status(value & 0xFF)
-        if value == 0:
-            self.write_InterruptACK(0xFFFF_FFFF)
-
-    def _set_address(self, area: str, value: int, shift: int) -> None:
-        queue = self._queue()
-        if queue is not None and not queue.ready:
-            kept = getattr(queue, area) & ~(0xFFFF_FFFF << shift)
-            setattr(queue, area, kept | value << shift)
+    def write_QueueNum(self, value: int) -> None:
+        """Take the queue's size."""
+        with self.device.lock:
+            queue = self._queue()
+            if queue is not None and not queue.ready:
+                queue.size = value
 
     def write_QueueDescLow(self, value: int) -> None:
-        """The descriptor table's address, bits 0 to 31."""
-        self._set_address("desc_gpa", value, 0)
+        """Take the descriptor table's address."""
+        self._set_address("desc_gpa", 0, value)
 
     def write_QueueDescHigh(self, value: int) -> None:
-        """The descriptor table's address, bits 32 to 63."""
-        self._set_address("desc_gpa", value, 32)
+        """Take the descriptor table's address."""
+        self._set_address("desc_gpa", 32, value)
 
     def write_QueueDriverLow(self, value: int) -> None:
-        """The available ring's address, bits 0 to 31."""
-        self._set_address("driver_gpa", value, 0)
+        """Take the available ring's address."""
+        self._set_address("avail_gpa", 0, value)
 
     def write_QueueDriverHigh(self, value: int) -> None:
-        """The available ring's address, bits 32 to 63."""
-        self._set_address("driver_gpa", value, 32)
+        """Take the available ring's address."""
+        self._set_address("avail_gpa", 32, value)
 
     def write_QueueDeviceLow(self, value: int) -> None:
-        """The used ring's address, bits 0 to 31."""
-        self._set_address("device_gpa", value, 0)
+        """Take the used ring's address."""
+        self._set_address("used_gpa", 0, value)
 
     def write_QueueDeviceHigh(self, value: int) -> None:
-        """The used ring's address, bits 32 to 63."""
-        self._set_address("device_gpa", value, 32)
+        """Take the used ring's address."""
+        self._set_address("used_gpa", 32, value)
+
+    def _set_address(self, name: str, shift: int, value: int) -> None:
+        """Set 32 bits of an address of the selected queue, unless it is in use."""
+        with self.device.lock:
+            queue = self._queue()
+            if queue is not None and not queue.ready:
+                kept = getattr(queue, name) & ~(_U32 << shift)
+                setattr(queue, name, kept | value << shift)
+
+    # --- status and interrupts --------------------------------------------------------------
+
+    def read_Status(self) -> int:
+        """Return the device status."""
+        return self.device.status
+
+    def write_Status(self, value: int) -> None:
+        """Take more status bits, or 0 to reset device and transport."""
+        with self.device.lock:
+            self.device.set_status(value)
+            if not value:
+                for register in self.REGISTERS:
+                    self.values[register.name] = register.reset
+                self.write_InterruptACK(_U32)
+
+    def read_InterruptStatus(self) -> int:
+        """Say why the line is high."""
+        return self._interrupt_status
+
+    def write_InterruptACK(self, value: int) -> None:
+        """Clear bits of InterruptStatus, and the line with the last."""
+        with self._irq_lock:
+            before = self._interrupt_status
+            self._interrupt_status = before & ~value
+            if before and not before & ~value:
+                self._irq.set(False)
+
+    def _interrupt(self, bits: int) -> None:
+        with self._irq_lock:
+            before = self._interrupt_status
+            self._interrupt_status = before | bits
+            if not before:
+                self._irq.set(True)
+
+    def read_ConfigGeneration(self) -> int:
+        """Return a number that changes with the configuration space."""
+        return self.device.config_generation
+
+    # --- state ------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """Return the registers and the device's state."""
-        with self._device.lock:
-            return {**super().save(), "device": self._device.save()}
+        """Return the state of transport and device."""
+        with self.device.lock:
+            return super().save() | {
+                "interrupt_status": self._interrupt_status,
+                "device": self.device.save(),
+            }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put back what `save` returned, and drive the line accordingly."""
-        with self._device.lock:
+        """Become what `save` described, the interrupt line included."""
+        with self.device.lock:
             super().load(state)
-            self._device.load(state["device"])
-            self._irq.set(self.values["InterruptStatus"] != 0)
+            self.device.load(state["device"])
+            with self._irq_lock:
+                self._interrupt_status = state["interrupt_status"]
+                self._irq.set(bool(self._interrupt_status))

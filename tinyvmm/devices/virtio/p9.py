@@ -1,51 +1,55 @@
-"""9P transport device: a channel that carries 9P requests and replies. The root filesystem's.
+"""virtio 9P transport device: a mount tag and a queue of 9P requests.
 
-Model: device ID 9 (virtio 1.2, section 5 lists it as "9P transport"; its layout is that of
-<linux/virtio_9p.h>): one queue, and a mount tag in the configuration space, by which the guest
-names it: `mount -t 9p TAG /mnt -o trans=virtio`. A chain holds one request in its readable buffers
-and room for the reply in its writable ones. Not emulated: nothing; what 9P means is the session's.
+Device ID 9. One queue: a chain's readable part is one request (T-message), its writable part the
+room for the reply. Configuration space, with VIRTIO_9P_MOUNT_TAG: `le16 tag_len, u8 tag[tag_len]`,
+the name a guest mounts by (`mount -t 9p -o trans=virtio TAG DIR`). virtio 1.2 only reserves the ID;
+layout and feature bit are those of <linux/virtio_9p.h>. The length in the used ring is the reply's
+own size field; Linux refuses a reply where they differ.
 
-The reply's length in the used ring must equal its own size field: Linux refuses it otherwise.
-Requests are served on the thread that notifies, one after the other: most are quicker to answer
-than to hand over.
+Requests are answered inline, on the thread of the vCPU that kicked and with the device's lock held,
+in the order they come: what is asked most is answered quicker than handed over. Not emulated:
+replies out of order.
 """
 
+import struct
 from typing import Protocol
 
 from tinyvmm.devices.virtio.device import VirtioDevice
-from tinyvmm.devices.virtio.queue import Chain
+from tinyvmm.devices.virtio.queue import Virtqueue
+from tinyvmm.errors import ConfigError
 
+VIRTIO_ID_9P = 9
 VIRTIO_9P_MOUNT_TAG = 1 << 0
+QUEUE_SIZE = 128  # Linux's driver sizes its messages for 128 descriptors (VIRTQUEUE_NUM)
+TAG_MAX = 255
 
 
 class NinePHandler(Protocol):
-    """The session of a 9P server."""
+    """Whoever answers 9P requests."""
 
     def handle(self, request: list[memoryview], reply: list[memoryview]) -> int:
-        """Serve one request; the length of the reply written, 0 if there was no room for one."""
+        """Answer `request` into `reply`; return the reply's length, 0 if it does not fit."""
 
 
 class Virtio9P(VirtioDevice):
-    """A 9P channel with a tag."""
-
-    name = "9p"
-    device_id = 9
-    features = VIRTIO_9P_MOUNT_TAG
-    queue_sizes = (128,)
+    """The file server's door: one `session` behind one mount `tag`."""
 
     def __init__(self, tag: str, session: NinePHandler) -> None:
-        """Serve requests by `session`; the guest mounts it by `tag`."""
-        super().__init__()
-        self._tag = tag.encode()
-        self._session = session
+        """Serve `session` as `tag`; ConfigError if the tag is empty or too long."""
+        name = tag.encode()
+        if not 1 <= len(name) <= TAG_MAX:
+            raise ConfigError(f"mount tag {tag!r}: give it 1 to {TAG_MAX} bytes")
+        super().__init__(
+            f"virtio-9p {tag}",
+            VIRTIO_ID_9P,
+            queue_sizes=(QUEUE_SIZE,),
+            features=VIRTIO_9P_MOUNT_TAG,
+            config=struct.pack("<H", len(name)) + name,
+        )
+        self._answer = session.handle
 
-    def config(self) -> bytes:
-        """Return struct virtio_9p_config: u16 tag_len, tag."""
-        return len(self._tag).to_bytes(2, "little") + self._tag
-
-    def handle_queue(self, index: int) -> None:
-        """Serve every request the driver has added."""
-        self.drain(index, self._serve)
-
-    def _serve(self, chain: Chain) -> int:
-        return self._session.handle(chain.readable, chain.writable)
+    def handle(self, queue: Virtqueue) -> None:
+        """Answer what requests there are."""
+        answer = self._answer
+        while (chain := queue.pop()) is not None:
+            queue.push(chain, answer(chain.readable, chain.writable))

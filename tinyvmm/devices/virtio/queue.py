@@ -1,52 +1,69 @@
-"""The split virtqueue, from the device's side (virtio 1.2, section 2.7).
+"""The split virtqueue, device's side: virtio 1.2, section 2.7.
 
-The driver owns RAM; a queue is three areas of it:
+Three arrays in the guest's RAM, all little-endian, the first two written by the driver only and the
+last by the device only:
 
-    descriptor table   size * { addr u64, len u32, flags u16, next u16 }      the driver writes
-    available ring     flags u16, idx u16, ring[size] u16, used_event u16     the driver writes
-    used ring          flags u16, idx u16, ring[size] {id u32, len u32}, avail_event u16   we write
+    descriptor table   { le64 addr, le32 len, le16 flags, le16 next }[size]
+    available ring     { le16 flags, le16 idx, le16 ring[size], le16 used_event }
+    used ring          { le16 flags, le16 idx, { le32 id, le32 len }[size], le16 avail_event }
 
-The driver links descriptors into a chain, puts the number of its first one (its head) into the
-available ring and raises idx. We pop the chain, read its readable buffers, fill its writable ones,
-put head and length into the used ring and raise idx there. Both indices count modulo 2^16 and are
-never reset; a slot is the index modulo the size, which is a power of two.
+A buffer is a chain of descriptors: first what the device reads, then what it writes. The driver
+puts the chain's head into the available ring and advances its idx; `pop` walks the chain. When the
+device is done, `push` puts the head and the number of bytes written into the used ring and advances
+that idx. Each idx counts freely modulo 2^16; the slot is idx modulo size, a power of two. A
+descriptor with VIRTQ_DESC_F_INDIRECT names a table of descriptors elsewhere in RAM and is the last
+of the direct ones.
 
-Every number here but our own indices comes from a guest. `pop` checks each before it is used and
-raises `QueueError` for what the specification forbids; the device then asks for a reset. Buffers
-are memoryviews onto RAM, so no data is copied here.
+With VIRTIO_F_EVENT_IDX each side says up to where it need not be told: the driver kicks us when its
+idx passes avail_event, we interrupt it when ours passes used_event. `pop` asks for a kick only when
+it finds the ring empty, so a busy device is not kicked at all.
 
-With VIRTIO_F_RING_EVENT_IDX each side names the index at which it wants to hear of the other
-(2.7.7, 2.7.10). The danger is a lost wake-up: we look for a chain, see none, say "tell me from
-here", and the driver has added one in between, seen the old wish, and stays silent. So we look
-again after saying it. x86 may let a load pass an earlier store, so a fence stands between; taking
-a lock is a locked instruction, which is one. The same holds for our index and the driver's wish.
+Nothing here trusts the driver: every address, length, index and count is checked as it is used, and
+each descriptor is read once. What breaks a rule is told to `on_error`, after which the owner must
+not use the queue until reset; `pop` never raises.
 
-Threads: whoever calls holds the device's lock.
+Memory ordering. The guest's CPUs run beside this thread, so it matters in which order memory sees
+our loads and stores. CPython performs them one after another, a 16-bit item of a memoryview being
+one `mov`; x86 lets none of them pass another (Intel SDM 3A, 9.2) but for one case: a store may wait
+in its buffer while a later load is done. Both event checks are that case. We store avail_event,
+then load avail.idx; the driver stores avail.idx, then loads avail_event: without a barrier each may
+see the other's old value, and the chain waits for ever. So it is with used.idx and used_event.
+`_fence`, taking and giving back a lock nobody else wants, is the barrier: it is made with a LOCK
+CMPXCHG, which no load or store passes. Nothing cheaper in the standard library is sure to have one.
+
+Threads: whoever calls holds the lock of the device that owns the queue.
 """
 
+import struct
 import threading
-from struct import Struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tinyvmm.devices.device import GuestMemory
+
+VIRTIO_F_RING_INDIRECT_DESC = 1 << 28
+VIRTIO_F_RING_EVENT_IDX = 1 << 29
 
 VIRTQ_DESC_F_NEXT = 1 << 0
 VIRTQ_DESC_F_WRITE = 1 << 1
 VIRTQ_DESC_F_INDIRECT = 1 << 2
 VIRTQ_AVAIL_F_NO_INTERRUPT = 1 << 0
 
-CHAIN_MAX = 1024  # descriptors in a chain; also what ends a chain that is a loop
+# Drivers do chain more descriptors in an indirect table than the queue has (Linux, splicing a long
+# pipe to a console port); something must end it, and IOV_MAX is what one system call takes.
+INDIRECT_MAX = 1024
 
-_descriptor = Struct("<QIHH")
-_fence = threading.Lock()
+_DESCRIPTOR_LEN = 16
+_descriptor = struct.Struct("<QIHH").unpack_from
+_NO_RAM = memoryview(b"")
 
 
-class QueueError(Exception):
-    """The driver broke the rules of the queue; the text says how."""
+class VirtqueueError(ValueError):
+    """The driver broke a rule of the queue."""
 
 
 class Chain(NamedTuple):
-    """A descriptor chain: its head, then the buffers to read and the buffers to fill, in order."""
+    """One buffer of the driver: RAM to read, RAM to write, and the head that `push` returns."""
 
     head: int
     readable: list[memoryview]
@@ -54,147 +71,171 @@ class Chain(NamedTuple):
 
 
 class Virtqueue:
-    """One queue of a device. The transport sets sizes and addresses, then calls `enable`."""
+    """One queue: its registers (as the transport sees them), and once enabled, its rings."""
 
-    def __init__(self, memory: GuestMemory, size_max: int) -> None:
-        """Make a queue of at most `size_max` (a power of two) entries, not yet enabled."""
-        self._memory = memory
+    def __init__(self, index: int, size_max: int, on_error: Callable[[str], None]) -> None:
+        """Make queue `index`, of at most `size_max` entries; `on_error` takes what went wrong."""
+        self.index = index
         self.size_max = size_max
+        self.on_used: Callable[[], None] = _nobody
+        """Interrupts the driver."""
+        self._on_error = on_error
+        self._fence = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        """Return to the state before the driver set anything."""
+        """Go back to the state after reset, and let go of the guest's RAM."""
         self.size = self.size_max
-        self.desc_gpa = self.driver_gpa = self.device_gpa = 0
-        self.ready = False
-        self._last_avail = 0
-        self._used_idx = 0
-        self._signalled = 0  # our used idx when we last decided about an interrupt
-        self._event_idx = self._indirect = False
-        nothing = memoryview(b"")
-        self._desc = self._avail = self._used = self._used_ring = nothing
+        self.desc_gpa = self.avail_gpa = self.used_gpa = 0
+        self.disable()
 
-    def enable(self, *, event_idx: bool, indirect: bool) -> None:
-        """Start using the areas; QueueError if size or addresses cannot be."""
+    def disable(self) -> None:
+        """Stop using the rings; the registers stay."""
+        self.ready = False
+        self.last_avail = self.used_idx = 0
+        self._table = self._avail = self._used = self._used_ring = _NO_RAM
+
+    def enable(self, memory: GuestMemory, features: int) -> None:
+        """Begin to use the rings at the addresses given, with the `features` negotiated.
+
+        VirtqueueError if the size or an address is not what section 2.7 demands.
+        """
         size = self.size
-        if not 0 < size <= self.size_max or size & (size - 1):
-            raise QueueError(f"queue size {size} is no power of two up to {self.size_max}")
-        if self.desc_gpa % 16 or self.driver_gpa % 2 or self.device_gpa % 4:
-            raise QueueError("an area of the queue is not aligned")  # 2.7, the table of alignments
+        if not 1 <= size <= self.size_max or size & (size - 1):
+            raise VirtqueueError(f"queue {self.index}: size {size}")
+        if self.desc_gpa % 16 or self.avail_gpa % 2 or self.used_gpa % 4:
+            raise VirtqueueError(f"queue {self.index}: rings not aligned")
         try:
-            self._desc = self._memory.view(self.desc_gpa, 16 * size)
-            self._avail = self._memory.view(self.driver_gpa, 6 + 2 * size).cast("H")
-            used = self._memory.view(self.device_gpa, 6 + 8 * size)
+            table = memory.view(self.desc_gpa, _DESCRIPTOR_LEN * size)
+            avail = memory.view(self.avail_gpa, 6 + 2 * size)
+            used = memory.view(self.used_gpa, 6 + 8 * size)
         except ValueError as error:
-            raise QueueError(f"an area of the queue is outside RAM: {error}") from None
-        self._used = used.cast("H")
-        self._used_ring = used[4 : 4 + 8 * size].cast("I")
-        self._event_idx, self._indirect = event_idx, indirect
+            raise VirtqueueError(f"queue {self.index}: {error}") from None
+        self._view = memory.view
+        self._table = table
+        self._avail = avail.cast(
+            "H"
+        )  # [0] flags, [1] idx, [2:2 + size] ring, [2 + size] used_event
+        self._used = used.cast("H")  # [0] flags, [1] idx, [2 + 4 * size] avail_event
+        self._used_ring = used[4 : 4 + 8 * size].cast("Q")  # le32 id, le32 len
+        self._mask = size - 1
+        self._used_event = 2 + size
+        self._avail_event = 2 + 4 * size
+        self._event_idx = bool(features & VIRTIO_F_RING_EVENT_IDX)
+        self._indirect = bool(features & VIRTIO_F_RING_INDIRECT_DESC)
         self.ready = True
+        if self._event_idx:
+            self._used[self._avail_event] = self.last_avail
 
     def pop(self) -> Chain | None:
-        """Take the next chain, or None where there is none; then the driver tells us of the next.
+        """Take the next available chain.
 
-        QueueError if the driver broke the rules.
+        None if there is none, and then the driver will kick for the next; None also if the queue is
+        not enabled, or the driver broke a rule and `on_error` has been told.
         """
         if not self.ready:
             return None
-        last = self._last_avail
+        last = self.last_avail
         avail = self._avail
-        if avail[1] == last:
+        pending = (avail[1] - last) & 0xFFFF
+        if not pending:
             if not self._event_idx:
                 return None
-            self._used[2 + 4 * self.size] = last  # avail_event
-            with _fence:
+            self._used[self._avail_event] = last
+            with self._fence:
                 pass
-            if avail[1] == last:
+            pending = (avail[1] - last) & 0xFFFF
+            if not pending:
                 return None
-        size = self.size
-        if avail[1] - last & 0xFFFF > size:
-            raise QueueError(f"available index {avail[1]} is more than {size} ahead of {last}")
-        head = avail[2 + (last & size - 1)]
-        chain = self._walk(head)
-        self._last_avail = last + 1 & 0xFFFF
+        try:
+            if pending > self.size:
+                raise VirtqueueError(f"available idx is {pending} ahead")
+            chain = self._walk(avail[2 + (last & self._mask)])
+        except ValueError as error:  # VirtqueueError, or not RAM
+            self._on_error(f"queue {self.index}: {error}")
+            return None
+        self.last_avail = (last + 1) & 0xFFFF
         return chain
 
     def _walk(self, head: int) -> Chain:
-        """Collect the buffers of the chain that begins with descriptor `head`."""
-        view = self._memory.view
-        unpack_from = _descriptor.unpack_from
-        table, count, index = self._desc, self.size, head
+        table = self._table
+        size = budget = self.size  # a chain longer than its table has a loop
+        index = head
+        direct = True
+        view = self._view
         readable: list[memoryview] = []
         writable: list[memoryview] = []
-        try:
-            for _ in range(CHAIN_MAX):
-                if index >= count:
-                    raise QueueError(f"descriptor {index} of {count}")
-                gpa, length, flags, following = unpack_from(table, index * 16)
-                if flags & VIRTQ_DESC_F_INDIRECT:
-                    if not self._indirect or table is not self._desc or flags & VIRTQ_DESC_F_NEXT:
-                        raise QueueError("an indirect table where none may be")  # 2.7.5.3.1
-                    table, count, index = view(gpa, length), length // 16, 0
-                    if not count or length % 16:
-                        raise QueueError(f"an indirect table of {length} bytes")
-                    continue
-                if flags & VIRTQ_DESC_F_WRITE:
-                    writable.append(view(gpa, length))
-                elif writable:
-                    raise QueueError("a readable buffer behind a writable one")  # 2.7.4.2
-                else:
-                    readable.append(view(gpa, length))
-                if not flags & VIRTQ_DESC_F_NEXT:
-                    return Chain(head, readable, writable)
-                index = following
-        except ValueError as error:
-            raise QueueError(f"a buffer outside RAM: {error}") from None
-        raise QueueError(f"a chain of more than {CHAIN_MAX} descriptors")
+        while index < size and budget:
+            gpa, length, flags, following = _descriptor(table, _DESCRIPTOR_LEN * index)
+            if flags & VIRTQ_DESC_F_INDIRECT:
+                # The device shall ignore VIRTQ_DESC_F_WRITE here (2.7.5.3.2).
+                if not direct or not self._indirect or flags & VIRTQ_DESC_F_NEXT:
+                    raise VirtqueueError(f"descriptor {index}: indirect where it must not be")
+                size = budget = length // _DESCRIPTOR_LEN
+                if length % _DESCRIPTOR_LEN or not 1 <= size <= INDIRECT_MAX:
+                    raise VirtqueueError(f"descriptor {index}: indirect table of {length} bytes")
+                table = view(gpa, length)
+                index = 0
+                direct = False
+                continue
+            if not length:
+                raise VirtqueueError(f"descriptor {index}: no bytes")
+            if flags & VIRTQ_DESC_F_WRITE:
+                writable.append(view(gpa, length))
+            elif writable:
+                raise VirtqueueError(f"descriptor {index}: readable after writable")
+            else:
+                readable.append(view(gpa, length))
+            if not flags & VIRTQ_DESC_F_NEXT:
+                return Chain(head, readable, writable)
+            index = following
+            budget -= 1
+        if budget:
+            raise VirtqueueError(f"descriptor {index} of a table of {size}")
+        raise VirtqueueError(f"the chain at {head} has a loop")
 
-    def push(self, chain: Chain, length: int) -> None:
-        """Give `chain` back, with `length` bytes written into its writable buffers."""
-        if not self.ready:
-            return  # reset while the request was under way: nobody waits for it any more
-        index = self._used_idx
-        slot = 2 * (index & self.size - 1)
-        ring = self._used_ring
-        ring[slot], ring[slot + 1] = chain.head, length
-        self._used_idx = index = index + 1 & 0xFFFF
-        self._used[1] = index  # x86 keeps stores in order: the entry is seen before the index
+    def push(self, chain: Chain, written: int) -> None:
+        """Give `chain` back with the first `written` bytes of its writable part filled.
 
-    def needs_interrupt(self) -> bool:
-        """Say whether the driver wants to hear of what was pushed since the last call."""
-        new, old = self._used_idx, self._signalled
-        if not self.ready or new == old:
-            return False
-        self._signalled = new
-        with _fence:
+        Interrupts the driver if it asked to be told of this one.
+        """
+        idx = self.used_idx
+        avail = self._avail
+        self._used_ring[idx & self._mask] = chain.head | written << 32
+        self._used[1] = self.used_idx = (idx + 1) & 0xFFFF
+        with self._fence:
             pass
         if self._event_idx:
-            used_event = self._avail[2 + self.size]
-            return new - used_event - 1 & 0xFFFF < new - old & 0xFFFF
-        return not self._avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT
+            # vring_need_event(used_event, idx + 1, idx): it passes used_event with this very chain.
+            if avail[self._used_event] == idx:
+                self.on_used()
+        elif not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
+            self.on_used()
 
     def save(self) -> dict[str, Any]:
-        """Return sizes, addresses and indices."""
+        """Return registers and positions; the rings themselves are in RAM."""
         return {
             "size": self.size,
-            "desc": self.desc_gpa,
-            "driver": self.driver_gpa,
-            "device": self.device_gpa,
             "ready": self.ready,
-            "last_avail": self._last_avail,
-            "used_idx": self._used_idx,
-            "signalled": self._signalled,
-            "event_idx": self._event_idx,
-            "indirect": self._indirect,
+            "desc_gpa": self.desc_gpa,
+            "avail_gpa": self.avail_gpa,
+            "used_gpa": self.used_gpa,
+            "last_avail": self.last_avail,
+            "used_idx": self.used_idx,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Put back what `save` returned; the RAM must be the one it was saved with."""
+    def load(self, state: dict[str, Any], memory: GuestMemory, features: int) -> None:
+        """Become what `save` described, over `memory`."""
         self.reset()
         self.size = state["size"]
-        self.desc_gpa, self.driver_gpa = state["desc"], state["driver"]
-        self.device_gpa = state["device"]
+        self.desc_gpa = state["desc_gpa"]
+        self.avail_gpa = state["avail_gpa"]
+        self.used_gpa = state["used_gpa"]
+        self.last_avail = state["last_avail"]
+        self.used_idx = state["used_idx"]
         if state["ready"]:
-            self.enable(event_idx=state["event_idx"], indirect=state["indirect"])
-        self._last_avail, self._used_idx = state["last_avail"], state["used_idx"]
-        self._signalled = state["signalled"]
+            self.enable(memory, features)
+
+
+def _nobody() -> None:
+    """Interrupt nobody: there is no transport yet."""

@@ -23,7 +23,6 @@ from tinyvmm.layout import (
     LOCAL_APIC_GPA,
     POWER_GSI,
     POWER_PORT,
-    RTC_GSI,
     RTC_PORT,
 )
 
@@ -264,8 +263,9 @@ def _interrupt(gsi: int, *, edge: bool = False) -> bytes:
 def _dsdt_aml(virtio: Sequence[VirtioMmioNode], *, uart: bool) -> bytes:
     devices = [_virtio_device(index, node) for index, node in enumerate(virtio)]
     if uart:
-        devices.append(_isa_device(b"COM1", "PNP0501", COM1_PORT, 8, COM1_GSI))
-    devices.append(_isa_device(b"RTC_", "PNP0B00", RTC_PORT, 2, RTC_GSI))
+        edge = _interrupt(COM1_GSI, edge=True)
+        devices.append(_isa_device(b"COM1", "PNP0501", _ports(COM1_PORT, 8), edge))
+    devices.append(_isa_device(b"RTC_", "PNP0B00", _ports(RTC_PORT, 2)))
     devices += _power_button()
     s5 = _name(b"\\_S5_", _package(_integer(power.SLP_TYP_S5), _ZERO, _ZERO, _ZERO))
     return s5 + _scope(b"\\_SB_", *devices)
@@ -281,13 +281,8 @@ def _virtio_device(index: int, node: VirtioMmioNode) -> bytes:
     )
 
 
-def _isa_device(name: bytes, hid: str, port: int, length: int, gsi: int) -> bytes:
-    return _device(
-        name,
-        _name(b"_HID", _eisa_id(hid)),
-        _name(b"_UID", _ZERO),
-        _crs(_ports(port, length), _interrupt(gsi, edge=True)),
-    )
+def _isa_device(name: bytes, hid: str, *descriptors: bytes) -> bytes:
+    return _device(name, _name(b"_HID", _eisa_id(hid)), _name(b"_UID", _ZERO), _crs(*descriptors))
 
 
 def _power_button() -> list[bytes]:

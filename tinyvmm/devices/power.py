@@ -8,13 +8,14 @@ A guest that writes SLP_EN with the type of \_S5 to SLEEP_CONTROL_REG has powere
 `SLP_TYP_S5`, which the DSDT states. `press_power_button` raises the interrupt; reading EVENT says
 why and lowers it.
 
-Not emulated: sleep states other than S5; there is nothing to wake from.
+Not emulated: sleep states other than S5. WAK_STS is never set: nothing here wakes up.
 
 Threads: vCPUs, and any thread for `press_power_button`; `_lock` guards EVENT and the line.
 """
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from tinyvmm.devices.device import IrqLine
 from tinyvmm.devices.register import Register, RegisterDevice
@@ -77,3 +78,9 @@ class PowerControl(RegisterDevice):
             event, self.values["EVENT"] = self.values["EVENT"], 0
             self._irq.set(False)
             return event
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `save` returned, and drive the line accordingly."""
+        with self._lock:
+            super().load(state)
+            self._irq.set(self.values["EVENT"] != 0)

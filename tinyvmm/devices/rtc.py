@@ -1,15 +1,18 @@
 """CMOS real-time clock: what time it is, and 114 bytes of memory.
 
-Model: Motorola MC146818A (data sheet, "Registers"), with a century byte at 0x32 as ACPI's FADT
-names it. Ports 0x70 (index; bit 7, the NMI mask, is ignored) and 0x71 (data), GSI 8.
+Model: Motorola MC146818A (data sheet, "Registers"), with a century byte at 0x32 as the FADT names
+it. Ports 0x70 (index; bit 7, the NMI mask, is ignored) and 0x71 (data). No interrupt: the ACPI
+tables name none, so Linux offers no alarms instead of alarms that never come.
 
-The time is the host's, in UTC, plus what the guest has set it off by. A guest sets the clock as
-the data sheet demands: SET in register B, the fields, SET off. UIP in register A is never seen
-set, because a read takes a whole second's fields from one moment of the host's clock; a kernel
-that reads all-ones here instead waits many seconds for an update to end.
+The time is the host's, in UTC, plus what the guest has set it off by. A guest sets it as the data
+sheet demands: SET in register B, then the fields, then SET off. UIP in register A is never seen
+set: there is no moment when a field is unstable, and a guest that reads all-ones here waits many
+seconds for an update to end. Fields read one after another may still lie a second apart, so a
+careful guest reads the seconds before and after, as on the real chip.
 
-Not emulated: alarm, periodic and update-ended interrupts. Their enable bits can be written and are
-stored, and register C always reads as no interrupt.
+Not emulated: alarm, periodic and update-ended interrupts (their enable bits and the alarm's bytes
+are stored, register C reads as none), daylight saving, the divider's reset, and fields written
+while SET is off, which are lost.
 
 Threads: vCPUs only; `_lock` guards index, memory and offset.
 """
@@ -36,9 +39,9 @@ class Rtc(Device):
 
     name = "rtc"
 
-    def __init__(self, irq: IrqLine | None, clock: Callable[[], float] = time.time) -> None:
-        """Tell the time of `clock`, in seconds since 1970 UTC; `irq` is wired but never raised."""
-        self._irq = irq
+    def __init__(self, irq: IrqLine | None = None, clock: Callable[[], float] = time.time) -> None:
+        """Tell the time of `clock`, in seconds since 1970 UTC; `irq` is never raised."""
+        del irq
         self._clock = clock
         self._lock = threading.Lock()
         self._index = 0
@@ -111,7 +114,8 @@ class Rtc(Device):
             hours = self._decode(self._cmos[HOURS] & ~HOURS_PM) % 12
             hours += 12 if self._cmos[HOURS] & HOURS_PM else 0
         year = get[CENTURY] * 100 + get[YEAR]
-        if not (1970 <= year <= 9999 and 1 <= get[MONTH] <= 12 and hours < 24):
+        valid = 1970 <= year <= 9999 and 1 <= get[MONTH] <= 12 and 1 <= get[DAY] <= 31
+        if not (valid and hours < 24 and get[MINUTES] < 60 and get[SECONDS] < 60):
             return
         days = _days_since_1970(year, get[MONTH], get[DAY])
         when = days * 86400 + hours * 3600 + get[MINUTES] * 60 + get[SECONDS]

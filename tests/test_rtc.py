@@ -81,6 +81,16 @@ def test_the_time_reads_right_in_every_mode(seconds: int, fraction: float, mode:
     assert chip.inb(6) == moment(int(chip.now)).isoweekday() % 7 + 1  # Sunday is 1
 
 
+def test_the_12_hour_clock_has_no_hour_0() -> None:
+    # data sheet, table 3: hours 1 to 12, with bit 7 for the afternoon
+    told = []
+    for hour in (0, 1, 11, 12, 13, 23):
+        chip = Chip(hour * 3600)
+        chip.outb(REG_B, 0)
+        told.append(chip.inb(4))
+    assert told == [0x12, 0x01, 0x11, 0x92, 0x81, 0x91]
+
+
 def test_after_reset_it_is_what_linux_expects() -> None:
     chip = Chip(0)
     assert chip.inb(REG_B) & (SET | BINARY | HOURS_24) == HOURS_24

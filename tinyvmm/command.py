@@ -185,6 +185,9 @@ def _init_config(
         modules=modules.paths,
         hostname=options.hostname,
         terminal=terminal.size() if terminal is not None else None,
+        # The end of the run is ours to make: on its way down Linux resets its devices, and what we
+        # had not yet taken from their queues would be gone.
+        await_goodbye=True,
     )
 
 

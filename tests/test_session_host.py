@@ -1,5 +1,6 @@
 """The host's side of a session, with a guest played by a thread on the other end of the ports."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -503,6 +504,45 @@ def test_a_session_leaves_no_descriptor_open(host: Host) -> None:
     assert len(os.listdir("/proc/self/fd")) == opened
     other.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_after_the_end_nobody_touches_the_machine(host: Host) -> None:
+    gone = threading.Event()
+    touched: list[str] = []
+
+    class Watched(GuestPort):
+        def take_output(self) -> bytes:
+            if gone.is_set():
+                touched.append("output")
+            return super().take_output()
+
+        def put_input(self, data: bytes | memoryview) -> int:
+            if gone.is_set():
+                touched.append("input")
+            return super().put_input(data)
+
+        def close(self) -> None:
+            touched.append("close")
+
+    host.guest = Guest(Watched(), Watched(), Watched(), Watched())
+    host.guest.stdin.capacity = 0
+
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.write(host.to_stdin, b"nobody has room for this")
+        for _ in range(100):
+            g.stdout.send(bytes(4096))  # the relay gets stuck in the full pipe
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert host.run(guest).status == 143
+    gone.set()
+    os.set_blocking(host.from_stdout, False)
+    for thread in threading.enumerate():
+        while thread.name.startswith("relay") and thread.is_alive():
+            with contextlib.suppress(BlockingIOError):
+                os.read(host.from_stdout, 1 << 16)  # now it can go on, and must not
+            thread.join(0.01)
+    assert touched == []
 
 
 def test_a_failing_relay_fails_the_session_instead_of_hanging_it(host: Host) -> None:

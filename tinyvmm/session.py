@@ -186,7 +186,8 @@ class Session:
     def run(self) -> Result:
         """Relay until the command's end, the machine's, the timeout or a signal; say which.
 
-        Main thread (elsewhere signals are left alone). The machine may still be up on return.
+        Main thread (elsewhere signals are left alone). On return the machine may still be up, and
+        is no longer touched.
         """
         begin = monotonic()
         restore_signals = self._catch_signals()
@@ -254,12 +255,12 @@ class Session:
             os.close(self._quit_write)
             self._quit_write = -1
         self._input_may_flow.set()
-        self._ports.stdin.finish()
+        self._ports.stdin.release()
 
     def _finish(self) -> None:
         self._stop_input()
-        for port in self._ports[1:]:
-            port.finish()
+        for port in self._ports:
+            port.release()
         with self._wake_lock:
             os.close(self._wake_read)
             os.close(self._wake_write)

@@ -2,8 +2,9 @@
 
 `PortInput` and `PortOutput` are over a port of our own virtio console; `SocketInput` and
 `SocketOutput` over a stream socket whose other end QEMU holds for a port of its own. A session
-(tinyvmm/session.py) reads and writes them from one thread per stream; `finish` comes from
-another thread and releases whoever is blocked.
+(tinyvmm/session.py) reads and writes them from one thread per stream; `finish` and `release` come
+from another thread and wake whoever is blocked. After `release` a machine may be taken apart while
+such a thread is still busy with our side of the stream.
 """
 
 import errno
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from socket import socket
 
 CHUNK = 64 * 1024
+SHUT_WR = 1  # socket.SHUT_WR, without importing socket for a machine that has none
 
 
 class Input(Protocol):
@@ -27,8 +29,8 @@ class Input(Protocol):
     def close(self) -> None:
         """Let the guest's reader see end of file after what was written."""
 
-    def finish(self) -> None:
-        """Release a blocked writer: nobody will read any more."""
+    def release(self) -> None:
+        """Drop what is not yet accepted; once this returns, the machine is not touched again."""
 
 
 class Output(Protocol):
@@ -39,6 +41,9 @@ class Output(Protocol):
 
     def finish(self) -> None:
         """End the stream after what the guest has already sent."""
+
+    def release(self) -> None:
+        """End the stream here; once this returns, the machine is not touched again."""
 
 
 class ConsolePort(Protocol):
@@ -58,10 +63,14 @@ class ConsolePort(Protocol):
 
 
 class PortOutput:
-    """Guest to host over a console port: `read` in one relay thread, the rest from any."""
+    """Guest to host over a console port: `read` in one relay thread, the rest from any.
+
+    `_lock` covers each use of the port, and `_port` is None once it is released.
+    """
 
     def __init__(self, port: ConsolePort) -> None:
-        self._port = port
+        self._port: ConsolePort | None = port
+        self._lock = threading.Lock()
         self._ready = threading.Event()
         self._finished = False
         port.on_output = self._ready.set
@@ -72,7 +81,8 @@ class PortOutput:
             self._ready.clear()
             # In this order: what was queued before finish() must be seen by the take after it.
             finished = self._finished
-            data = self._port.take_output()
+            with self._lock:
+                data = b"" if self._port is None else self._port.take_output()
             if data or finished:
                 return data
             self._ready.wait()
@@ -82,33 +92,48 @@ class PortOutput:
         self._finished = True
         self._ready.set()
 
+    def release(self) -> None:
+        """Let go of the port."""
+        with self._lock:
+            self._port = None
+        self.finish()
+
 
 class PortInput:
-    """Host to guest over a console port: `write` and `close` in one thread, `finish` from any."""
+    """Host to guest over a console port: `write` and `close` in one thread, `release` from any.
+
+    `_lock` covers each use of the port, and `_port` is None once it is released.
+    """
 
     def __init__(self, port: ConsolePort) -> None:
-        self._port = port
+        self._port: ConsolePort | None = port
+        self._lock = threading.Lock()
         self._space = threading.Event()
-        self._finished = False
         port.on_space = self._space.set
 
     def write(self, data: bytes) -> None:
         """Block until the guest has posted buffers for all of `data`."""
         rest = memoryview(data)
-        while rest and not self._finished:
+        while rest:
             self._space.clear()
-            accepted = self._port.put_input(rest)
+            with self._lock:
+                if self._port is None:
+                    return
+                accepted = self._port.put_input(rest)
             rest = rest[accepted:]
-            if not accepted and not self._finished:
+            if not accepted:
                 self._space.wait()
 
     def close(self) -> None:
         """Close the port for the guest's reader."""
-        self._port.close()
+        with self._lock:
+            if self._port is not None:
+                self._port.close()
 
-    def finish(self) -> None:
-        """Drop what is not yet accepted."""
-        self._finished = True
+    def release(self) -> None:
+        """Let go of the port."""
+        with self._lock:
+            self._port = None
         self._space.set()
 
 
@@ -139,6 +164,9 @@ class SocketOutput:
     def finish(self) -> None:
         """Do nothing: the end of this stream is the machine's."""
 
+    def release(self) -> None:
+        """Do nothing: the socket is ours, and its other end may go at any time."""
+
     def settle(self, quiet: float = 0.02) -> None:
         """Return once `read` has waited in vain for `quiet` seconds, however slow its caller is."""
         while True:
@@ -164,15 +192,12 @@ class SocketInput:
 
     def close(self) -> None:
         """Send end of file. Only half is closed: a hang-up would overtake data in QEMU."""
-        self._shutdown(1)  # SHUT_WR
-
-    def finish(self) -> None:
-        """Release a blocked writer."""
-        self._shutdown(1)
-
-    def _shutdown(self, how: int) -> None:
         try:
-            self._sock.shutdown(how)
+            self._sock.shutdown(SHUT_WR)
         except OSError as error:
-            if error.errno != errno.ENOTCONN:
+            if error.errno not in {errno.ENOTCONN, errno.EBADF}:  # its owner may have closed it
                 raise
+
+    def release(self) -> None:
+        """Wake a blocked writer: to a machine that listens no more, the end is as good as any."""
+        self.close()

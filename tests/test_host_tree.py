@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyvmm.fileserver import qids
-from tinyvmm.fileserver.descriptors import Descriptors
 from tinyvmm.fileserver.host import HostNode, HostTree
 from tinyvmm.fileserver.tree import (
     AT_REMOVEDIR,
@@ -491,7 +490,7 @@ def test_appending_goes_to_the_end_wherever_that_is_now(tmp_path: Path, root: Ho
 
 def test_nodes_outlive_their_descriptors(tmp_path: Path) -> None:
     tree = HostTree(str(tmp_path))
-    tree.descriptors = Descriptors(limit=16)
+    tree.descriptors.limit = 16
     root = tree.root()
     nodes = []
     for number in range(100):

@@ -48,7 +48,7 @@ def copy_file(fd: int, st: os.stat_result, name: bytes, dir_fd: int, *, data: bo
 
 
 def _copy_contents(fd: int, target: int, size: int) -> None:
-    source = open_contents(fd, stat.S_IFREG, os.O_RDONLY, owner_may=False)
+    source = open_contents(fd, stat.S_IFREG, os.O_RDONLY, ours=False)
     try:
         end = 0
         while end < size:

@@ -219,7 +219,7 @@ class HostNode:
         """Open the contents of a regular file or the entries of a directory."""
         with self.tree.lock:
             self.tree.descriptors.make_room()
-            fd = open_contents(self.path_fd(), self.kind, flags, owner_may=True)
+            fd = open_contents(self.path_fd(), self.kind, flags, ours=True)
         if self.kind == stat.S_IFDIR:
             return OpenDirectory(fd, self.tree.lock, lambda: self._scan(fd))
         return HostFile(fd, self.tree.no_space)

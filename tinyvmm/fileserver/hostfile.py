@@ -34,6 +34,8 @@ from tinyvmm.ninep import Qid
 
 _KEPT_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_SYNC | os.O_DSYNC
 _OFFSET_MAX = (1 << 63) - 1
+# O_NOATIME is for owners and root; to try and fail would cost every open of anybody else.
+_LEAVE_NO_TRACE = os.O_CLOEXEC | (os.O_NOATIME if os.geteuid() == 0 else 0)
 _NAME_MAX = 255  # <linux/limits.h>
 NO_SPACE = {ENOSPC, EDQUOT}
 
@@ -80,11 +82,12 @@ def check_name(name: bytes) -> None:
         raise os_error(ENAMETOOLONG)
 
 
-def open_contents(fd: int, kind: int, flags: int, owner_may: bool) -> int:
+def open_contents(fd: int, kind: int, flags: int, *, ours: bool) -> int:
     """Open the file behind O_PATH descriptor `fd`, of S_IFMT `kind`, for its contents.
 
-    With `owner_may`, a file of our own whose mode keeps us out is opened all the same, as the
-    guest's root expects (a Git object is 0444, and v9fs opens what it creates once more).
+    In a tree that is `ours` to change, a file of our own whose mode keeps us out is opened all the
+    same, as the guest's root expects (a Git object is 0444, and v9fs opens what it creates once
+    more). In one that is not, we leave no trace in the access times, if we may.
     """
     if kind == stat.S_IFREG:
         flags &= _KEPT_FLAGS
@@ -95,15 +98,17 @@ def open_contents(fd: int, kind: int, flags: int, owner_may: bool) -> int:
     else:
         raise os_error(ELOOP if kind == stat.S_IFLNK else EOPNOTSUPP)
     path = fd_path(fd)
+    if not ours:
+        return os.open(path, flags | _LEAVE_NO_TRACE)
     try:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY)
+        return os.open(path, flags | os.O_CLOEXEC)
     except PermissionError:
-        mode = _mode_to_override(fd) if owner_may else None
+        mode = _mode_to_override(fd)
         if mode is None:
             raise
     os.chmod(path, mode | stat.S_IRWXU)
     try:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY)
+        return os.open(path, flags | os.O_CLOEXEC)
     finally:
         os.chmod(path, mode)
 
@@ -173,7 +178,7 @@ def _truncate(fd: int, kind: int, size: int) -> None:
     try:
         os.truncate(fd_path(fd), size)
     except PermissionError:
-        contents = open_contents(fd, kind, os.O_WRONLY, owner_may=True)
+        contents = open_contents(fd, kind, os.O_WRONLY, ours=True)
         try:
             os.ftruncate(contents, size)
         finally:

@@ -21,12 +21,13 @@ UPPER = -1
 class Layers:
     """The descriptors of one directory's layers, and how each was found."""
 
-    __slots__ = ("found", "lowers", "upper")
+    __slots__ = ("found", "lowers", "upper", "veiled")
 
     def __init__(self) -> None:
         self.upper = -1
         self.lowers: list[int] = []
         self.found: list[tuple[int, int, int]] = []  # the parent's layer, st_dev, st_ino
+        self.veiled: os.stat_result | None = None  # of a write tree met in a read tree
 
     def add_upper(self, fd: int, st: os.stat_result) -> None:
         """Take over the upper layer's descriptor."""

@@ -48,6 +48,7 @@ class UnionTree:
         )
         self._point = point
         self._closed = False
+        self.write_roots = {write.inode for write in point.writes()}
         self._identities: dict[_Inode, Qid] = {}  # of what was copied up: what it was before
         self._generations: dict[_Inode, int] = {}  # of upper inode numbers used more than once
         self._copied: set[int] = set()  # the paths in _identities

@@ -276,17 +276,23 @@ class UnionDirectory(MergedDirectory):
                 if target is not None:
                     target.close()
 
+    def is_within(self, node: UnionNode) -> bool:
+        """Whether `node` is this directory or one on the way to it."""
+        place: MergedDirectory | None = self
+        while place is not None and place is not node:
+            place = place.parent
+        return place is not None
+
     def _check_rename(
         self, node: UnionNode, there: "UnionDirectory", target: UnionNode | None
     ) -> WriteTree:
+        if there.is_within(node):
+            raise os_error(EINVAL)
+        if target is not None and self.is_within(target):
+            raise os_error(ENOTEMPTY)
         if isinstance(node, UnionDirectory):
             if node.point is not None:
                 raise os_error(EBUSY)
-            place: MergedDirectory | None = there
-            while place is not None:
-                if place is node:
-                    raise os_error(EINVAL)
-                place = place.parent
             if target is not None:
                 if not isinstance(target, UnionDirectory):
                     raise os_error(ENOTDIR)

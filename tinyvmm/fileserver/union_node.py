@@ -274,7 +274,7 @@ class UnionFile(UnionNode):
             if flags & (os.O_ACCMODE | os.O_TRUNC) and self.kind == stat.S_IFREG:
                 self.copy_up(data=not flags & os.O_TRUNC)
             upper = self.layer == UPPER
-            fd = open_contents(self.path_fd(), self.kind, flags, owner_may=upper)
+            fd = open_contents(self.path_fd(), self.kind, flags, ours=upper)
             if upper:
                 return HostFile(fd, tree.no_space)
             reader = _LowerReader(fd, self)
@@ -299,7 +299,7 @@ class UnionFile(UnionNode):
         try:
             copy = copy_file(fd, os.fstat(fd), temporary, write.work(), data=data)
             readers = [
-                (reader, open_contents(copy, self.kind, os.O_RDONLY, owner_may=True))
+                (reader, open_contents(copy, self.kind, os.O_RDONLY, ours=True))
                 for reader in self._readers or ()
             ]
             if self.dead:

@@ -4,7 +4,8 @@ Lookup, in order: what the write tree has, or says is gone (both known by name a
 the upper directory, so a name that is not there costs no system call); then the read trees, the
 first searched first. A directory is merged with the directories of its name further down, until a
 layer says whiteout, opaque or has another kind of file there. A map point (see maps) takes the
-place of whatever the layers have at its name.
+place of whatever the layers have at its name. A write tree that lies inside a read tree is an empty
+directory there: shown, it would contain itself.
 
 Invariants, under the union's lock:
 - `names` and `gone` say exactly what the upper directory holds, once they have been read;
@@ -222,7 +223,7 @@ class MergedDirectory(UnionNode):
                     return file
                 if found.upper >= 0 and found.lowers and self._is_opaque(found.upper):
                     found.drop_lowers()
-            if not found.found:
+            if not found.found and found.veiled is None:
                 return None
             return self._directory(name, found)
         except BaseException:
@@ -239,6 +240,10 @@ class MergedDirectory(UnionNode):
                 continue
             st = os.fstat(fd)
             if stat.S_ISDIR(st.st_mode):
+                if (st.st_dev, st.st_ino) in self.tree.write_roots:
+                    os.close(fd)
+                    found.veiled = st
+                    break
                 found.add_lower(fd, st, layer)
                 if layer + 1 < len(lowers) and layer_xattr(fd_path(fd), b"opaque") == b"y":
                     break
@@ -250,9 +255,11 @@ class MergedDirectory(UnionNode):
         return None
 
     def _directory(self, name: bytes, found: Layers) -> "MergedDirectory":
-        fd = found.upper if found.upper >= 0 else found.lowers[0]
-        st = os.fstat(fd)
-        identity = self._upper_qid(st) if found.upper >= 0 else self._lower_qid(name, st)
+        if found.upper >= 0:
+            identity = self._upper_qid(os.fstat(found.upper))
+        else:
+            st = os.fstat(found.lowers[0]) if found.lowers else found.veiled
+            identity = self._point_qid(name) if st is None else self._lower_qid(name, st)
         return type(self)(self.tree, self, name, identity, found, self.space, self.write, None)
 
     def _find_point(self, name: bytes, point: MapPoint) -> "MergedDirectory":
@@ -303,7 +310,7 @@ class MergedDirectory(UnionNode):
                 raise os_error(EISDIR)
             fd = self.path_fd()
             if fd >= 0:
-                fd = open_contents(fd, stat.S_IFDIR, flags, owner_may=True)
+                fd = open_contents(fd, stat.S_IFDIR, flags, ours=self._layers.upper >= 0)
             return OpenDirectory(fd if fd >= 0 else None, self.tree.lock, self._scan)
 
     def _scan(self) -> Generator[tuple[Qid, int, bytes], None, None]:

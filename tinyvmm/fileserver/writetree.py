@@ -59,6 +59,8 @@ class WriteTree:
                     f"write tree {shown}: in use by another machine; give each its own"
                 ) from None
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        st = os.fstat(self.fd)
+        self.inode = (st.st_dev, st.st_ino)
         self.by_name = _exists(NAME_MARK, self.fd)
         self._work_fd = -1
         self._serial = 0

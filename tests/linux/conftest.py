@@ -1,0 +1,114 @@
+"""Linux guests for the tests: on this computer's KVM where it can run them, else in one lab.
+
+Where neither works the tests fail: a run of this directory in which no Linux ran proves nothing.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinyvmm.errors import ConfigError
+from tinyvmm.lab import Completed, Lab, python_command
+
+ROOT = Path(__file__).parent.parent.parent
+MAIN = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'tinyvmm'; "
+    "from tinyvmm.cli.main import main; sys.exit(main())"
+)
+
+
+def linux_runs_here() -> bool:
+    from tinyvmm.probe import missing_for_linux
+
+    try:
+        return missing_for_linux() is None
+    except ConfigError:
+        return False
+
+
+class Runner:
+    """Runs programs where KVM can run Linux: in `lab`, or here if that is None."""
+
+    def __init__(self, lab: Lab | None, shared: Path) -> None:
+        self.lab = lab
+        self.shared = shared  # a directory that both sides can write
+
+    def program(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        timeout: float = 240,
+        pty: tuple[int, int] | None = None,
+        cwd: str | Path = ROOT,
+    ) -> Completed:
+        if self.lab is not None:
+            return self.lab.run(argv, stdin=stdin, timeout=timeout, pty=pty, cwd=str(cwd))
+        if pty is not None:
+            quoted = " ".join(f"'{word}'" for word in argv)
+            argv = [
+                "script",
+                "-qec",
+                f"stty rows {pty[0]} cols {pty[1]}; exec {quoted}",
+                os.devnull,
+            ]
+        done = subprocess.run(
+            argv, input=stdin, capture_output=True, timeout=timeout, cwd=cwd, check=False
+        )
+        status = done.returncode
+        return Completed(
+            128 - status if status < 0 else status, done.stdout, done.stderr, timed_out=False
+        )
+
+    def tinyvmm(
+        self,
+        *arguments: str,
+        stdin: bytes = b"",
+        timeout: float = 240,
+        pty: tuple[int, int] | None = None,
+        cwd: str | Path = ROOT,
+    ) -> Completed:
+        """Run `tinyvmm ARGUMENTS`."""
+        command = python_command(MAIN, arguments)
+        return self.program(command, stdin=stdin, timeout=timeout, pty=pty, cwd=cwd)
+
+    def run(
+        self,
+        *arguments: str,
+        stdin: bytes = b"",
+        timeout: float = 240,
+        pty: tuple[int, int] | None = None,
+        cwd: str | Path = ROOT,
+    ) -> Completed:
+        """Run `tinyvmm run --no-lab ARGUMENTS`."""
+        return self.tinyvmm(
+            "run", "--no-lab", *arguments, stdin=stdin, timeout=timeout, pty=pty, cwd=cwd
+        )
+
+    def directory(self, name: str) -> Path:
+        """A new directory that both sides can write."""
+        path = self.shared / name
+        path.mkdir()
+        return path
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Where `tinyvmm run` works."""
+    from tinyvmm.command import prepare_kernel
+
+    shared = tmp_path_factory.mktemp("shared")
+    prepare_kernel(None)[0].close()  # fetched, unpacked and cached here, where it is quick
+    if linux_runs_here():
+        yield Runner(None, shared)
+        return
+    with Lab(shares=[str(shared)]) as lab:
+        yield Runner(lab, shared)
+
+
+def interpreter() -> str:
+    return os.path.realpath(sys.executable)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tinyvmm.errors import ConfigError
 
+LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSED_ON = ("HOME", "TERM", "LANG")
@@ -210,7 +211,9 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         shares.append(os.path.dirname(os.path.abspath(args.console)))
     warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
     own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
-    return reexec([*own, "--", *args.guest_argv], shares=shares)
+    # The limit is kept in there; out here only a lab that hangs is in question.
+    limit = None if args.timeout is None else args.timeout + LAB_ALLOWANCE
+    return reexec([*own, "--", *args.guest_argv], shares=shares, timeout=limit)
 
 
 def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -50,6 +50,13 @@ class Ram:
         self.whole[start : start + length] = bytes(length)
         return self.base + start
 
+    def mark(self) -> int:
+        """Return a point for `rewind` to give everything allocated since back."""
+        return self._next
+
+    def rewind(self, mark: int) -> None:
+        self._next = mark
+
     def u16(self, gpa: int) -> int:
         return int(struct.unpack_from("<H", self.data, gpa - self.base)[0])
 
@@ -72,19 +79,27 @@ class Line:
 class Queue:
     """One queue of a driver. Tokens are head indices; buffers live until their token is freed."""
 
-    def __init__(self, driver: "Driver", index: int, size: int, start: int = 0) -> None:
+    def __init__(self, driver: "Driver", index: int, size: int) -> None:
         self.driver, self.index, self.size = driver, index, size
         self.ram = ram = driver.ram
         self.desc_gpa = ram.alloc(16 * size, 16)
         self.avail_gpa = ram.alloc(6 + 2 * size, 2)
         self.used_gpa = ram.alloc(6 + 8 * size, 4)
-        self.avail_idx = self.last_used = self.kicked_idx = start
+        self.avail_idx = self.last_used = self.kicked_idx = 0
         self.kicks = 0
         self.free = list(range(size))
         self.in_flight: dict[int, tuple[list[int], list[memoryview]]] = {}
-        ram.put("<H", self.avail_gpa + 2, start)
-        ram.put("<H", self.used_gpa + 2, start)
-        ram.put("<H", self.avail_gpa + 4 + 2 * size, start)
+
+    def jump(self, idx: int) -> None:
+        """Let both sides be as if `idx` chains had passed through the queue already."""
+        state = self.driver.mmio.save()
+        mine = state["device"]["queues"][self.index]
+        mine["last_avail"] = mine["used_idx"] = idx
+        self.avail_idx = self.last_used = self.kicked_idx = idx
+        self.ram.put("<H", self.avail_gpa + 2, idx)
+        self.ram.put("<H", self.used_gpa + 2, idx)
+        self.ram.put("<H", self.avail_gpa + 4 + 2 * self.size, idx)
+        self.driver.mmio.load(state)
 
     def write_descriptor(
         self, index: int, gpa: int, length: int, flags: int = 0, following: int = 0

@@ -24,7 +24,16 @@ from tinyvmm.guest import init, relay
 from tinyvmm.guest.init import InitConfig, Mkdir, Mount, Symlink, build_init, search_path
 
 POWERED_OFF = -signal.SIGINT
-UNSHARE = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--uts", "--net"]
+UNSHARE = [
+    "unshare",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount",
+    "--mount-proc",
+    "--uts",
+    "--net",
+]
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 needs_namespaces = pytest.mark.skipif(
@@ -111,6 +120,10 @@ class Guest:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def configure(*argv: str, **more: Any) -> InitConfig:
@@ -290,6 +303,16 @@ def test_output_nobody_takes_stops_its_writer_and_no_other_stream(start: Start) 
     assert guest.finish()[0] == bytes(1_000_000)
 
 
+def test_output_still_on_its_way_when_the_command_ends_arrives(start: Start) -> None:
+    # It fits into both pipes and the buffer between them, so that the command can end.
+    guest = start("sh", "-c", "head -c 100000 /dev/zero; echo written >&2")
+    assert os.read(guest.stderr, 8) == b"written\n"
+    (pid_1,) = children(guest.process.pid)
+    while children(int(pid_1)):
+        os.sched_yield()  # until the command is gone and reaped
+    assert guest.finish()[0] == bytes(100_000)
+
+
 def test_input_nobody_reads_waits_and_arrives_later(start: Start) -> None:
     data = os.urandom(1_000_000)
     guest = start("sh", "-c", "echo ready >&2; head -c 5; sleep 0.1; cat")
@@ -317,8 +340,17 @@ def test_an_empty_input_is_at_its_end_at_once(start: Start) -> None:
 
 # --- processes -------------------------------------------------------------------------------
 def test_what_the_command_left_running_is_ended_and_its_output_kept(start: Start) -> None:
-    guest = start("sh", "-c", "(echo left; exec sleep 1000) & sleep 0.1; echo done")
-    assert guest.finish()[0] == b"left\ndone\n"
+    guest = start("sh", "-c", "(echo left; exec sleep 1000) & read word; echo done")
+    assert os.read(guest.stdout, 5) == b"left\n"
+    assert guest.finish(b"now\n")[0] == b"done\n"
+
+
+def test_what_the_command_left_writing_is_ended(start: Start) -> None:
+    guest = start("sh", "-c", "yes >&2 & read word; echo done")
+    assert os.read(guest.stderr, 2) == b"y\n"
+    output, errors, status = guest.finish(b"now\n")
+    assert (output, status) == (b"done\n", 0)
+    assert set(errors.split(b"\n")[:-1]) <= {b"y"}
 
 
 def test_orphans_are_reaped(start: Start) -> None:
@@ -386,7 +418,10 @@ def test_a_new_size_reaches_the_terminal_and_its_command(start: Start) -> None:
 def test_control_c_typed_or_sent_interrupts_the_foreground(start: Start) -> None:
     for by_key in (True, False):
         guest = start(
-            "sh", "-c", "trap 'echo int; exit 1' INT; echo ready; sleep 1000", terminal=(24, 80)
+            "sh",
+            "-c",
+            "trap 'echo int; exit 1' INT; echo ready; while :; do sleep 0.05; done",
+            terminal=(24, 80),
         )
         assert os.read(guest.stdout, 7) == b"ready\r\n"
         if by_key:
@@ -396,10 +431,20 @@ def test_control_c_typed_or_sent_interrupts_the_foreground(start: Start) -> None
         assert guest.finish()[0].endswith(b"int\r\n")
 
 
+def test_a_signal_goes_to_the_job_in_the_foreground_not_to_its_shell(start: Start) -> None:
+    job = "trap 'echo job; exit' INT; echo ready; while :; do sleep 0.05; done"
+    script = f"""trap 'echo shell' INT; sh -c "{job}"; echo after"""
+    guest = start("bash", "-mc", script, terminal=(24, 80))
+    assert os.read(guest.stdout, 7) == b"ready\r\n"
+    guest.send(relay.SIGNAL, signal.SIGINT)
+    assert guest.finish()[0] == b"job\r\nafter\r\n"
+
+
 def test_the_end_of_input_does_not_hang_up_a_terminal(start: Start) -> None:
-    guest = start("sh", "-c", "sleep 0.2; echo here; read line; echo $line", terminal=(24, 80))
-    os.write(guest.stdin, b"typed\n")
-    assert guest.finish()[0] == b"typed\r\nhere\r\ntyped\r\n"
+    script = "echo ready; read word; sleep 0.1; echo $word"
+    guest = start("sh", "-c", script, terminal=(24, 80))
+    assert os.read(guest.stdout, 7) == b"ready\r\n"
+    assert guest.finish(b"typed\n")[0] == b"typed\r\ntyped\r\n"
 
 
 def test_a_terminal_the_host_hangs_up_hangs_up_the_command(start: Start) -> None:

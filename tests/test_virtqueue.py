@@ -347,6 +347,24 @@ def test_an_available_idx_further_than_the_ring_is_long_stops_the_device(jump: i
     assert_stopped_until_reset(driver, queue)
 
 
+def test_a_loop_is_followed_no_further_than_the_table_is_long() -> None:
+    driver, queue = started()
+    device: Any = driver.device.queues[0]
+    visits = []
+
+    def visit(gpa: int, length: int) -> memoryview:
+        visits.append(gpa)
+        return driver.ram.view(gpa, length)
+
+    device._view = visit
+    for index in range(SIZE):
+        queue.write_descriptor(index, RAM + index, 1, NEXT, (index + 1) % SIZE)
+    queue.publish(0)
+    driver.write(0x050, 0)
+    assert visits == [RAM + index for index in range(SIZE)]
+    assert_stopped_until_reset(driver, queue)
+
+
 def test_a_chain_may_use_every_descriptor_of_its_table() -> None:
     _, queue = started()
     queue.send([b"abcd"] * 4, [4] * 4)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm.guest import init, relay
+from tinyvmm.guest import init, protocol
 from tinyvmm.guest.init import InitConfig, Mkdir, Mount, Symlink, build_init, search_path
 
 POWERED_OFF = -signal.SIGINT
@@ -110,7 +110,7 @@ class Guest:
         kind, value = self.record()
         for thread in threads:
             thread.join()
-        assert kind == relay.EXITED
+        assert kind == protocol.EXITED
         assert self.process.wait() == POWERED_OFF
         return results["stdout"], results["stderr"], value
 
@@ -163,7 +163,7 @@ pytestmark = needs_namespaces
 @given(code=st.integers(0, 255))
 def test_the_exit_code_arrives(start_many: Start, code: int) -> None:
     guest = start_many("sh", "-c", f"exit {code}")
-    assert guest.started[0] == relay.STARTED
+    assert guest.started[0] == protocol.STARTED
     status = guest.finish()[2]
     assert os.waitstatus_to_exitcode(status) == code
     guest.destroy()
@@ -182,7 +182,7 @@ def test_the_process_id_of_the_command_is_reported(start: Start) -> None:
 
 def test_a_command_that_does_not_exist_is_reported_as_enoent(start: Start) -> None:
     guest = start("no-such-command")
-    assert guest.started == (relay.EXEC_FAILED, errno.ENOENT)
+    assert guest.started == (protocol.EXEC_FAILED, errno.ENOENT)
     assert guest.process.wait() == POWERED_OFF
 
 
@@ -192,13 +192,13 @@ def test_a_file_that_may_not_be_executed_is_reported_as_eacces(
     (tmp_path / "data").write_text("no program")
     paths = (f"{tmp_path}/data", f"{tmp_path}/missing", f"{tmp_path}/data/below")
     guest = start("data", commands=paths)
-    assert guest.started == (relay.EXEC_FAILED, errno.EACCES)
+    assert guest.started == (protocol.EXEC_FAILED, errno.EACCES)
 
 
 def test_a_file_that_is_no_program_is_reported_as_enoexec(start: Start, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("no program")
     (tmp_path / "data").chmod(0o755)
-    assert start(f"{tmp_path}/data").started == (relay.EXEC_FAILED, errno.ENOEXEC)
+    assert start(f"{tmp_path}/data").started == (protocol.EXEC_FAILED, errno.ENOEXEC)
 
 
 def test_the_first_candidate_that_can_be_executed_is_the_command(
@@ -331,7 +331,7 @@ def test_a_command_whose_reader_has_gone_gets_sigpipe(start: Start) -> None:
     os.read(guest.stdout, 100)
     guest.close("stdout")
     kind, status = guest.record()
-    assert (kind, os.WTERMSIG(status)) == (relay.EXITED, signal.SIGPIPE)
+    assert (kind, os.WTERMSIG(status)) == (protocol.EXITED, signal.SIGPIPE)
 
 
 def test_an_empty_input_is_at_its_end_at_once(start: Start) -> None:
@@ -367,7 +367,7 @@ def test_a_signal_from_the_host_reaches_the_command_and_its_group(start: Start) 
     script = "trap 'echo caught; exit 3' USR1; echo ready; sleep 1000 & wait"
     guest = start("sh", "-c", script)
     assert os.read(guest.stdout, 6) == b"ready\n"
-    guest.send(relay.SIGNAL, signal.SIGUSR1)
+    guest.send(protocol.SIGNAL, signal.SIGUSR1)
     output, _, status = guest.finish()
     assert (output, os.waitstatus_to_exitcode(status)) == (b"caught\n", 3)
 
@@ -376,11 +376,11 @@ def test_records_may_arrive_in_pieces_or_together(start: Start) -> None:
     script = "trap 'echo 1' USR1; trap 'echo 2; exit' USR2; echo ready; while :; do sleep 0.1; done"
     guest = start("sh", "-c", script)
     assert os.read(guest.stdout, 6) == b"ready\n"
-    nonsense = struct.pack("<II", 99, 1) + struct.pack("<II", relay.WINSIZE, 1)
-    for piece in nonsense + struct.pack("<II", relay.SIGNAL, signal.SIGUSR1):
+    nonsense = struct.pack("<II", 99, 1) + struct.pack("<II", protocol.WINSIZE, 1)
+    for piece in nonsense + struct.pack("<II", protocol.SIGNAL, signal.SIGUSR1):
         os.write(guest.control, bytes([piece]))
     assert os.read(guest.stdout, 2) == b"1\n"
-    os.write(guest.control, nonsense + struct.pack("<II", relay.SIGNAL, signal.SIGUSR2))
+    os.write(guest.control, nonsense + struct.pack("<II", protocol.SIGNAL, signal.SIGUSR2))
     assert guest.finish()[0] == b"2\n"
 
 
@@ -392,10 +392,10 @@ def test_the_guest_ends_with_its_host(start: Start) -> None:
 
 def test_a_host_that_asked_for_it_says_when_to_power_off(start: Start) -> None:
     guest = start("true", await_goodbye=True)
-    assert guest.record() == (relay.EXITED, 0)
+    assert guest.record() == (protocol.EXITED, 0)
     assert guest.process.poll() is None
-    guest.send(relay.SIGNAL, signal.SIGTERM)  # too late to matter
-    guest.send(relay.GOODBYE, 0)
+    guest.send(protocol.SIGNAL, signal.SIGTERM)  # too late to matter
+    guest.send(protocol.GOODBYE, 0)
     assert guest.process.wait() == POWERED_OFF
 
 
@@ -411,7 +411,7 @@ def test_a_new_size_reaches_the_terminal_and_its_command(start: Start) -> None:
     script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"
     guest = start("sh", "-c", script, terminal=(24, 80))
     assert os.read(guest.stdout, 7) == b"ready\r\n"
-    guest.send(relay.WINSIZE, 50 | 132 << 16)
+    guest.send(protocol.WINSIZE, 50 | 132 << 16)
     assert guest.finish()[0] == b"50 132\r\n"
 
 
@@ -427,7 +427,7 @@ def test_control_c_typed_or_sent_interrupts_the_foreground(start: Start) -> None
         if by_key:
             os.write(guest.stdin, b"\3")
         else:
-            guest.send(relay.SIGNAL, signal.SIGINT)
+            guest.send(protocol.SIGNAL, signal.SIGINT)
         assert guest.finish()[0].endswith(b"int\r\n")
 
 
@@ -436,7 +436,7 @@ def test_a_signal_goes_to_the_job_in_the_foreground_not_to_its_shell(start: Star
     script = f"""trap 'echo shell' INT; sh -c "{job}"; echo after"""
     guest = start("bash", "-mc", script, terminal=(24, 80))
     assert os.read(guest.stdout, 7) == b"ready\r\n"
-    guest.send(relay.SIGNAL, signal.SIGINT)
+    guest.send(protocol.SIGNAL, signal.SIGINT)
     assert guest.finish()[0] == b"job\r\nafter\r\n"
 
 
@@ -452,7 +452,7 @@ def test_a_terminal_the_host_hangs_up_hangs_up_the_command(start: Start) -> None
     assert os.read(guest.stdout, 1) == b"x"
     guest.close("stdout")
     kind, status = guest.record()
-    assert (kind, os.WTERMSIG(status)) == (relay.EXITED, signal.SIGHUP)
+    assert (kind, os.WTERMSIG(status)) == (protocol.EXITED, signal.SIGHUP)
 
 
 # --- setup -----------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_a_step_that_fails_is_reported_and_has_a_name(start: Start) -> None:
     guest = start("true", mounts=mounts)
     kind, value = guest.started
     config = configure("true", mounts=mounts, port_prefix="elsewhere")
-    assert (kind, value & 0xFFFF) == (relay.SETUP_FAILED, errno.ENODEV)
+    assert (kind, value & 0xFFFF) == (protocol.SETUP_FAILED, errno.ENODEV)
     assert init.describe_step(config, value >> 16) == "mount source (no-such-fs) on /tmp"
     assert guest.process.wait() == POWERED_OFF
 

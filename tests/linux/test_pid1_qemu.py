@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tinyvmm.guest import abi, init, relay
+from tinyvmm.guest import abi, init, protocol
 from tinyvmm.guest.asm import dword, edi, rax, rsp
 from tinyvmm.guest.elf import Program
 from tinyvmm.guest.init import NEW_ROOT, ROOT_9P_OPTIONS, InitConfig, Mkdir, Mount
@@ -145,7 +145,7 @@ def test_a_static_binary_runs_in_a_root_that_holds_nothing_else(
     config = configure("/program", "one", "two", root=OVER_A_SHARE)
     outcome = boot(kernel, config, share=tmp_path, stdin=b"a line\n")
     pid = outcome.records[0][1]
-    assert outcome.records == [(relay.STARTED, pid), (relay.EXITED, 3 << 8)], outcome.console
+    assert outcome.records == [(protocol.STARTED, pid), (protocol.EXITED, 3 << 8)], outcome.console
     assert (outcome.stdout, outcome.stderr) == (b"a line\n", b"")
     assert stat.S_ISDIR((tmp_path / "made").stat().st_mode)
     # Mount points were missing; in them nothing of the guest's remains.
@@ -177,14 +177,14 @@ def test_the_root_has_what_programs_expect(kernel: Kernel) -> None:
     outcome = boot(kernel, config)
     assert outcome.stderr == b"here\nthere\n", outcome
     assert outcome.stdout == b"hello\nx\n"
-    assert outcome.records[-1] == (relay.EXITED, 9 << 8)
+    assert outcome.records[-1] == (protocol.EXITED, 9 << 8)
     assert not Path("/etc/probe").exists()
 
 
 def test_ten_megabytes_go_in_and_out_unchanged(kernel: Kernel) -> None:
     data = os.urandom(10_000_000)
     outcome = boot(kernel, configure("tee", "/dev/stderr"), stdin=data)
-    assert outcome.records[-1] == (relay.EXITED, 0), outcome.console
+    assert outcome.records[-1] == (protocol.EXITED, 0), outcome.console
     assert outcome.stdout == data
     assert outcome.stderr == data
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_mounted_is_reported_by_its_step(kernel: Kernel) -> None:
     config = configure("true", root=(Mount("no-such-tag", NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),))
     outcome = boot(kernel, config)
     ((kind, value),) = outcome.records
-    assert (kind, value & 0xFFFF) == (relay.SETUP_FAILED, errno.ENOENT)
+    assert (kind, value & 0xFFFF) == (protocol.SETUP_FAILED, errno.ENOENT)
     # `boot` put the modules in front, three steps each.
     index = (value >> 16) - 3 * len(closure(kernel.modules, MODULES))
     assert init.describe_step(config, index) == "mount no-such-tag (9p) on /newroot"
@@ -217,4 +217,4 @@ def test_what_fails_before_there_is_a_port_is_said_on_the_console(kernel: Kernel
 def test_a_process_that_ignores_everything_does_not_outlive_the_command(kernel: Kernel) -> None:
     script = "trap '' TERM HUP INT; setsid sh -c 'trap \"\" TERM; sleep 1000' & sleep 0.2; echo end"
     outcome = boot(kernel, configure("sh", "-c", script), stdin=None)
-    assert (outcome.stdout, outcome.records[-1]) == (b"end\n", (relay.EXITED, 0))
+    assert (outcome.stdout, outcome.records[-1]) == (b"end\n", (protocol.EXITED, 0))

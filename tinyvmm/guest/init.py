@@ -9,8 +9,9 @@ initramfs. That program
 4. when the command ends, ends every other process, reports, and powers the machine off.
 
 How to read it: parts 1 and 2 are a table, `setup_steps`: one `Step` is one system call, and all of
-them become code in the same few lines, `_emit_step`. Parts 3 and 4 are loops, and are in relay.py.
-A step that fails ends the guest and tells the host its index: `describe_step` says it in words.
+them become code in the same few lines, `_emit_step`. A step that fails ends the guest and tells the
+host its index, which `describe_step` puts into words. Parts 3 and 4 are loops, in relay.py; what is
+said to the host is in protocol.py, and how in report.py.
 
 Strings are str (surrogateescape) as from os.fsdecode. The host's half is session.py.
 """

@@ -18,15 +18,14 @@ writing EAGAIN. So a relay never polls a descriptor it has no use for, and an ou
 hung up ends its relay: the command gets SIGPIPE, as if it wrote to a closed pipe.
 
 Each function appends one routine. Registers in a routine: rbx the relay's row, r12 its two struct
-pollfd; the rest is free for all. Control records, both ways: two 32-bit numbers, kind and value.
+pollfd; the rest is free for all.
 """
 
 import errno
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tinyvmm.guest import abi
+from tinyvmm.guest import abi, report
 from tinyvmm.guest.asm import (
     Address,
     at,
@@ -35,7 +34,6 @@ from tinyvmm.guest.asm import (
     dl,
     dword,
     eax,
-    ebx,
     ecx,
     edi,
     edx,
@@ -53,18 +51,18 @@ from tinyvmm.guest.asm import (
     word,
 )
 from tinyvmm.guest.elf import Program
+from tinyvmm.guest.protocol import (
+    EXEC_FAILED,
+    EXITED,
+    GOODBYE,
+    RECORD_LEN,
+    SETUP_FAILED,
+    SIGNAL,
+    STARTED,
+    WINSIZE,
+)
+from tinyvmm.guest.report import EVENTS, HUNG_UP, POLLFD_LEN, REVENTS
 
-# guest to host
-STARTED = 1  # process id
-EXITED = 2  # wait status, as from wait4(2)
-EXEC_FAILED = 3  # errno
-SETUP_FAILED = 4  # step index << 16 | errno
-# host to guest
-SIGNAL = 16  # signal number
-WINSIZE = 17  # rows | columns << 16
-GOODBYE = 18  # everything arrived, power off
-
-RECORD_LEN = 8
 BUFFER_LEN = 1 << 15  # what the port's driver copies at most in one write
 
 # One row of the table of relays.
@@ -72,14 +70,10 @@ IN, OUT, COMMAND_END, POSITION, LENGTH, BUFFER = range(0, 48, 8)
 ROW_LEN = 48
 FINISHED = -1  # in IN: the relay has ended
 
-# struct pollfd: int fd; short events, revents. Two fixed ones, then two for each relay.
-EVENTS, REVENTS, POLLFD_LEN = 4, 6, 8
+# What is polled: two struct pollfd, then two for each relay.
 CONTROL_POLLFD, CHILDREN_POLLFD, RELAY_POLLFDS = 0, 8, 16
 
-HUNG_UP = abi.POLLERR | abi.POLLHUP | abi.POLLNVAL
 SIGNALFD_SIGINFO_LEN = 128
-NAP_NS = 1_000_000
-PATIENCE_NAPS = 30_000  # for the host to open, or take a record from, the control port
 LAST_WORDS_MS = 2_000  # for a killed process to give up its end of a pipe
 
 
@@ -119,10 +113,8 @@ PIPE_ENDS = (at("stdin pipe"), at("stdout pipe") + 4, at("stderr pipe") + 4)
 TERMINAL_ENDS = (at("terminal"),) * 3
 
 VARIABLES = {
-    "record": RECORD_LEN,  # to the host
     "incoming": RECORD_LEN,  # from the host, of which there are
     "incoming len": 8,
-    "control poll": POLLFD_LEN,
     "siginfo": SIGNALFD_SIGINFO_LEN,
     "wait status": 8,  # of whoever ended last
     "exit status": 8,  # of the command
@@ -148,14 +140,13 @@ def emit(p: Program, command: Command) -> None:
     _start(p, command, relays)
     _loop(p, relays)
     _end(p, command)
+    _setup_failed(p)
     _prepare(p)
     _pump(p)
     _finish(p)
     _reap(p)
     _read_control(p, terminal=command.terminal)
-    _report(p)
-    _await_host(p)
-    _setup_failed(p)
+    report.emit(p)
 
 
 def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
@@ -284,6 +275,45 @@ def _end(p: Program, command: Command) -> None:
     magic = (abi.LINUX_REBOOT_MAGIC1, abi.LINUX_REBOOT_MAGIC2)
     p.system_call(abi.SYS_REBOOT, *magic, abi.LINUX_REBOOT_CMD_POWER_OFF, 0)
     p.call("nap")  # a board without power control; PID 1 must not exit
+    p.jmp("power off")
+
+
+def emit_failure(p: Program, index: int, says: str) -> None:
+    """What follows step `index` when it fails, -errno in rax."""
+    text = f"tinyvmm: cannot {says}: errno ".encode()
+    p.mov(edi, index)
+    p.lea(rsi, ptr[p.constant(text)])
+    p.mov(edx, len(text))
+    p.jmp("setup failed")
+
+
+def _setup_failed(p: Program) -> None:
+    """Tell the host on the control port, or if that is not open yet whoever sees the console."""
+    p.label("setup failed")
+    p.neg(eax)
+    p.cmp(qword["control"], 0)
+    p.jl("write to console")
+    p.mov(esi, edi)
+    p.shl(esi, 16)
+    p.or_(esi, eax)
+    p.mov(edi, SETUP_FAILED)
+    p.jmp("report and power off")
+
+    p.label("write to console")
+    p.mov(r12, rsi)
+    p.mov(r13d, edx)
+    p.mov(ecx, 10)
+    for place in (2, 1, 0):  # errno has at most three digits
+        p.xor(edx, edx)
+        p.div(ecx)
+        p.add(dl, ord("0"))
+        p.mov(byte[at("digits") + place], dl)
+    p.mov(byte[at("digits") + 3], ord("\n"))
+    mode = abi.O_WRONLY | abi.O_NOCTTY
+    p.system_call(abi.SYS_OPEN, p.string("/dev/console"), mode)
+    p.mov(rbx, rax)
+    p.system_call(abi.SYS_WRITE, rbx, r12, r13)
+    p.system_call(abi.SYS_WRITE, rbx, "digits", 4)
     p.jmp("power off")
 
 
@@ -416,89 +446,3 @@ def _read_control(p: Program, *, terminal: bool) -> None:
     p.neg(rdi)
     p.system_call(abi.SYS_KILL, rdi, dword[at("incoming") + 4])
     p.ret()
-
-
-def _report(p: Program) -> None:
-    """Write the record edi, esi to the host, waiting for room as long as it is there."""
-    p.label("report")
-    p.mov(dword["record"], edi)
-    p.mov(dword[at("record") + 4], esi)
-    p.label("write record")
-    p.system_call(abi.SYS_WRITE, qword["control"], "record", RECORD_LEN)
-    p.cmp(rax, -errno.EAGAIN)
-    p.jne("reported")
-    p.mov(rdx, -1)
-    p.call("poll control")
-    p.test(word[at("control poll") + REVENTS], HUNG_UP)
-    p.je("write record")
-    p.label("reported")
-    p.ret()
-
-    p.label("poll control")  # until it can be written to, or for edx milliseconds
-    p.mov(eax, dword["control"])
-    p.mov(dword["control poll"], eax)
-    p.mov(dword[at("control poll") + EVENTS], abi.POLLOUT)
-    p.system_call(abi.SYS_POLL, "control poll", 1, rdx)
-    p.ret()
-
-
-def _await_host(p: Program) -> None:
-    """Wait until the host has opened the control port, which it does after the other three.
-
-    A port appears before the message that the host has it open; read too early, an open stdin
-    would look ended. Messages arrive in order, so the control port's speaks for all.
-    """
-    p.label("await host")
-    p.mov(ebx, PATIENCE_NAPS)
-    p.label("ask host")
-    p.xor(edx, edx)
-    p.call("poll control")
-    p.test(word[at("control poll") + REVENTS], HUNG_UP)
-    p.je("reported")
-    p.call("nap")
-    p.dec(ebx)
-    p.jns("ask host")
-    p.jmp("power off")
-
-    p.label("nap")
-    p.system_call(abi.SYS_NANOSLEEP, p.constant(struct.pack("<QQ", 0, NAP_NS)), 0)
-    p.ret()
-
-
-def emit_failure(p: Program, index: int, says: str) -> None:
-    """What follows step `index` when it fails, -errno in rax."""
-    text = f"tinyvmm: cannot {says}: errno ".encode()
-    p.mov(edi, index)
-    p.lea(rsi, ptr[p.constant(text)])
-    p.mov(edx, len(text))
-    p.jmp("setup failed")
-
-
-def _setup_failed(p: Program) -> None:
-    """Tell the host on the control port, or if that is not open yet whoever sees the console."""
-    p.label("setup failed")
-    p.neg(eax)
-    p.cmp(qword["control"], 0)
-    p.jl("write to console")
-    p.mov(esi, edi)
-    p.shl(esi, 16)
-    p.or_(esi, eax)
-    p.mov(edi, SETUP_FAILED)
-    p.jmp("report and power off")
-
-    p.label("write to console")
-    p.mov(r12, rsi)
-    p.mov(r13d, edx)
-    p.mov(ecx, 10)
-    for place in (2, 1, 0):  # errno has at most three digits
-        p.xor(edx, edx)
-        p.div(ecx)
-        p.add(dl, ord("0"))
-        p.mov(byte[at("digits") + place], dl)
-    p.mov(byte[at("digits") + 3], ord("\n"))
-    mode = abi.O_WRONLY | abi.O_NOCTTY
-    p.system_call(abi.SYS_OPEN, p.string("/dev/console"), mode)
-    p.mov(rbx, rax)
-    p.system_call(abi.SYS_WRITE, rbx, r12, r13)
-    p.system_call(abi.SYS_WRITE, rbx, "digits", 4)
-    p.jmp("power off")

@@ -13,6 +13,7 @@ import tempfile
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tinyvmm.fileserver import ownership
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.fileserver.tree import (
     AT_REMOVEDIR,
@@ -43,7 +45,10 @@ contents = st.recursive(
     leaves, lambda inner: st.dictionaries(names, inner, max_size=4), max_leaves=12
 )
 trees = st.dictionaries(names, contents, max_size=4)
-modes = st.sampled_from([0o600, 0o644, 0o755, 0o700, 0o4755])
+ROOT = os.geteuid() == 0
+UID, GID = os.getuid(), os.getgid()
+modes = st.sampled_from([0, 0o600, 0o444, 0o755, 0o6755, 0o2644] if ROOT else [0o700, 0o755])
+owners = st.sampled_from([0, 7, 1234] if ROOT else [UID])
 Path = tuple[str, ...]
 
 
@@ -144,6 +149,8 @@ def outcome(do: Any) -> tuple[str, Any]:
 
 
 class UnionAndPlain(RuleBasedStateMachine):
+    pretending = False  # as a user without privilege must, about owners
+
     def __init__(self) -> None:
         super().__init__()
         self.top = tempfile.mkdtemp()
@@ -171,7 +178,10 @@ class UnionAndPlain(RuleBasedStateMachine):
 
     def mount(self) -> None:
         reads = [("/", os.path.join(self.top, name)) for name in ("lower", "middle")]
-        self.union_tree: UnionTree = open_tree(reads, [("/", os.path.join(self.top, "upper"))])
+        with pytest.MonkeyPatch.context() as patch:
+            if self.pretending:
+                patch.setattr(ownership, "must_pretend", lambda: True)
+            self.union_tree: UnionTree = open_tree(reads, [("/", os.path.join(self.top, "upper"))])
         self.union: Node = self.union_tree.root()
 
     def both(self, do: Any) -> Any:
@@ -210,11 +220,15 @@ class UnionAndPlain(RuleBasedStateMachine):
 
     # --- what a guest does ------------------------------------------------------------------------
     @rule(
-        path=paths, mode=modes, data=st.binary(max_size=20), flags=st.sampled_from([0, os.O_EXCL])
+        path=paths,
+        mode=modes,
+        uid=owners,
+        data=st.binary(max_size=20),
+        flags=st.sampled_from([0, os.O_EXCL]),
     )
-    def create(self, path: Path, mode: int, data: bytes, flags: int) -> None:
+    def create(self, path: Path, mode: int, uid: int, data: bytes, flags: int) -> None:
         def do(parent: Node, name: bytes) -> int:
-            node, file = parent.create(name, os.O_RDWR | flags, mode, 7, 8)
+            node, file = parent.create(name, os.O_RDWR | flags, mode, uid, GID)
             count = file.writev([memoryview(data)], 0)
             file.close()
             node.close()
@@ -224,16 +238,16 @@ class UnionAndPlain(RuleBasedStateMachine):
 
     @rule(path=paths, mode=modes)
     def mkdir(self, path: Path, mode: int) -> None:
-        self.in_parent(path, lambda parent, name: parent.mkdir(name, mode, 0, 0).close())
+        self.in_parent(path, lambda parent, name: parent.mkdir(name, mode, UID, GID).close())
 
     @rule(path=paths, content=st.sampled_from([b"a", b"/", b"..", b"\xff"]))
     def symlink(self, path: Path, content: bytes) -> None:
-        self.in_parent(path, lambda parent, name: parent.symlink(name, content, 0, 0).close())
+        self.in_parent(path, lambda parent, name: parent.symlink(name, content, UID, GID).close())
 
     @rule(path=paths)
     def mkfifo(self, path: Path) -> None:
         kind = stat.S_IFIFO | 0o600
-        self.in_parent(path, lambda parent, name: parent.mknod(name, kind, 0, 0, 0, 0).close())
+        self.in_parent(path, lambda parent, name: parent.mknod(name, kind, 0, 0, UID, GID).close())
 
     @rule(path=paths, flags=st.sampled_from([0, AT_REMOVEDIR]))
     def unlink(self, path: Path, flags: int) -> None:
@@ -282,9 +296,21 @@ class UnionAndPlain(RuleBasedStateMachine):
 
         self.both(do)
 
-    @rule(path=paths, mode=modes)
-    def chmod(self, path: Path, mode: int) -> None:
-        self.at(path, lambda node: node.setattr(SETATTR_MODE, mode=mode))
+    @rule(
+        path=paths,
+        valid=st.sampled_from([1, 2, 4, 6, 7]).map(lambda valid: valid if ROOT else 1),
+        mode=modes,
+        uid=owners,
+        gid=owners,
+    )
+    def chmod_and_chown(self, path: Path, valid: int, mode: int, uid: int, gid: int) -> None:
+        def do(node: Node) -> None:
+            kind = stat.S_IFMT(node.stat().st_mode)
+            if self.pretending and kind not in {stat.S_IFREG, stat.S_IFDIR}:
+                return  # these cannot be recorded on disk: a documented difference
+            node.setattr(valid, mode=mode, uid=uid, gid=gid)
+
+        self.at(path, do)
 
     @rule(path=paths, when=st.integers(0, 2**61))
     def utime(self, path: Path, when: int) -> None:
@@ -354,9 +380,10 @@ class UnionAndPlain(RuleBasedStateMachine):
         self.agree(
             *(outcome(lambda n=n: n.setattr(SETATTR_SIZE, size=size)) for n in (plain, union))
         )
-        self.agree(
-            *(outcome(lambda n=n: n.setattr(SETATTR_MODE, mode=mode)) for n in (plain, union))
-        )
+        if not self.pretending:
+            self.agree(
+                *(outcome(lambda n=n: n.setattr(SETATTR_MODE, mode=mode)) for n in (plain, union))
+            )
 
     @invariant()
     def held_nodes_are_what_they_were(self) -> None:
@@ -411,10 +438,18 @@ class UnionAndPlain(RuleBasedStateMachine):
         shutil.rmtree(self.top)
 
 
-UnionAndPlain.TestCase.settings = settings(
+class PretendingUnionAndPlain(UnionAndPlain):
+    pretending = True
+
+
+few = settings(
     max_examples=30,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+UnionAndPlain.TestCase.settings = few
+PretendingUnionAndPlain.TestCase.settings = few
 TestUnionAndPlain = UnionAndPlain.TestCase
+if ROOT:  # where the plain directory can have what the union pretends
+    TestPretendingUnionAndPlain = PretendingUnionAndPlain.TestCase

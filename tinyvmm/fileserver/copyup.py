@@ -1,8 +1,7 @@
 """Copying one lower file or directory into a write tree's work area, as it is.
 
-Kept: type, contents with their holes, owner as far as our privilege goes, mode, times to the
-nanosecond, extended attributes the file system takes. A file that cannot keep its owner does not
-keep its set-id bits either: they would lend our own identity.
+Kept: type, contents with their holes, owner and mode (see ownership), times to the nanosecond,
+extended attributes the file system takes.
 """
 
 import os
@@ -10,6 +9,7 @@ import stat
 from errno import EACCES, EINVAL, ENOSYS, ENXIO, EOPNOTSUPP, EPERM, EXDEV
 
 from tinyvmm.fileserver.hostfile import fd_path, open_contents, open_path
+from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 
 _CHUNK = 1 << 30
@@ -17,7 +17,9 @@ _BUFFER = 1 << 20
 _CANNOT = {EXDEV, EINVAL, ENOSYS, EOPNOTSUPP, EPERM}
 
 
-def copy_file(fd: int, st: os.stat_result, name: bytes, dir_fd: int, *, data: bool) -> int:
+def copy_file(
+    fd: int, st: os.stat_result, name: bytes, dir_fd: int, owners: Owners, *, data: bool
+) -> int:
     """Copy the file behind O_PATH descriptor `fd` to the new entry `name`; gives its descriptor.
 
     Without `data` a regular file is copied empty, for who is about to truncate it.
@@ -40,7 +42,7 @@ def copy_file(fd: int, st: os.stat_result, name: bytes, dir_fd: int, *, data: bo
         os.mknod(name, kind | 0o600, st.st_rdev, dir_fd=dir_fd)
     copy = open_path(name, dir_fd)
     try:
-        copy_attributes(fd, st, copy)
+        copy_attributes(fd, st, copy, owners)
     except OSError:
         os.close(copy)
         raise
@@ -93,17 +95,11 @@ def _copy_range(source: int, target: int, offset: int, count: int) -> None:
             count -= done
 
 
-def copy_attributes(fd: int, st: os.stat_result, copy: int) -> None:
+def copy_attributes(fd: int, st: os.stat_result, copy: int, owners: Owners) -> None:
     """Give the file behind `copy` the attributes of `fd`, whose stat is `st`; times last."""
     path = fd_path(copy)
-    mode = stat.S_IMODE(st.st_mode)
-    try:
-        os.chown(path, st.st_uid, st.st_gid)
-    except PermissionError:
-        mode &= ~0o6000
+    owners.give(copy, os.fstat(copy), st.st_mode, st.st_uid, st.st_gid)
     _copy_xattrs(fd_path(fd), path)
-    if not stat.S_ISLNK(st.st_mode):
-        os.chmod(path, mode)
     os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 

@@ -129,6 +129,7 @@ class UnionTree:
         identity = self._identities.pop(inode, None)
         if identity is not None:
             self._copied.discard(identity.path)
+        write.owners.forget(st)
         self._generations[inode] = self._generations.get(inode, 1) % 0xFFFF_FFFF + 1
 
     def release_path(self, node: UnionNode) -> None:

@@ -28,7 +28,6 @@ from tinyvmm.fileserver.hostfile import (
     make_special,
     open_path,
     os_error,
-    set_owner_and_mode,
 )
 from tinyvmm.fileserver.maps import UPPER, Layers
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, Node, OpenFile
@@ -110,7 +109,7 @@ class UnionDirectory(MergedDirectory):
             try:
                 fd = open_path(at, dir_fd)
                 st = os.fstat(fd)
-                set_owner_and_mode(fd, st, mode, uid, gid)
+                write.owners.give(fd, st, mode, uid, gid)
                 if covered:
                     if stat.S_ISDIR(st.st_mode):
                         write.make_opaque(fd)

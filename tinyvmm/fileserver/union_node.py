@@ -28,7 +28,15 @@ from tinyvmm.fileserver.hostfile import (
     set_attributes,
 )
 from tinyvmm.fileserver.maps import UPPER
-from tinyvmm.fileserver.tree import NO_ID, SETATTR_SIZE, Node, OpenFile
+from tinyvmm.fileserver.tree import (
+    NO_ID,
+    SETATTR_GID,
+    SETATTR_MODE,
+    SETATTR_SIZE,
+    SETATTR_UID,
+    Node,
+    OpenFile,
+)
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.fileserver.writetree import WriteTree
 from tinyvmm.ninep import Qid
@@ -40,6 +48,9 @@ if TYPE_CHECKING:
     _NodeInterface = Node
 else:
     _NodeInterface = object  # a Protocol at run time would cost each isinstance and each instance
+
+
+_OWNER = SETATTR_MODE | SETATTR_UID | SETATTR_GID
 
 
 class UnionNode(_NodeInterface):
@@ -160,6 +171,17 @@ class UnionNode(_NodeInterface):
                 raise os_error(EINVAL)
             return os.readlink(b"", dir_fd=self.path_fd())
 
+    def with_owner(self, st: os.stat_result, fd: int) -> os.stat_result:
+        """The stat of upper file `fd`, with the owner it would have if we might give it away."""
+        write = self.write_tree()
+        if write is None or not write.owners.pretends:
+            return st
+        owner = write.owners.recorded(fd, st)
+        if owner is None:
+            return st
+        mode = stat.S_IFMT(st.st_mode) | owner.mode
+        return altered(st, mode=mode, uid=owner.uid, gid=owner.gid)
+
     # --- what does --------------------------------------------------------------------------------
     def setattr(
         self,
@@ -175,6 +197,10 @@ class UnionNode(_NodeInterface):
         with self.tree.mutation:
             self.copy_up(data=not (valid & SETATTR_SIZE and size == 0))
             fd = self.path_fd()
+            write = self.write_tree()
+            if valid & _OWNER and write is not None and write.owners.pretends:
+                write.owners.change(fd, valid, mode, uid, gid)
+                valid &= ~_OWNER
             set_attributes(fd, self.kind, valid, mode, uid, gid, size, atime_ns, mtime_ns)
 
     def setxattr(self, name: bytes, value: bytes, flags: int) -> None:
@@ -252,9 +278,11 @@ class UnionFile(UnionNode):
         """Its stat; a lower file has one name here, whatever names the host has for it."""
         with self.tree.lock:
             st = os.fstat(self.path_fd())
-            if self.layer != UPPER and st.st_nlink != (not self.dead):
-                return altered(st, nlink=0 if self.dead else 1)
-            return st
+            if self.layer != UPPER:
+                if st.st_nlink != (not self.dead):
+                    st = altered(st, nlink=0 if self.dead else 1)
+                return st
+            return self.with_owner(st, self.fd)
 
     def not_directory(self, *_args: object, **_named: object) -> NoReturn:
         """Refuse what only a directory can do."""
@@ -297,7 +325,8 @@ class UnionFile(UnionNode):
         temporary = write.temporary()
         copy = -1
         try:
-            copy = copy_file(fd, os.fstat(fd), temporary, write.work(), data=data)
+            work = write.work()
+            copy = copy_file(fd, os.fstat(fd), temporary, work, write.owners, data=data)
             readers = [
                 (reader, open_contents(copy, self.kind, os.O_RDONLY, ours=True))
                 for reader in self._readers or ()

@@ -166,6 +166,8 @@ class MergedDirectory(UnionNode):
             if self._root_of_write:
                 below = os.fstat(layers.lowers[0])
                 return altered(st, mode=below.st_mode, nlink=1, uid=below.st_uid, gid=below.st_gid)
+            if layers.upper >= 0:
+                st = self.with_owner(st, fd)
             if self.point is not None or (layers.upper >= 0 and layers.lowers):
                 return altered(st, nlink=1)
             return st
@@ -385,11 +387,11 @@ class MergedDirectory(UnionNode):
     ) -> None:
         """Change owner, mode and times."""
         with self.tree.mutation:
-            if self._root_of_write:
+            if self._root_of_write and self.write is not None:
                 self._root_of_write = False
                 layers = self.layers()
                 below = os.fstat(layers.lowers[0])
-                copy_attributes(layers.lowers[0], below, layers.upper)
+                copy_attributes(layers.lowers[0], below, layers.upper, self.write.owners)
                 _note_own_attributes(layers.upper)
             super().setattr(valid, mode, uid, gid, size, atime_ns, mtime_ns)
 
@@ -418,7 +420,8 @@ class MergedDirectory(UnionNode):
         try:
             if layers.lowers:
                 below = layers.lowers[0]
-                fd = copy_file(below, os.fstat(below), temporary, write.work(), data=False)
+                work = write.work()
+                fd = copy_file(below, os.fstat(below), temporary, work, write.owners, data=False)
             else:
                 os.mkdir(temporary, 0o755, dir_fd=write.work())
                 fd = open_path(temporary, write.work())

@@ -17,7 +17,8 @@ import os
 import stat
 from errno import ENODATA, EOPNOTSUPP, EPERM
 
-PRIVATE_XATTRS = (b"user.overlay.", b"trusted.overlay.", b"user.tinyvmm.")
+OWNER_XATTR = b"user.containers.override_stat"
+PRIVATE_XATTRS = (b"user.overlay.", b"trusted.overlay.", b"user.tinyvmm.", OWNER_XATTR)
 """Prefixes of our own xattrs, which a guest neither sees nor sets."""
 
 NAME_PREFIX = b".wh."

@@ -17,6 +17,7 @@ from errno import EAGAIN
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.hostfile import fd_path, open_path
+from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.whiteout import (
     NAME_MARK,
     NAME_OPAQUE,
@@ -62,6 +63,7 @@ class WriteTree:
         st = os.fstat(self.fd)
         self.inode = (st.st_dev, st.st_ino)
         self.by_name = _exists(NAME_MARK, self.fd)
+        self.owners = Owners()
         self._work_fd = -1
         self._serial = 0
         if _exists(WORK_NAME, self.fd):  # somebody was killed

@@ -89,7 +89,9 @@ class ConsolePort:
 
     def close(self) -> None:
         """Let the guest's reader see end of file after what was put; no more can be."""
-        if self._console is not None:
+        if self._console is None:
+            self.closed = True
+        else:
             self._console.close_port(self)
 
 

@@ -1,0 +1,484 @@
+"""The console's ports against a driver that behaves as Linux's does, and some that do not."""
+
+import json
+import re
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.virtio_driver import EVENT_IDX, NEEDS_RESET, WRITE, Driver, Queue, Ram
+from tinyvmm.devices.virtio import console
+from tinyvmm.devices.virtio.console import OUTPUT_MAX, ConsolePort, VirtioConsole
+from tinyvmm.streams import PortInput, PortOutput
+
+HEADER = Path("/usr/include/linux/virtio_console.h")
+DEVICE_READY, PORT_ADD, PORT_READY, PORT_OPEN, PORT_NAME = 0, 1, 3, 6, 7
+NO_ID = 0xFFFF_FFFF
+
+
+class Guest:
+    """A driver of the console that answers control messages as drivers/char/virtio_console.c."""
+
+    def __init__(self, *names: str, without: int = 0, ram: Ram | None = None) -> None:
+        self.ports = [ConsolePort(name) for name in names]
+        self.device = VirtioConsole(self.ports)
+        self.driver = Driver(self.device, ram)
+        self.without = without
+        self.start()
+
+    def start(self) -> None:
+        self.queues = self.driver.start(without=self.without)
+        self.post_control()
+
+    def post_control(self, count: int = 16, length: int = 64) -> None:
+        for _ in range(count):
+            self.queues[2].add([], [length])
+        self.queues[2].kick()
+
+    def say(self, port: int, event: int, value: int = 1) -> None:
+        queue = self.queues[3]
+        queue.send([struct.pack("<IHH", port, event, value)], [])
+        (used,) = queue.used()  # Linux spins for it
+        queue.filled(*used)
+
+    def hear(self) -> list[tuple[int, int, int, bytes]]:
+        """Return the control messages that came, and post their buffers again."""
+        messages = self.queues[2].collect()
+        self.post_control(len(messages))
+        return [(*struct.unpack_from("<IHH", message), message[8:]) for message in messages]
+
+    def plug(self) -> None:
+        """Take every port, and open it."""
+        self.say(NO_ID, DEVICE_READY)
+        for port, event, _, _ in self.hear():
+            assert event == PORT_ADD
+            self.say(port, PORT_READY)
+        self.hear()
+        for port in range(1, len(self.ports) + 1):
+            self.say(port, PORT_OPEN)
+
+    def receiveq(self, port: int) -> Queue:
+        return self.queues[2 * port + 2]
+
+    def transmitq(self, port: int) -> Queue:
+        return self.queues[2 * port + 3]
+
+
+def plugged(*names: str, without: int = 0) -> Guest:
+    guest = Guest(*names, without=without)
+    guest.plug()
+    return guest
+
+
+# --- the control queues -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="the kernel's headers are not installed")
+def test_events_are_numbered_as_in_the_kernels_header() -> None:
+    defined = dict(
+        re.findall(r"^#define (VIRTIO_CONSOLE_\w+)\s+(\d+)", HEADER.read_text(), re.MULTILINE)
+    )
+    for name in ("DEVICE_READY", "PORT_ADD", "PORT_READY", "PORT_OPEN", "PORT_NAME"):
+        number = int(defined[f"VIRTIO_CONSOLE_{name}"])
+        assert getattr(console, f"VIRTIO_CONSOLE_{name}") == number
+        assert globals()[name] == number
+    multiport = int(defined["VIRTIO_CONSOLE_F_MULTIPORT"])
+    assert 1 << multiport == console.VIRTIO_CONSOLE_F_MULTIPORT
+
+
+def test_configuration_counts_port_0_and_ours_and_each_has_two_queues() -> None:
+    guest = Guest("a", "b", "c")
+    mmio = guest.driver.mmio
+    assert mmio.read(0x104, 4) == 4
+    assert mmio.read(0x100, 4) == 0  # no size is offered
+    assert len(guest.queues) == 2 * (4 + 1)
+    assert guest.driver.read(0x008) == 3
+    assert guest.driver.offered() & 0xFF == 1 << 1
+
+
+def test_ports_are_added_named_and_opened_in_the_order_a_driver_asks() -> None:
+    guest = Guest("in", "out")
+    guest.say(NO_ID, DEVICE_READY)
+    assert guest.hear() == [(1, PORT_ADD, 1, b""), (2, PORT_ADD, 1, b"")]
+    guest.say(2, PORT_READY)
+    assert guest.hear() == [(2, PORT_NAME, 1, b"out"), (2, PORT_OPEN, 1, b"")]
+    guest.say(1, PORT_READY)
+    assert guest.hear() == [(1, PORT_NAME, 1, b"in"), (1, PORT_OPEN, 1, b"")]
+
+
+def test_a_driver_that_failed_to_add_a_port_or_itself_hears_nothing_of_it() -> None:
+    guest = Guest("a")
+    guest.say(NO_ID, DEVICE_READY, 0)
+    guest.say(1, PORT_READY, 0)
+    assert guest.hear() == []
+
+
+def test_messages_wait_for_buffers_each_once_however_often_a_driver_asks() -> None:
+    guest = Guest("a", "b")
+    guest.driver.write(0x070, 0)
+    guest.queues = guest.driver.start()
+    for _ in range(100):
+        guest.say(NO_ID, DEVICE_READY)
+        guest.say(1, PORT_READY)
+    guest.post_control()
+    assert [(port, event) for port, event, _, _ in guest.hear()] == [
+        (1, PORT_ADD),
+        (2, PORT_ADD),
+        (1, PORT_NAME),
+        (1, PORT_OPEN),
+    ]
+
+
+@given(
+    messages=st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=20),
+            st.tuples(
+                st.sampled_from((0, 1, 2, 3, NO_ID)), st.integers(0, 9), st.integers(0, 2)
+            ).map(lambda fields: struct.pack("<IHH", *fields)),
+        ),
+        max_size=30,
+    ),
+    buffers=st.integers(0, 16),
+)
+@settings(deadline=None)
+def test_any_control_messages_are_survived_and_kept_in_bounds(
+    messages: list[bytes], buffers: int
+) -> None:
+    guest = Guest("a", "b")
+    guest.driver.write(0x070, 0)
+    guest.queues = guest.driver.start()
+    guest.post_control(buffers)
+    for message in messages:
+        guest.queues[3].send([message], [])
+        guest.queues[3].collect()
+    assert not guest.driver.status & NEEDS_RESET
+    assert len(guest.device.save()["pending"]) <= 4 * 2
+    assert len(guest.queues[2].used()) <= buffers
+
+
+def test_a_control_message_may_come_in_pieces() -> None:
+    guest = Guest("a")
+    message = struct.pack("<IHH", NO_ID, DEVICE_READY, 1)
+    guest.queues[3].send([message[:1], message[1:5], message[5:]], [])
+    assert guest.hear() == [(1, PORT_ADD, 1, b"")]
+
+
+def test_a_control_buffer_too_small_for_a_message_stops_the_device() -> None:
+    guest = Guest("a")
+    guest.driver.write(0x070, 0)
+    guest.queues = guest.driver.start()
+    guest.queues[2].send([], [7])
+    guest.queues[3].send([struct.pack("<IHH", NO_ID, DEVICE_READY, 1)], [])
+    assert guest.driver.status & NEEDS_RESET
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+@given(
+    sent=st.lists(st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=3), max_size=9),
+    indirect=st.booleans(),
+)
+@settings(deadline=None)
+def test_output_comes_as_it_was_sent_one_buffer_at_a_time(
+    sent: list[list[bytes]], indirect: bool
+) -> None:
+    guest = plugged("a", "b")
+    for pieces in sent:
+        guest.transmitq(2).send(pieces, [], indirect=indirect)
+    assert guest.ports[0].take_output() == b""
+    assert [guest.ports[1].take_output() for _ in sent] == [b"".join(each) for each in sent]
+    assert guest.ports[1].take_output() == b""
+    assert [length for _, length in guest.transmitq(2).used()] == [0] * len(sent)
+
+
+def test_output_nobody_takes_stays_with_the_driver() -> None:
+    guest = plugged("a")
+    queue = guest.transmitq(1)
+    while queue.free:
+        queue.send([b"data"], [])
+    assert queue.used() == []
+    assert guest.ports[0].take_output() == b"data"
+    assert len(queue.used()) == 1
+    assert guest.driver.interrupted()
+
+
+def test_on_output_is_called_when_the_queue_had_been_found_empty_and_may_take_at_once() -> None:
+    guest = plugged("a")
+    port = guest.ports[0]
+    taken = []
+    port.on_output = lambda: taken.append(port.take_output())
+    for _ in range(3):
+        guest.transmitq(1).send([b"x"], [])
+        taken.append(port.take_output())
+    assert taken == [b"x", b""] * 3
+
+
+def test_a_chain_without_data_or_with_too_much_of_it_stops_the_device() -> None:
+    guest = plugged("a")
+    guest.transmitq(1).send([], [10])
+    assert guest.ports[0].take_output() == b""
+    assert guest.driver.status & NEEDS_RESET
+
+    guest = plugged("a")
+    ram = guest.driver.ram
+    table = ram.alloc(16 * 1024)
+    for index in range(1024):
+        more = index < 1023
+        ram.put("<QIHH", table + 16 * index, ram.base, 1 << 20, more, index + more)
+    guest.transmitq(1).write_descriptor(0, table, 16 * 1024, 4)
+    guest.transmitq(1).publish(0)
+    assert OUTPUT_MAX < 1024 << 20
+    assert guest.ports[0].take_output() == b""
+    assert guest.driver.status & NEEDS_RESET
+
+
+# --- input ------------------------------------------------------------------------------------
+
+
+@given(
+    moves=st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=30),
+            st.lists(st.integers(1, 12), min_size=1, max_size=3),
+            st.just(None),
+        ),
+        max_size=60,
+    ),
+    without=st.sampled_from((0, EVENT_IDX)),
+)
+@settings(deadline=None)
+def test_input_arrives_whole_in_order_and_a_writer_that_waits_is_called(
+    moves: list[bytes | list[int] | None], without: int
+) -> None:
+    guest = plugged("a", without=without)
+    port, queue = guest.ports[0], guest.receiveq(1)
+    waiting = bytearray()
+    put = bytearray()
+    got = bytearray()
+    called = False
+
+    def on_space() -> None:
+        nonlocal called
+        called = True
+
+    port.on_space = on_space
+    blocked = False
+    for move in moves:
+        if isinstance(move, bytes):
+            waiting += move
+        elif isinstance(move, list) and len(move) <= len(queue.free):
+            called = False
+            queue.send([], move)
+            assert called or not blocked
+        else:
+            for data in queue.collect():
+                got += data
+        if called or not blocked:
+            while waiting and (count := port.put_input(bytes(waiting))):
+                put += waiting[:count]
+                del waiting[:count]
+            blocked = bool(waiting)
+    for data in queue.collect():
+        got += data
+    assert got == put
+
+
+def test_input_waits_until_somebody_has_the_port_open() -> None:
+    guest = Guest("a")
+    guest.say(NO_ID, DEVICE_READY)
+    guest.say(1, PORT_READY)
+    guest.receiveq(1).send([], [100])
+    port = guest.ports[0]
+    calls = []
+    port.on_space = lambda: calls.append(port.put_input(b"data"))
+    assert port.put_input(b"lost") == 0
+    guest.say(1, PORT_OPEN, 1)
+    assert calls == [4]
+    guest.say(1, PORT_OPEN, 0)
+    guest.receiveq(1).send([], [100])
+    assert port.put_input(b"lost") == 0
+    assert guest.receiveq(1).collect() == [b"data"]
+
+
+def test_a_driver_is_asked_for_no_kick_while_nobody_waits_for_its_buffers() -> None:
+    guest = plugged("a")
+    queue = guest.receiveq(1)
+    for _ in range(10):
+        queue.send([], [10])
+    assert queue.kicks == 1
+    assert guest.ports[0].put_input(bytes(101)) == 100
+    queue.collect()
+    queue.send([], [10])
+    assert queue.kicks == 2
+
+
+def test_a_receive_buffer_without_room_stops_the_device() -> None:
+    guest = plugged("a")
+    guest.receiveq(1).send([b"readable"], [])
+    assert guest.ports[0].put_input(b"data") == 0
+    assert guest.driver.status & NEEDS_RESET
+
+
+def test_close_reaches_the_driver_after_all_that_was_put() -> None:
+    guest = plugged("a")
+    guest.receiveq(1).send([], [3, 3])
+    guest.receiveq(1).send([], [100])
+    port = guest.ports[0]
+    assert port.put_input(b"last words") == 10
+    port.close()
+    assert guest.hear() == [(1, PORT_OPEN, 0, b"")]
+    assert b"".join(guest.receiveq(1).collect()) == b"last words"
+    assert port.put_input(b"more") == 0
+    port.close()
+    assert guest.hear() == []
+
+
+def test_a_port_closed_before_the_driver_knew_it_comes_closed() -> None:
+    for early in (True, False):
+        port = ConsolePort("a")
+        if early:
+            port.close()
+        guest = Guest()
+        guest.ports = [port]
+        guest.device = VirtioConsole(guest.ports)
+        guest.driver = Driver(guest.device)
+        guest.start()
+        port.close()
+        assert guest.hear() == []
+        guest.say(NO_ID, DEVICE_READY)
+        guest.say(1, PORT_READY)
+        assert [message[1:3] for message in guest.hear()] == [
+            (PORT_ADD, 1),
+            (PORT_NAME, 1),
+            (PORT_OPEN, 0),
+        ]
+
+
+# --- no device, no driver, another driver -----------------------------------------------------
+
+
+def test_a_port_without_driver_or_device_has_nothing_and_takes_nothing() -> None:
+    port = ConsolePort("alone")
+    assert (port.take_output(), port.put_input(b"x")) == (b"", 0)
+    VirtioConsole([port])
+    assert (port.take_output(), port.put_input(b"x")) == (b"", 0)
+    guest = plugged("a")
+    guest.receiveq(1).send([], [10])
+    guest.transmitq(1).send([b"x"], [])
+    guest.driver.write(0x070, 0)
+    assert (guest.ports[0].take_output(), guest.ports[0].put_input(b"x")) == (b"", 0)
+
+
+def test_the_next_driver_finds_everything_as_the_first_did() -> None:
+    guest = plugged("a", "b")
+    guest.ports[1].close()
+    guest.start()
+    guest.say(NO_ID, DEVICE_READY)
+    guest.say(1, PORT_READY)
+    guest.say(2, PORT_READY)
+    assert [message[:3] for message in guest.hear()] == [
+        (1, PORT_ADD, 1),
+        (2, PORT_ADD, 1),
+        (1, PORT_NAME, 1),
+        (1, PORT_OPEN, 1),
+        (2, PORT_NAME, 1),
+        (2, PORT_OPEN, 0),
+    ]
+    assert guest.ports[0].put_input(b"x") == 0  # nobody has opened it again
+
+
+def test_kicks_of_queues_nobody_uses_do_nothing() -> None:
+    guest = plugged("a")
+    for index in range(-2 % 7, 10):
+        guest.driver.write(0x050, index)
+    guest.queues[0].send([], [10])
+    guest.queues[1].send([b"x"], [])
+    assert guest.queues[0].used() == guest.queues[1].used() == []
+    assert not guest.driver.status & NEEDS_RESET
+
+
+def test_ports_saved_and_loaded_go_on_with_undelivered_messages() -> None:
+    guest = Guest("a", "b")
+    guest.driver.write(0x070, 0)
+    guest.queues = guest.driver.start()
+    guest.post_control(6)
+    guest.say(NO_ID, DEVICE_READY)
+    for port in (1, 2):
+        guest.say(port, PORT_READY)
+        guest.say(port, PORT_OPEN)
+    queue = guest.queues[2]
+    assert len(queue.collect()) == 6
+    guest.ports[0].close()
+    guest.receiveq(2).send([], [10])
+    state = json.loads(json.dumps(guest.driver.mmio.save()))
+    again = [ConsolePort("a"), ConsolePort("b")]
+    guest.device = VirtioConsole(again)
+    guest.driver = Driver(guest.device, guest.driver.ram)
+    guest.driver.features = queue.driver.features
+    for each in guest.queues:
+        each.driver = guest.driver
+    guest.driver.mmio.load(state)
+    assert guest.driver.mmio.save() == state
+    assert again[1].put_input(b"on") == 2
+    assert again[0].put_input(b"closed") == 0
+    guest.post_control(1)
+    assert [message[:3] for message in guest.hear()] == [(1, PORT_OPEN, 0)]
+    assert guest.receiveq(2).collect() == [b"on"]
+
+
+@pytest.mark.parametrize("without", [0, EVENT_IDX])
+def test_two_threads_pass_a_megabyte_each_way_through_the_streams(without: int) -> None:
+    guest = Guest("in", "out", without=without, ram=Ram(8 << 20))
+    guest.plug()
+    data = bytes(range(256)) * 4096
+    stdin, stdout = PortInput(guest.ports[0]), PortOutput(guest.ports[1])
+    received = bytearray()
+
+    def write() -> None:
+        stdin.write(data)
+        stdin.close()
+
+    def read() -> None:
+        while piece := stdout.read():
+            received.extend(piece)
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (write, read)]
+    for thread in threads:
+        thread.start()
+    got = bytearray()
+    sent = 0
+    receiveq, transmitq = guest.receiveq(1), guest.transmitq(2)
+    while len(got) < len(data) or sent < len(data):
+        while receiveq.free:
+            receiveq.send([], [4096])
+        for piece in receiveq.collect():
+            got += piece
+        for used in transmitq.used():
+            transmitq.filled(*used)
+        while transmitq.free and sent < len(data):
+            transmitq.send([data[sent : sent + 5000]], [])
+            sent += 5000
+    threads[0].join()
+    stdout.finish()
+    threads[1].join()
+    assert bytes(got) == data
+    assert bytes(received) == data
+    assert [message[:3] for message in guest.hear()] == [(1, PORT_OPEN, 0)]
+
+
+def test_writable_descriptors_are_not_read_as_output() -> None:
+    guest = plugged("a")
+    queue = guest.transmitq(1)
+    gpa = queue.ram.alloc(8)
+    queue.ram.view(gpa, 8)[:] = b"readbufr"
+    queue.write_descriptor(0, gpa, 4, 1, 1)
+    queue.write_descriptor(1, gpa + 4, 4, WRITE)
+    queue.publish(0)
+    queue.kick()
+    assert guest.ports[0].take_output() == b"read"

@@ -170,7 +170,8 @@ def _steps_to_the_host(config: InitConfig) -> list[Step]:
     # here, so that no descriptor below can be one of them.
     flags = abi.O_RDWR | abi.O_CLOEXEC
     steps.append(Step("open /dev/null", abi.SYS_OPEN, ("/dev/null", flags), into="null"))
-    steps += [Step("dup /dev/null", abi.SYS_DUP2, (Value("null"), fd)) for fd in range(3)]
+    null = Value("null")
+    steps += [Step(f"make it descriptor {fd}", abi.SYS_DUP2, (null, fd)) for fd in range(3)]
     for path in config.modules:
         flags = abi.O_RDONLY | abi.O_CLOEXEC
         steps += [

@@ -1,7 +1,7 @@
 """How PID 1 speaks to the host: routines that write a record to the control port, or wait for it.
 
 Each function appends what it is called after. A routine takes its arguments where a system call
-would (edi, esi, edx) and may change any register but rbx and r12 to r15.
+would (edi, esi, edx) and may change any register but r12 to r15; `await host` changes rbx as well.
 """
 
 import errno

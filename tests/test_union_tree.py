@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -335,7 +337,17 @@ def test_removing_makes_whiteouts_that_last(layers: Layers) -> None:
     assert entries(tree, "d") == []
 
 
+def need_device_whiteouts(where: Path) -> None:
+    """Skip where a device 0:0 cannot be made (on overlayfs itself, and before Linux 5.8)."""
+    try:
+        os.mknod(where / "probe", stat.S_IFCHR, os.makedev(0, 0))
+    except PermissionError:
+        pytest.skip("this file system has no whiteout devices")
+    (where / "probe").unlink()
+
+
 def test_whiteouts_have_the_form_overlayfs_gives_them(layers: Layers) -> None:
+    need_device_whiteouts(layers.top)
     (layers.lower / "f").touch()
     (layers.lower / "d").mkdir()
     tree = layers.mount()
@@ -346,6 +358,40 @@ def test_whiteouts_have_the_form_overlayfs_gives_them(layers: Layers) -> None:
     assert (stat.S_IFMT(mark.st_mode), mark.st_rdev) == (stat.S_IFCHR, 0)
     prefix = "trusted" if ROOT else "user"
     assert os.getxattr(layers.upper / "d", f"{prefix}.overlay.opaque") == b"y"
+
+
+@needs_root
+def test_the_kernels_overlayfs_sees_what_the_guest_saw(layers: Layers) -> None:
+    for name in ("kept", "gone", "replaced"):
+        (layers.lower / name).mkdir()
+        (layers.lower / name / "below").touch()
+        (layers.lower / f"{name}-file").write_text("lower")
+    tree = layers.mount([("/", layers.lower)])
+    remove(tree, "gone/below")
+    remove(tree, "gone", AT_REMOVEDIR)
+    remove(tree, "gone-file")
+    rename(tree, "replaced", "moved")
+    mkdir(tree, "replaced")
+    write(tree, "replaced-file", b"upper")
+    write(tree, "kept/above", b"")
+    rename(tree, "kept-file", "moved/file")
+    seen = {path: entries(tree, path) for path in ("", "kept", "moved", "replaced")}
+    layers.unmount()
+    work, target = layers.top / "work", layers.top / "target"
+    work.mkdir()
+    target.mkdir()
+    options = f"lowerdir={layers.lower},upperdir={layers.upper},workdir={work}"
+    script = 'mount -t overlay overlay -o "$1" "$2" || exit 77; cd "$2"; shift 2; ls -A -1 "$@"'
+    for path, expected in seen.items():
+        listing = subprocess.run(
+            ["unshare", "-m", "sh", "-c", script, "sh", options, str(target), f"./{path}"],
+            capture_output=True,
+            check=False,
+        )
+        if listing.returncode == 77:
+            pytest.skip(f"no overlayfs here: {listing.stderr.decode()}")
+        assert sorted(listing.stdout.split()) == expected
+    shutil.rmtree(work)  # which holds directories of mode 0
 
 
 @pytest.mark.parametrize("form", ["device", "xattr", "name"])
@@ -393,6 +439,7 @@ def test_every_form_of_whiteout_hides_and_can_be_replaced(
 
 def test_layers_that_somebody_else_made_are_understood(layers: Layers) -> None:
     """An upper layer of overlayfs, whiteouts and all, as a read tree over another."""
+    need_device_whiteouts(layers.top)
     for name in ("gone", "gone2", "kept"):
         (layers.lower / name).touch()
     (layers.lower / "d").mkdir()

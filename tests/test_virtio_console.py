@@ -334,6 +334,7 @@ def test_close_reaches_the_driver_after_all_that_was_put() -> None:
     port.close()
     assert guest.hear() == [(1, PORT_OPEN, 0, b"")]
     assert b"".join(guest.receiveq(1).collect()) == b"last words"
+    guest.receiveq(1).send([], [100])
     assert port.put_input(b"more") == 0
     port.close()
     assert guest.hear() == []
@@ -390,7 +391,17 @@ def test_the_next_driver_finds_everything_as_the_first_did() -> None:
         (2, PORT_NAME, 1),
         (2, PORT_OPEN, 0),
     ]
+    guest.receiveq(1).send([], [10])
     assert guest.ports[0].put_input(b"x") == 0  # nobody has opened it again
+
+
+def test_messages_for_a_driver_that_is_gone_are_not_for_the_next() -> None:
+    guest = Guest("a")
+    guest.driver.write(0x070, 0)
+    guest.queues = guest.driver.start()
+    guest.say(NO_ID, DEVICE_READY)
+    guest.start()
+    assert guest.hear() == []
 
 
 def test_kicks_of_queues_nobody_uses_do_nothing() -> None:

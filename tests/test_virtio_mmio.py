@@ -283,9 +283,11 @@ def test_a_queue_in_use_does_not_move() -> None:
     driver, device = counter()
     queue = driver.start()[0]
     driver.write(0x030, 0)
+    before = driver.mmio.save()
     for offset in (0x038, 0x080, 0x084, 0x090, 0x094, 0x0A0, 0x0A4):
         driver.write(offset, 0xDEAD_BEEF)
     driver.write(0x044, 1)
+    assert driver.mmio.save() == before
     queue.send([b"x"], [])
     assert device.handled == 1
 
@@ -338,6 +340,18 @@ def test_the_line_is_high_until_every_cause_is_acknowledged() -> None:
     driver.write(0x064, 2)
     assert not driver.line.level
     assert driver.read(0x060) == 0
+
+
+def test_loading_drives_the_line_as_it_was() -> None:
+    driver, _ = counter()
+    quiet = driver.mmio.save()
+    driver.start()[0].send([b"x"], [])
+    raised = driver.mmio.save()
+    driver.mmio.load(quiet)
+    assert not driver.line.level
+    driver.mmio.load(raised)
+    assert driver.line.level
+    assert driver.interrupted()
 
 
 registers = st.sampled_from([register.offset for register in VirtioMmio.REGISTERS])

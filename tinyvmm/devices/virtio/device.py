@@ -70,7 +70,7 @@ class VirtioDevice:
         self.queues = [Virtqueue(index, size, self.fail) for index, size in enumerate(queue_sizes)]
 
     def handle(self, queue: Virtqueue) -> None:
-        """Serve `queue`, which has chains or may have; the lock is held."""
+        """Serve `queue`, which may have chains; the lock is held."""
         raise NotImplementedError
 
     def attach(self, memory: GuestMemory, interrupt: Callable[[int], None]) -> None:
@@ -87,7 +87,7 @@ class VirtioDevice:
         with self.lock:
             if self.status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK:
                 queues = self.queues
-                if index < len(queues) and queues[index].ready:
+                if index < len(queues):
                     self.handle(queues[index])
 
     def set_status(self, value: int) -> None:

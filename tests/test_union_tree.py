@@ -655,6 +655,27 @@ def test_a_full_write_tree_is_told_to_the_guest_and_once_to_the_host(
     node.close()
 
 
+def test_a_rename_that_finds_no_space_for_a_whiteout_does_nothing(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layers.lower / "f").write_bytes(b"lower")
+    (layers.lower / "d").mkdir()
+    tree = layers.mount()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mknod", full)
+        for name in ("f", "d"):
+            with refusal(errno.ENOSPC):
+                rename(tree, name, "new")
+    for _ in range(2):
+        assert entries(tree, "") == [b"d", b"f"]
+        assert read(tree, "f") == b"lower"
+        tree = layers.mount()
+
+
 # --- names, links and identities ------------------------------------------------------------------
 def test_renaming_a_lower_directory_takes_everything_along(layers: Layers) -> None:
     (layers.lower / "d" / "e").mkdir(parents=True)

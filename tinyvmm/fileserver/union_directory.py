@@ -312,32 +312,34 @@ class UnionDirectory(MergedDirectory):
         target: UnionNode | None,
         write: WriteTree,
     ) -> None:
-        """Rename in the write tree, cover what lower layers have, and move the nodes."""
+        """Rename in the write tree, cover what lower layers have, and move the nodes.
+
+        What can fail for want of space is made before the rename, which cannot be undone.
+        """
         name = node.name
         src, dst = self.layers().upper, there.layers().upper
-        names, gone = there.index()
         if target is not None:
             target.path_fd()
-        aside = b""
-        if isinstance(node, UnionDirectory):
-            if there.has_below(newname):
-                write.make_opaque(node.layers().upper)
-            if target is not None and newname in names:
-                aside = write.temporary()  # with the whiteouts that are in it
-                os.rename(newname, aside, src_dir_fd=dst, dst_dir_fd=write.work())
-            elif newname in gone:
-                write.remove_whiteout(newname, dst)
-                gone.discard(newname)
-        os.rename(name, newname, src_dir_fd=src, dst_dir_fd=dst)
-        if newname in gone and write.by_name:
+        below = self.has_below(name)
+        cover = write.prepare_whiteout(src) if below else None
+        try:
+            if isinstance(node, UnionDirectory):
+                if there.has_below(newname):
+                    write.make_opaque(node.layers().upper)
+                there.replace_directory(newname, name, src, write)
+            else:
+                os.rename(name, newname, src_dir_fd=src, dst_dir_fd=dst)
+        except BaseException:
+            if cover is not None:
+                write.discard(cover)
+            raise
+        if newname in there.index()[1] and write.by_name:
             write.remove_whiteout(newname, dst)
         there.note_made(newname)
-        names, gone = self.index()
-        names.discard(name)
-        if aside:
-            write.discard(aside)
         if target is not None:
             self.buried(target, write)
+        names, gone = self.index()
+        names.discard(name)
         node.leave_parent()
         node.name = newname
         there.children[newname] = node
@@ -345,9 +347,31 @@ class UnionDirectory(MergedDirectory):
             there.refs += 1
             node.parent = there
             self.close()
-        if self.has_below(name):
-            write.whiteout(name, self.layers().upper)
+        if below:
             gone.add(name)
+            if cover is None:
+                write.whiteout(name, src)
+            else:
+                os.rename(cover, name, src_dir_fd=write.work(), dst_dir_fd=src)
+
+    def replace_directory(self, newname: bytes, name: bytes, src: int, write: WriteTree) -> None:
+        """Rename directory `name` of `src` to here, where an empty directory or whiteout may be."""
+        dst = self.layers().upper
+        names, gone = self.index()
+        if newname in names:
+            aside = write.temporary()  # with the whiteouts that are in it
+            os.rename(newname, aside, src_dir_fd=dst, dst_dir_fd=write.work())
+            try:
+                os.rename(name, newname, src_dir_fd=src, dst_dir_fd=dst)
+            except BaseException:
+                os.rename(aside, newname, src_dir_fd=write.work(), dst_dir_fd=dst)
+                raise
+            write.discard(aside)
+            return
+        if newname in gone and not write.by_name:
+            write.remove_whiteout(newname, dst)  # rename(2) puts no directory over another file
+            gone.discard(newname)
+        os.rename(name, newname, src_dir_fd=src, dst_dir_fd=dst)
 
 
 def _same_inode(node: UnionNode, other: UnionNode | None) -> bool:

@@ -116,21 +116,31 @@ class WriteTree:
     # --- whiteouts ------------------------------------------------------------------------------
     def whiteout(self, name: bytes, dir_fd: int) -> None:
         """Make `name` gone, atomically replacing the upper file of that name if there is one."""
-        if not self.by_name:
-            temporary = self.temporary()
-            made = make_device_whiteout(temporary, self.work())
-            if not made and make_xattr_whiteout(temporary, self.work()):
-                made = self._note_xattr_whiteouts(dir_fd)
-                if not made:
-                    self.discard(temporary)
-            if made:
-                os.rename(temporary, name, src_dir_fd=self.work(), dst_dir_fd=dir_fd)
-                return
-            _touch(NAME_MARK, self.fd)
-            self.by_name = True
-        _touch(NAME_PREFIX + name, dir_fd)
-        if _exists(name, dir_fd):
-            os.unlink(name, dir_fd=dir_fd)
+        prepared = self.prepare_whiteout(dir_fd)
+        if prepared is None:
+            _touch(NAME_PREFIX + name, dir_fd)
+            if _exists(name, dir_fd):
+                os.unlink(name, dir_fd=dir_fd)
+        else:
+            os.rename(prepared, name, src_dir_fd=self.work(), dst_dir_fd=dir_fd)
+
+    def prepare_whiteout(self, dir_fd: int) -> bytes | None:
+        """A whiteout in the work area, good for any name in `dir_fd`; None where names are used."""
+        if self.by_name:
+            return None
+        temporary = self.temporary()
+        if make_device_whiteout(temporary, self.work()):
+            return temporary
+        if make_xattr_whiteout(temporary, self.work()):
+            if self._note_xattr_whiteouts(dir_fd):
+                return temporary
+            self.discard(temporary)
+        self._use_names()
+        return None
+
+    def _use_names(self) -> None:
+        _touch(NAME_MARK, self.fd)
+        self.by_name = True
 
     def remove_whiteout(self, name: bytes, dir_fd: int) -> None:
         """Remove the whiteout of `name`, in whichever form."""
@@ -151,8 +161,7 @@ class WriteTree:
     def make_opaque(self, fd: int) -> None:
         """Make the directory `fd` hide everything below it."""
         if self.by_name or not set_layer_xattr(fd_path(fd), b"opaque", b"y"):
-            _touch(NAME_MARK, self.fd)
-            self.by_name = True
+            self._use_names()
             _touch(NAME_OPAQUE, fd)
 
     def is_opaque(self, fd: int) -> bool:

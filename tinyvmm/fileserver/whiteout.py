@@ -15,7 +15,7 @@ tree says so by a file `.wh..wh.tinyvmm` in its root; elsewhere these names mean
 
 import os
 import stat
-from errno import ENODATA, EOPNOTSUPP, EPERM
+from errno import EINVAL, ENODATA, ENODEV, ENOSYS, ENXIO, EOPNOTSUPP, EPERM
 
 OWNER_XATTR = b"user.containers.override_stat"
 PRIVATE_XATTRS = (b"user.overlay.", b"trusted.overlay.", b"user.tinyvmm.", OWNER_XATTR)
@@ -27,6 +27,8 @@ NAME_MARK = b".wh..wh.tinyvmm"
 
 _PREFIXES = (b"trusted.overlay.", b"user.overlay.") if os.geteuid() == 0 else (b"user.overlay.",)
 _REFUSED = {EPERM, EOPNOTSUPP}
+# A network file system whose server opens what it has just made says ENXIO: no such device.
+_NO_DEVICES = _REFUSED | {ENXIO, ENODEV, EINVAL, ENOSYS}
 
 
 def layer_xattr(path: bytes, name: bytes) -> bytes | None:
@@ -67,7 +69,7 @@ def make_device_whiteout(name: bytes, dir_fd: int) -> bool:
     try:
         os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=dir_fd)
     except OSError as error:
-        if error.errno in _REFUSED:
+        if error.errno in _NO_DEVICES:
             return False
         raise
     return True

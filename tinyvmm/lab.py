@@ -33,19 +33,9 @@ from tinyvmm.guest.init import (
 )
 from tinyvmm.guest.initramfs import Archive
 from tinyvmm.guest.modules import closure
+from tinyvmm.guest.protocol import EXEC_FAILED, GOODBYE, RECORD, SETUP_FAILED, STARTED
 from tinyvmm.qemu import MIB, ROOT_TAG, Hardware, Qemu, find_program, kernel_file
-from tinyvmm.session import (
-    EXEC_FAILED,
-    GOODBYE,
-    RECORD,
-    SETUP_FAILED,
-    STARTED,
-    HostFiles,
-    Result,
-    Session,
-    host_files,
-    write_all,
-)
+from tinyvmm.session import HostFiles, Result, Session, host_files, write_all
 from tinyvmm.streams import SocketOutput
 
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "kvm_amd")

@@ -24,7 +24,6 @@ import errno
 import os
 import select
 import signal
-import struct
 import sys
 import threading
 from collections import deque
@@ -33,21 +32,19 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tinyvmm.guest.protocol import (
+    EXEC_FAILED,
+    EXITED,
+    RECORD,
+    SETUP_FAILED,
+    SIGNAL,
+    STARTED,
+    WINSIZE,
+)
 from tinyvmm.streams import CHUNK, Input, Output
 
 if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
-
-RECORD = struct.Struct("<II")  # kind, value
-# From the guest:
-STARTED = 1  # value: the command's pid
-EXITED = 2  # value: wait status, as from wait4(2)
-EXEC_FAILED = 3  # value: errno of execve(2)
-SETUP_FAILED = 4  # value: step << 16 | errno
-# To the guest:
-SIGNAL = 16  # value: signal number, for the command's process group
-WINSIZE = 17  # value: rows | columns << 16
-GOODBYE = 18  # everything has arrived: power off
 
 STATUS_TIMEOUT = 124  # the statuses of timeout(1) and the shells
 STATUS_NOT_EXECUTABLE = 126

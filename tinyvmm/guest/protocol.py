@@ -1,7 +1,7 @@
 """What PID 1 and the host tell each other, in numbers.
 
 Ports 1 to 3 carry the command's stdin, stdout and stderr and nothing else. Port 4, control, carries
-records both ways, each `RECORD_LEN` bytes: two little-endian 32-bit numbers, kind and value.
+records both ways, each a `RECORD`: two little-endian 32-bit numbers, kind and value.
 
     STARTED       the command runs; its process id
     EXITED        it has ended, and all it wrote is on its way; its status, as from wait4(2)
@@ -15,7 +15,10 @@ One of STARTED, EXEC_FAILED and SETUP_FAILED comes first; after the last two, as
 guest powers off.
 """
 
-RECORD_LEN = 8
+from struct import Struct
+
+RECORD = Struct("<II")
+RECORD_LEN = RECORD.size
 
 # guest to host
 STARTED = 1

@@ -131,6 +131,7 @@ class WriteTree:
         temporary = self.temporary()
         if make_device_whiteout(temporary, self.work()):
             return temporary
+        self.discard(temporary)  # a server may have made what it then failed to give us
         if make_xattr_whiteout(temporary, self.work()):
             if self._note_xattr_whiteouts(dir_fd):
                 return temporary

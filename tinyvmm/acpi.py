@@ -9,6 +9,9 @@ reduced" (4.1): no fixed registers, no system-management mode, no legacy timers 
 The DSDT says where each virtio-mmio device is ("LNRO0005", by which Linux's virtio_mmio driver
 finds them), and describes the UART, the clock, and a power button that a Generic Event Device
 signals. AML is written by a few functions, each of which encodes one term to bytes.
+
+Surprising but true: a Linux that finds reduced hardware supposes EFI, and resets through it. Without
+EFI it jumps to a BIOS, which hangs here; `reboot=a` on its command line makes it use RESET_REG.
 """
 
 import struct

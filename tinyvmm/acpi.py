@@ -10,7 +10,7 @@ The DSDT says where each virtio-mmio device is ("LNRO0005", by which Linux's vir
 finds them), and describes the UART, the clock, and a power button that a Generic Event Device
 signals. AML is written by a few functions, each of which encodes one term to bytes.
 
-Surprising but true: a Linux that finds reduced hardware supposes EFI, and resets through it. Without
+A surprising fact: a Linux that finds reduced hardware supposes EFI and resets through it. Without
 EFI it jumps to a BIOS, which hangs here; `reboot=a` on its command line makes it use RESET_REG.
 """
 
@@ -127,7 +127,7 @@ def _fadt(dsdt_gpa: int, *, uart: bool) -> bytes:
         body[offset - 36 : offset - 36 + len(data)] = data
 
     put(108, struct.pack("<B", rtc.CENTURY))
-    # No 8042 and no CMOS bits: Linux then looks for neither keyboard nor VGA.
+    # The bit for an 8042 stays clear: Linux then looks for no keyboard.
     put(109, struct.pack("<H", IAPC_VGA_NOT_PRESENT | (IAPC_LEGACY_DEVICES if uart else 0)))
     flags = FADT_WBINVD | FADT_PWR_BUTTON | FADT_SLP_BUTTON
     put(112, struct.pack("<I", flags | FADT_RESET_REG_SUP | FADT_HW_REDUCED_ACPI))

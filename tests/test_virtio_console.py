@@ -202,6 +202,7 @@ def test_output_nobody_takes_stays_with_the_driver() -> None:
     queue = guest.transmitq(1)
     while queue.free:
         queue.send([b"data"], [])
+    guest.driver.write(0x070, guest.driver.status)
     assert queue.used() == []
     assert guest.ports[0].take_output() == b"data"
     assert len(queue.used()) == 1
@@ -371,7 +372,6 @@ def test_a_port_without_driver_or_device_has_nothing_and_takes_nothing() -> None
     assert (port.take_output(), port.put_input(b"x")) == (b"", 0)
     guest = plugged("a")
     guest.receiveq(1).send([], [10])
-    guest.transmitq(1).send([b"x"], [])
     guest.driver.write(0x070, 0)
     assert (guest.ports[0].take_output(), guest.ports[0].put_input(b"x")) == (b"", 0)
 
@@ -393,6 +393,57 @@ def test_the_next_driver_finds_everything_as_the_first_did() -> None:
     ]
     guest.receiveq(1).send([], [10])
     assert guest.ports[0].put_input(b"x") == 0  # nobody has opened it again
+
+
+@given(
+    lives=st.lists(st.lists(st.binary(min_size=1, max_size=9), max_size=5), max_size=4),
+    saved=st.booleans(),
+)
+@settings(deadline=None)
+def test_what_a_driver_sent_before_it_reset_the_device_is_still_there_to_take(
+    lives: list[list[bytes]], saved: bool
+) -> None:
+    guest = plugged("a")
+    port = guest.ports[0]
+    called = []
+    port.on_output = lambda: called.append(True)
+    for life, pieces in enumerate(lives, 1):
+        for piece in pieces:
+            guest.transmitq(1).send([piece], [])
+        called.clear()
+        guest.driver.write(0x070, 0)
+        assert bool(called) == any(lives[:life])
+        if saved:
+            guest.driver.mmio.load(json.loads(json.dumps(guest.driver.mmio.save())))
+        guest.start()
+        guest.plug()
+    guest.transmitq(1).send([b"last"], [])
+    sent = [piece for pieces in lives for piece in pieces]
+    assert [port.take_output() for _ in range(len(sent) + 2)] == [*sent, b"last", b""]
+
+
+def test_loading_a_state_touches_neither_the_rings_nor_what_they_hold() -> None:
+    guest = plugged("a")
+    guest.transmitq(1).send([b"unsent"], [])
+    state = guest.driver.mmio.save()
+    ram = bytes(guest.driver.ram.data)
+    guest.driver.mmio.load(state)
+    assert guest.driver.ram.data == ram
+    assert guest.ports[0].take_output() == b"unsent"
+
+
+def test_resets_do_not_make_the_host_keep_more_than_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(console, "OUTPUT_MAX", 100)
+    guest = plugged("a")
+    for _ in range(5):
+        for _ in range(3):
+            guest.transmitq(1).send([bytes(30)], [])
+        guest.start()
+        guest.plug()
+    assert guest.driver.status & NEEDS_RESET == 0
+    assert list(iter(guest.ports[0].take_output, b"")) == [bytes(30)] * 3
 
 
 def test_messages_for_a_driver_that_is_gone_are_not_for_the_next() -> None:

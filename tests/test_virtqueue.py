@@ -173,6 +173,16 @@ def test_a_driver_with_event_idx_is_interrupted_once_until_it_looks() -> None:
     assert driver.interrupted()
 
 
+def test_a_queue_begins_by_asking_for_the_first_kick_whatever_was_in_its_ring() -> None:
+    driver, queue = started()
+    driver.write(0x030, 0)
+    driver.write(0x044, 0)
+    queue.ram.put("<H", queue.used_gpa + 4 + 8 * SIZE, 77)
+    driver.write(0x044, 1)
+    queue.send([b"x"], [])
+    assert queue.kicks == 1
+
+
 class Meanwhile:
     """A ring with another CPU in it: the driver acts before each of our loads and stores."""
 

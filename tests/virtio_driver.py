@@ -98,6 +98,7 @@ class Queue:
         self.avail_idx = self.last_used = self.kicked_idx = idx
         self.ram.put("<H", self.avail_gpa + 2, idx)
         self.ram.put("<H", self.used_gpa + 2, idx)
+        self.ram.put("<H", self.used_gpa + 4 + 8 * self.size, idx)
         self.ram.put("<H", self.avail_gpa + 4 + 2 * self.size, idx)
         self.driver.mmio.load(state)
 

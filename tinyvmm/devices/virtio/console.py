@@ -16,7 +16,9 @@ its PORT_NAME and opened (PORT_OPEN 1). The driver says by PORT_OPEN whether a p
 open. Linux throws away what arrives for a port that nobody has open, so nothing is sent before.
 
 Flow control is the queues' own. Output stays in the transmitq, and a writer in the guest blocks,
-until the host takes it; input goes as far as the buffers in the receiveq.
+until the host takes it; input goes as far as the buffers in the receiveq. A driver that resets the
+device has sent what is in its transmitqs, so that is kept for the host: Linux resets every device
+on its way to power off, with a program's last words perhaps still there.
 
 Not emulated: VIRTIO_CONSOLE_F_SIZE and F_EMERG_WRITE, console ports (CONSOLE_PORT, RESIZE), removal
 of ports. A driver without F_MULTIPORT finds a device with nothing to say.
@@ -51,7 +53,8 @@ _config = struct.Struct("<HHII")  # virtio_console_config: cols, rows, max_nr_po
 PORT_QUEUE_SIZE = 32
 CONTROL_QUEUE_SIZE = 16
 UNUSED_QUEUE_SIZE = 2
-# Far above what a driver sends in one chain; descriptors may name the same RAM again and again.
+# Of a port, in one chain and kept over resets. Far above what a driver sends, but descriptors may
+# name the same RAM again and again.
 OUTPUT_MAX = 16 << 20
 
 
@@ -69,6 +72,7 @@ class ConsolePort:
         self.ready = False  # the driver knows the port
         self.guest_open = False  # a process in the guest has it open
         self.closed = False  # by us
+        self.kept: deque[bytes] = deque()  # output of drivers before the last reset
         self._console: VirtioConsole | None = None
 
     def attach(self, console: "VirtioConsole", port_id: int) -> None:
@@ -112,6 +116,14 @@ class VirtioConsole(VirtioDevice):
             port.attach(self, port_id)
         # Each message is here at most once, so there are at most four a port.
         self._pending: deque[bytes] = deque()
+
+    def set_status(self, value: int) -> None:
+        """Take the driver's status; where that is a reset, first keep what it has sent."""
+        with self.lock:
+            if not value:
+                for port in self.ports.values():
+                    self._keep_output(port)
+            super().set_status(value)
 
     def reset(self) -> None:
         """Forget what the driver knew and had open; what the host closed stays closed."""
@@ -179,15 +191,26 @@ class VirtioConsole(VirtioDevice):
     def take_output(self, port: ConsolePort) -> bytes:
         """See ConsolePort.take_output."""
         with self.lock:
-            queue = self.queues[2 * port.id + 3]
-            if not self.running or (chain := queue.pop()) is None:
-                return b""
-            if not 1 <= sum(map(len, chain.readable)) <= OUTPUT_MAX:
-                self.fail(f"port {port.id}: a chain without data, or past {OUTPUT_MAX} bytes of it")
-                return b""
-            data = b"".join(chain.readable)
-            queue.push(chain, 0)
-            return data
+            return port.kept.popleft() if port.kept else self._next_output(port)
+
+    def _next_output(self, port: ConsolePort) -> bytes:
+        queue = self.queues[2 * port.id + 3]
+        if not self.running or (chain := queue.pop()) is None:
+            return b""
+        if not 1 <= sum(map(len, chain.readable)) <= OUTPUT_MAX:
+            self.fail(f"port {port.id}: a chain without data, or past {OUTPUT_MAX} bytes of it")
+            return b""
+        data = b"".join(chain.readable)
+        queue.push(chain, 0)
+        return data
+
+    def _keep_output(self, port: ConsolePort) -> None:
+        room = OUTPUT_MAX - sum(map(len, port.kept))
+        while (data := self._next_output(port)) and len(data) <= room:
+            room -= len(data)
+            port.kept.append(data)
+        if port.kept:
+            port.on_output()
 
     def put_input(self, port: ConsolePort, data: bytes | memoryview) -> int:
         """See ConsolePort.put_input."""
@@ -221,7 +244,13 @@ class VirtioConsole(VirtioDevice):
             return super().save() | {
                 "pending": [message.hex() for message in self._pending],
                 "ports": [
-                    [port.ready, port.guest_open, port.closed] for port in self.ports.values()
+                    {
+                        "ready": port.ready,
+                        "guest_open": port.guest_open,
+                        "closed": port.closed,
+                        "kept": [data.hex() for data in port.kept],
+                    }
+                    for port in self.ports.values()
                 ],
             }
 
@@ -231,7 +260,9 @@ class VirtioConsole(VirtioDevice):
             super().load(state)
             self._pending.extend(bytes.fromhex(message) for message in state["pending"])
             for port, known in zip(self.ports.values(), state["ports"], strict=True):
-                port.ready, port.guest_open, port.closed = known
+                port.ready, port.guest_open = known["ready"], known["guest_open"]
+                port.closed = known["closed"]
+                port.kept = deque(bytes.fromhex(data) for data in known["kept"])
 
 
 def _fill(chain: Chain, data: memoryview) -> int:

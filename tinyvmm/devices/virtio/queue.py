@@ -100,6 +100,11 @@ class Virtqueue:
 
         VirtqueueError if the size or an address is not what section 2.7 demands.
         """
+        self._map(memory, features)
+        if self._event_idx:
+            self._used[self._avail_event] = self.last_avail
+
+    def _map(self, memory: GuestMemory, features: int) -> None:
         size = self.size
         if not 1 <= size <= self.size_max or size & (size - 1):
             raise VirtqueueError(f"queue {self.index}: size {size}")
@@ -124,8 +129,6 @@ class Virtqueue:
         self._event_idx = bool(features & VIRTIO_F_RING_EVENT_IDX)
         self._indirect = bool(features & VIRTIO_F_RING_INDIRECT_DESC)
         self.ready = True
-        if self._event_idx:
-            self._used[self._avail_event] = self.last_avail
 
     def pop(self) -> Chain | None:
         """Take the next available chain.
@@ -234,7 +237,7 @@ class Virtqueue:
         self.last_avail = state["last_avail"]
         self.used_idx = state["used_idx"]
         if state["ready"]:
-            self.enable(memory, features)
+            self._map(memory, features)
 
 
 def _nobody() -> None:

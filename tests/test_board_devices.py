@@ -35,7 +35,7 @@ class World:
 DEVICES: dict[str, tuple[int, Callable[[World], Device]]] = {
     "debug_exit": (4, lambda world: DebugExit(world.note)),
     "uart": (8, lambda world: Uart(world, world.note)),
-    "rtc": (2, lambda world: Rtc(world, lambda: NOON)),
+    "rtc": (2, lambda _: Rtc(lambda: NOON)),
     "i8042": (5, lambda world: I8042(world.note)),
     "power": (PowerControl.length, lambda world: PowerControl(world, world.note, world.note)),
 }

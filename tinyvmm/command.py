@@ -44,8 +44,9 @@ _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
 _PANIC_LINES = 12
 
-# `panic=-1` makes a panic reset at once, which ends the run; what the kernel printed tells why.
-CMDLINE = "console=ttyS0 panic=-1 no_timer_check pci=off"
+# `panic=-1` makes a panic reset at once, which ends the run; what the kernel printed tells why. And
+# `reboot=a` makes a reset use the register that ACPI names: see acpi.py.
+CMDLINE = "console=ttyS0 panic=-1 reboot=a no_timer_check pci=off"
 
 
 class RunOptions(NamedTuple):

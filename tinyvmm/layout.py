@@ -56,7 +56,6 @@ POWER_PORT = 0x600  # ACPI sleep control, sleep status, reset, event status
 
 # --- interrupt lines (GSIs; the in-kernel IOAPIC has 24) ------------------------------------
 COM1_GSI = 4
-RTC_GSI = 8
 POWER_GSI = 9
 VIRTIO_GSI = 10  # the first of the virtio devices
 GSI_COUNT = 24

@@ -134,7 +134,7 @@ class Machine:
         self.uart = Uart(self.irq_line(layout.COM1_GSI), console)
         self.power = PowerControl(self.irq_line(layout.POWER_GSI), poweroff, reset)
         self.ports.add(layout.COM1_PORT, 8, self.uart)
-        self.ports.add(layout.RTC_PORT, 2, Rtc(self.irq_line(layout.RTC_GSI)))
+        self.ports.add(layout.RTC_PORT, 2, Rtc())
         self.ports.add(layout.I8042_PORT, 5, I8042(reset))
         self.ports.add(layout.POWER_PORT, self.power.length, self.power)
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tinyvmm.devices.device import Device, IrqLine
+from tinyvmm.devices.device import Device
 
 SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR = 0, 2, 4, 6, 7, 8, 9
 REG_A, REG_B, REG_C, REG_D = 0x0A, 0x0B, 0x0C, 0x0D
@@ -39,9 +39,8 @@ class Rtc(Device):
 
     name = "rtc"
 
-    def __init__(self, irq: IrqLine | None = None, clock: Callable[[], float] = time.time) -> None:
-        """Tell the time of `clock`, in seconds since 1970 UTC; `irq` is never raised."""
-        del irq
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """Tell the time of `clock`, in seconds since 1970 UTC."""
         self._clock = clock
         self._lock = threading.Lock()
         self._index = 0

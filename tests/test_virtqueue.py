@@ -200,11 +200,11 @@ class Meanwhile:
 
 
 @given(
-    moves=st.lists(st.sampled_from(("add", "collect", "nothing")), max_size=200),
+    moves=st.lists(st.sampled_from(("add", "collect", "nothing")), min_size=30, max_size=300),
     event_idx=st.booleans(),
     start=st.sampled_from((0, 65533)),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 def test_no_kick_and_no_interrupt_is_lost_whenever_the_driver_acts(
     moves: list[str], event_idx: bool, start: int
 ) -> None:
@@ -225,12 +225,12 @@ def test_no_kick_and_no_interrupt_is_lost_whenever_the_driver_acts(
     def act() -> None:
         nonlocal kicked, added
         move = next(rest, "nothing")
+        if (move == "collect" or not queue.free) and driver.interrupted():
+            collect()
         if move == "add" and queue.free:
             queue.add([b"data"], [])
             added += 1
             kicked |= queue.wants_kick()
-        elif move == "collect" and driver.interrupted():
-            collect()
 
     device: Any = driver.device.queues[0]
     for ring in ("_avail", "_used", "_used_ring"):

@@ -233,22 +233,38 @@ def test_a_full_write_tree_is_said_once_and_the_guest_sees_enospc(guest: Runner)
     guest.program(["umount", small])
 
 
+def typed(
+    guest: Runner, size: tuple[int, int], steps: list[tuple[str, str]], *command: str
+) -> dict[str, Any]:
+    helper = str(Path(__file__).parent / "typist.py")
+    tinyvmm = python_command(MAIN, ["run", "--no-lab", *command])
+    arguments = [*map(str, size), json.dumps(steps), *tinyvmm]
+    done = guest.program([interpreter(), "-I", "-S", helper, *arguments])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def test_an_interactive_shell(guest: Runner) -> None:
-    typed = (
-        b"stty size; tty; echo $((6*7))\n"
-        b"echo wroX\x7fng-then-right\n"  # DEL takes the X back: line editing works
-        b"sleep 100\n\x03"  # Ctrl-C interrupts the command, not the machine
-        b"echo still here\n"
-        b"exit 5\n"
-    )
-    done = guest.run("--", "bash", "--norc", pty=(31, 117), stdin=typed)
-    text = done.stdout.decode()
-    assert done.status == 5, text
-    assert "31 117" in text
-    assert "/dev/pts/0" in text
-    assert "\n42" in text
-    assert "\nwrong-then-right" in text
-    assert "\nstill here" in text
+    steps = [
+        ("$ ", "stty size; tty\r"),
+        ("/dev/pts/0", "echo wroX\x7fng-then-$((6*7))\r"),  # DEL takes the X back
+        ("\nwrong-then-42", "sleep 1000\r"),
+        ("sleep 1000", "\x03"),  # interrupts the command, not the machine
+        ("$ ", "echo still $((1+1))\r"),
+        ("\nstill 2", "exit 5\r"),
+    ]
+    done = typed(guest, (31, 117), steps, "--env", "PS1=$ ", "--", "bash", "--norc")
+    assert done["left"] == [], done["shown"]
+    assert done["status"] == 5, done["shown"]
+    assert "31 117" in done["shown"]
+    assert done["restored"]
+
+
+def test_a_terminal_is_restored_when_the_machine_is_killed(guest: Runner) -> None:
+    steps = [("ready", "\x1d\x1d\x1d")]  # Ctrl-] three times
+    done = typed(guest, (24, 80), steps, "--", "sh", "-c", "stty raw; echo ready; sleep 1000")
+    assert done["status"] == 130, done["shown"]
+    assert done["restored"]
 
 
 def signalled(guest: Runner, numbers: str, *command: str) -> dict[str, Any]:

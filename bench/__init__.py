@@ -1,0 +1,1 @@
+"""What produces every figure that the project states: `python -m bench [NAME]...`."""

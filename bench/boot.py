@@ -1,0 +1,158 @@
+"""From exec to the first line of userspace: ours beside QEMU's microvm and q35, under the same KVM.
+
+The same stock kernel, the same initramfs (the modules of a run, and an init that writes a line to
+the console), one processor, 512 MiB, `quiet`. Where this computer's KVM cannot run Linux all of it
+happens in one lab, Python's start-up included. A first round only warms caches.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import monotonic
+
+ROOT = str(Path(__file__).parent.parent)
+ROUNDS = 5
+LINE = b"userspace is here"
+LIMIT = 120  # seconds for one boot
+COMMON = "console=ttyS0 quiet panic=-1 no_timer_check"
+
+
+def init_program() -> bytes:
+    """Return an init that writes LINE to the console and sleeps."""
+    from tinyvmm.guest import abi
+    from tinyvmm.guest.elf import Program
+
+    p = Program()
+    p.label("_start")
+    p.system_call(abi.SYS_WRITE, 1, p.string(LINE.decode() + "\n"), len(LINE) + 1)
+    p.label("again")
+    p.system_call(abi.SYS_POLL, 0, 0, -1)
+    p.jmp("again")
+    return p.link()
+
+
+def initramfs() -> bytes:
+    """Return the archive: modules as a run has them, /dev/console, and the program above."""
+    import stat
+
+    from tinyvmm.command import MODULES
+    from tinyvmm.guest.archive import module_archive
+    from tinyvmm.guest.initramfs import Archive
+    from tinyvmm.images import kernels
+    from tinyvmm.kernel_cache import default_dir
+
+    installed = kernels.find()
+    if installed.modules is None:
+        sys.exit(f"kernel {installed.version} has no modules")
+    modules = module_archive(installed.modules, MODULES, default_dir())
+    own = Archive().add_device("/dev/console", stat.S_IFCHR | 0o600, 5, 1)
+    own.add_file("/init", init_program(), mode=0o755)
+    return bytes(modules.archive) + own.finish()
+
+
+def boot_ours(initrd: str) -> None:
+    """Be the VMM: boot, pass the console on; say on stderr when the guest was about to run."""
+    from tinyvmm.boot import load_kernel
+    from tinyvmm.images import kernels
+    from tinyvmm.machine import Machine
+
+    def show(data: bytes) -> None:
+        os.write(1, data)
+
+    with open(initrd, "rb") as file:
+        archive = file.read()
+    with Machine(memory=512 << 20) as machine, load_kernel(kernels.find().vmlinuz) as kernel:
+        machine.add_board(console=show)
+        machine.boot_linux(kernel, initrd=[archive], cmdline=f"{COMMON} pci=off reboot=a")
+        os.write(2, b"start\n")
+        machine.start()
+        machine.wait(LIMIT)
+
+
+def subjects(vmlinuz: str, initrd: str) -> dict[str, list[str]]:
+    """Return what is compared: name -> command whose stdout is the guest's serial line."""
+    code = (
+        f"import sys; sys.path.insert(0, {ROOT!r}); "
+        "from bench.boot import boot_ours; boot_ours(sys.argv[1])"
+    )
+    python = os.path.realpath(sys.executable)
+    qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults"]
+    qemu += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
+    qemu += ["-kernel", vmlinuz, "-initrd", initrd]
+    return {
+        "ours": [python, "-I", "-S", "-c", code, initrd],
+        "QEMU microvm": [*qemu, "-M", "microvm", "-append", f"{COMMON} pci=off"],
+        "QEMU q35": [*qemu, "-M", "q35", "-append", COMMON],
+    }
+
+
+def boot_once(command: list[str]) -> tuple[float, float]:
+    """Return seconds from exec to LINE, and to "start" on stderr (0 if there is none)."""
+    begin = monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        if process.stdout is None or process.stderr is None:
+            raise AssertionError("no pipes")
+        started = 0.0
+        if "-c" in command:
+            process.stderr.readline()
+            started = monotonic() - begin
+        shown = b""
+        while LINE not in shown:
+            data = os.read(process.stdout.fileno(), 4096)
+            if not data:
+                raise RuntimeError(f"{command}: {shown[-500:]!r} {process.stderr.read()!r}")
+            shown += data
+        end = monotonic() - begin
+        process.kill()
+    return end, started
+
+
+def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
+    """Boot everything `count` times in turn, after once to warm caches."""
+    import tempfile
+
+    from tinyvmm.images import kernels
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(initramfs())
+        file.flush()
+        commands = subjects(kernels.find().vmlinuz, file.name)
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for turn in range(count + 1):
+            for name, command in commands.items():
+                times = boot_once(command)
+                if turn:
+                    found[name].append(times)
+    return found
+
+
+def main() -> None:
+    """Measure, here or in the lab, and print."""
+    from tinyvmm.command import prepare_kernel
+    from tinyvmm.lab import Lab, python_command
+    from tinyvmm.probe import missing_for_linux
+
+    prepare_kernel(None)[0].close()
+    if missing_for_linux() is None:
+        found = rounds(ROUNDS)
+    else:
+        code = (
+            f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.boot import rounds; "
+            f"print(json.dumps(rounds({ROUNDS})))"
+        )
+        with Lab() as lab:
+            done = lab.run(python_command(code, []), timeout=LIMIT * 3 * (ROUNDS + 1))
+        if done.status:
+            sys.exit(done.stderr.decode())
+        found = json.loads(done.stdout)
+    base = median(end for end, _ in found["ours"])
+    for name, times in found.items():
+        ends = sorted(end for end, _ in times)
+        middle = median(ends)
+        spread = f"{ends[0]:.1f} to {ends[-1]:.1f}"
+        print(f"{name:14} {middle:6.1f} s to userspace ({spread})   {middle / base:.2f} of ours")
+    guest = median(end - start for end, start in found["ours"])
+    print(f"ours, from the first KVM_RUN: {guest:.1f} s")

@@ -1,5 +1,5 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, lint, unit, linux, fuzz, clean.
+# Others: bench, lint, unit, unit-others, linux, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
@@ -30,7 +30,8 @@ packages:
 	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils
 
 kernel: $(BIN)/pytest
-	@$(BIN)/python -m tinyvmm kernel list --quiet || $(BIN)/python -m tinyvmm kernel fetch
+	@$(BIN)/python -m tinyvmm kernel list --json | grep -q version || \
+	  $(BIN)/python -m tinyvmm kernel fetch
 
 lint: $(BIN)/pytest
 	$(BIN)/ruff format --check .

@@ -247,11 +247,14 @@ def typed(
 def test_an_interactive_shell(guest: Runner) -> None:
     steps = [
         ("$ ", "stty size; tty\r"),
-        ("/dev/pts/0", "echo wroX\x7fng-then-$((6*7))\r"),  # DEL takes the X back
-        ("\nwrong-then-42", "sleep 1000\r"),
-        ("sleep 1000", "\x03"),  # interrupts the command, not the machine
+        ("/dev/pts/0", ""),
+        ("$ ", "echo wroX\x7fng-then-$((6*7))\r"),  # DEL takes the X back
+        ("wrong-then-42", ""),
+        ("$ ", "echo slee''ping; sleep 1000\r"),
+        ("sleeping", "\x03"),  # interrupts the command, not the machine
         ("$ ", "echo still $((1+1))\r"),
-        ("\nstill 2", "exit 5\r"),
+        ("still 2", ""),
+        ("$ ", "exit 5\r"),
     ]
     done = typed(guest, (31, 117), steps, "--env", "PS1=$ ", "--", "bash", "--norc")
     assert done["left"] == [], done["shown"]

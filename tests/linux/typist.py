@@ -35,7 +35,7 @@ def main() -> None:
             except OSError:
                 break  # the other side is closed: the command has ended
             shown += data.decode(errors="replace")
-        if steps and (at := shown.find(steps[0][0], seen)) >= 0:
+        while steps and (at := shown.find(steps[0][0], seen)) >= 0:
             seen = at + len(steps[0][0])
             os.write(master, steps.pop(0)[1].encode())
     _, status = os.waitpid(child, os.WNOHANG if time.monotonic() >= deadline else 0)

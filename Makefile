@@ -34,8 +34,8 @@ kernel: $(BIN)/pytest
 	  $(BIN)/python -m tinyvmm kernel fetch
 
 lint: $(BIN)/pytest
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check tinyvmm tests bench examples
+	$(BIN)/ruff check tinyvmm tests bench examples
 	$(BIN)/mypy
 
 unit: $(BIN)/pytest

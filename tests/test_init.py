@@ -248,9 +248,10 @@ def test_a_relative_command_is_looked_for_from_its_directory(start: Start, tmp_p
 
 
 def test_no_signal_is_blocked_or_ignored_and_no_descriptor_inherited(start: Start) -> None:
-    lines = start("grep", "Sig", "/proc/self/status").finish()[0].decode().split()
-    signals = dict(zip(lines[::2], lines[1::2], strict=True))
-    assert signals["SigBlk:"] == signals["SigIgn:"] == signals["SigPnd:"] == "0" * 16
+    # Not "none is ignored": here, unlike in a guest, PID 1 may be born with a signal ignored.
+    command = ("grep", "Sig[^Q]", "/proc/self/status")
+    plain = subprocess.run(command, capture_output=True, check=True)
+    assert start(*command).finish()[0] == plain.stdout
     # ls has the directory itself open as 3
     assert start("ls", "/proc/self/fd").finish()[0].split() == [b"0", b"1", b"2", b"3"]
 

@@ -18,7 +18,7 @@ LAYERS = [
     ("devices", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
     ("boot", "acpi", "vcpu", "streams", "terminal", "scratch"),
     ("machine", "session", "guest", "images"),
-    ("probe", "command", "lab", "qemu", "lab_agent"),
+    ("probe", "command", "mounts", "lab", "qemu", "lab_agent"),
     ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -19,16 +19,30 @@ from tinyvmm.boot import load_kernel
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
-from tinyvmm.errors import VcpuError
+from tinyvmm.errors import ConfigError, VcpuError
 from tinyvmm.fileserver.descriptors import raise_nofile_limit
+from tinyvmm.fileserver.host import HostTree
 from tinyvmm.fileserver.session import Session as FileSession
-from tinyvmm.fileserver.tree import Tree
-from tinyvmm.fileserver.union import open_tree
+from tinyvmm.fileserver.union import UnionTree, open_tree
 from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
-from tinyvmm.guest.init import InitConfig, describe_step, search_path
+from tinyvmm.guest.init import (
+    ROOT_TAG,
+    STANDARD_MOUNTS,
+    InitConfig,
+    describe_step,
+    search_path,
+)
 from tinyvmm.images import kernels
 from tinyvmm.kernel_cache import default_dir
 from tinyvmm.machine import Machine
+from tinyvmm.mounts import (
+    Shared,
+    arrange,
+    open_shared,
+    root_mounts,
+    shared_mounts,
+    shared_tag,
+)
 from tinyvmm.scratch import ScratchDirectory
 from tinyvmm.session import STATUS_MACHINE_FAILED, Ports, Result, Session
 from tinyvmm.streams import PortInput, PortOutput
@@ -39,7 +53,7 @@ if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
 
 MODULES = ("virtio_mmio", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
-ROOT_TAG = "root"
+OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
 _PANIC_LINES = 12
@@ -59,6 +73,12 @@ class RunOptions(NamedTuple):
     """(guest path, host path) of each read tree; later ones win."""
     writes: Sequence[tuple[str, str]] = ()
     """As `reads`, for the trees that keep the guest's writes; / has a private one by default."""
+    shared: Sequence[Shared] = ()
+    """Host directories that are live on both sides, mounted in the root."""
+    cache: str | None = None
+    """The cache policy of the root (mounts.CACHES); None for the one that fits."""
+    private_writes: str = "server"
+    """Where writes nobody keeps go: to a directory of the "server", or the "guest"'s RAM."""
     env: Sequence[str] = ()
     """`NAME=VALUE` each."""
     cwd: str = "/"
@@ -103,9 +123,10 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
     `warn` takes lines for the user, on any thread. ConfigError for what cannot be done.
     """
     with ExitStack() as cleanup:
-        kernel, modules = prepare_kernel(options.kernel)
+        options = options._replace(shared=arrange(options.shared))
+        kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
-        tree = _tree(options, warn, cleanup)
+        trees = _trees(options, warn, cleanup)
         terminal = _terminal(options)
         config = _init_config(options, modules, terminal)
         tail = _Tail(options.console)
@@ -114,8 +135,9 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         machine.add_board(console=tail)
         ports = [ConsolePort(name) for name in ("stdin", "stdout", "stderr", "control")]
         machine.add_virtio(VirtioConsole(ports))  # the first: its index is in the ports' names
-        machine.add_virtio(Virtio9P(ROOT_TAG, FileSession(tree)))
         machine.add_virtio(VirtioRng())
+        for tag, tree in trees:
+            machine.add_virtio(Virtio9P(tag, FileSession(tree)))
         machine.boot_linux(
             kernel,
             initrd=[modules.archive, init_archive(config)],
@@ -147,31 +169,68 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         return result
 
 
-def prepare_kernel(wanted: str | None) -> tuple["Kernel", ModuleArchive]:
+def prepare_kernel(
+    wanted: str | None, names: Sequence[str] = MODULES
+) -> tuple["Kernel", ModuleArchive]:
     """Find, unpack and cache the kernel and its modules; the caller closes the kernel."""
     installed = kernels.find(wanted)
     kernel = load_kernel(installed.vmlinuz)
     if installed.modules is None:
         return kernel, ModuleArchive((), b"")  # then everything must be built in
-    return kernel, module_archive(installed.modules, MODULES, default_dir())
+    return kernel, module_archive(installed.modules, names, default_dir())
 
 
-def _tree(options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack) -> Tree:
-    """Join the read and write trees; where nothing keeps the root's writes, a scratch does."""
-    raise_nofile_limit()
+def modules_for(options: RunOptions) -> Sequence[str]:
+    """Return the names of the kernel modules that the guest needs."""
+    return OVERLAY_MODULES if options.private_writes == "guest" else MODULES
+
+
+def check_options(options: RunOptions) -> Sequence[Shared]:
+    """Raise ConfigError for directories and policies that cannot be; return what is shared."""
+    shared = arrange(options.shared)
+    root_mounts(options.cache, options.private_writes)
+    _open_root(options, None).close()
+    return shared
+
+
+def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:
+    """Join the root's read and write trees; `scratch` takes writes that nothing keeps."""
     writes = list(options.writes)
-    if all(guest != "/" for guest, _ in writes):
-        scratch = ScratchDirectory()
-        cleanup.callback(scratch.close)
-        writes.append(("/", scratch.path))
-    tree = open_tree(options.reads, writes)
-    cleanup.callback(tree.close)
+    if options.private_writes == "guest" and writes:
+        raise ConfigError(
+            "--private-writes guest throws away what the guest writes, --write keeps it: "
+            "leave one out"
+        )
+    if scratch is not None:
+        writes.append(("/", scratch))
+    return open_tree(options.reads, writes)
+
+
+def _trees(
+    options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
+) -> list[tuple[str, HostTree | UnionTree]]:
+    """Open everything that is served, with its mount tag; the root first."""
+    raise_nofile_limit()
+    scratch = None
+    if options.private_writes == "server" and all(guest != "/" for guest, _ in options.writes):
+        directory = ScratchDirectory()
+        cleanup.callback(directory.close)
+        scratch = directory.path
 
     def no_space(path: bytes) -> None:
         warn(f"no space left for the guest's writes: {os.fsdecode(path)} is full")
 
-    tree.on_no_space = no_space
-    return tree
+    trees: list[tuple[str, HostTree | UnionTree]] = []
+
+    def add(tag: str, tree: HostTree | UnionTree) -> None:
+        cleanup.callback(tree.close)
+        tree.on_no_space = no_space
+        trees.append((tag, tree))
+
+    add(ROOT_TAG, _open_root(options, scratch))
+    for number, shared in enumerate(options.shared):
+        add(shared_tag(number), open_shared(shared))
+    return trees
 
 
 def _init_config(
@@ -184,6 +243,8 @@ def _init_config(
         env=options.env,
         cwd=options.cwd,
         modules=modules.paths,
+        root=root_mounts(options.cache, options.private_writes),
+        mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
         hostname=options.hostname,
         terminal=terminal.size() if terminal is not None else None,
         # The end of the run is ours to make: on its way down Linux resets its devices, and what we

@@ -4,8 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tinyvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyvmm.mounts import Shared
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -16,6 +20,15 @@ _EPILOG = """\
 A MAP is [GUEST=]HOST: the host's directory HOST appears at GUEST, / by default. Several read
 trees at one place are united, and later ones win; what the guest writes goes to the write tree,
 or is thrown away where there is none. Maps whose GUEST is not / are seen on top of what is there.
+
+A shared directory is the host's own, live on both sides: --shared [GUEST=]HOST[,ro][,cache=POLICY],
+at the same path in the guest by default. POLICY says what the guest may remember of its files:
+none or mmap (the default) nothing, so that each side sees the other's changes at once; loose (the
+default with ro, and for the root) all it has seen, which is much quicker, but it may go on seeing
+a file as it was when it first looked, until it forgets: echo 3 > /proc/sys/vm/drop_caches.
+
+--private-writes says where writes go that nothing keeps: to a temporary directory here (server),
+or to the guest's RAM (guest), which is quicker, up to half of --memory.
 
 Ctrl-C interrupts the command, and a second one ends the machine; on a terminal, typing Ctrl-]
 three times does.
@@ -28,6 +41,7 @@ examples:
   tinyvmm run -- uname -a
   tinyvmm run --memory 2G --write ./out -- make -C /usr/src/hello
   tinyvmm run --read / --read /data=/srv/set1 --write /data=./new -- ls /data
+  tinyvmm run --shared . --shared /models=/srv/models,ro -- make
 """
 
 
@@ -63,6 +77,29 @@ def parse_map(text: str) -> tuple[str, str]:
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} names no host directory")
     return os.path.normpath(guest).replace("//", "/"), os.path.abspath(host)
+
+
+def parse_shared(text: str) -> "Shared":
+    """Parse `[GUEST=]HOST[,ro][,cache=POLICY]`. Other commas are part of the directory's name."""
+    from tinyvmm.mounts import Shared
+
+    rest, readonly, cache = text, False, None
+    while True:
+        head, _, option = rest.rpartition(",")
+        if option in {"ro", "rw"}:
+            readonly = option == "ro"
+        elif option.startswith("cache="):
+            cache = option.removeprefix("cache=")
+        else:
+            break
+        rest = head
+    guest, equals, host = rest.partition("=")
+    if not equals:
+        host = rest
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} names no host directory")
+    host = os.path.abspath(host)
+    return Shared(guest if equals else host, host, readonly, cache)
 
 
 def parse_environment(text: str) -> str:
@@ -107,6 +144,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         metavar="MAP",
         help="a directory that keeps what the guest writes",
+    )
+    add(
+        "--shared",
+        type=parse_shared,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a directory of the host, live on both sides",
+    )
+    add("--cache", metavar="POLICY", help="what the guest remembers of the root (default loose)")
+    add(
+        "--private-writes",
+        default="server",
+        metavar="WHERE",
+        help="where writes go that nothing keeps: server or guest (default server)",
     )
     add(
         "--env",
@@ -166,23 +218,24 @@ def main(args: argparse.Namespace) -> int:
     from tinyvmm.command import RunOptions, run_command
     from tinyvmm.terminal import is_terminal_session
 
-    result = run_command(
-        RunOptions(
-            argv=argv,
-            memory=args.memory,
-            cpus=args.cpus,
-            reads=read_maps(args.read),
-            writes=args.write,
-            env=environment(args.env),
-            cwd=os.getcwd(),
-            kernel=args.kernel,
-            append=args.append,
-            timeout=args.timeout,
-            console=open_console(args.console),
-            terminal=is_terminal_session(),
-        ),
-        warn,
+    options = RunOptions(
+        argv=argv,
+        memory=args.memory,
+        cpus=args.cpus,
+        reads=read_maps(args.read),
+        writes=args.write,
+        shared=args.shared,
+        cache=args.cache,
+        private_writes=args.private_writes,
+        env=environment(args.env),
+        cwd=os.getcwd(),
+        kernel=args.kernel,
+        append=args.append,
+        timeout=args.timeout,
+        console=open_console(args.console),
+        terminal=is_terminal_session(),
     )
+    result = run_command(options, warn)
     if result.message is not None:
         warn(result.message)
     return result.status
@@ -194,8 +247,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         raise ConfigError(
             f"this KVM cannot run Linux: {problem}; leave out --no-lab to use the lab"
         )
-    from tinyvmm.command import prepare_kernel
-    from tinyvmm.fileserver.union import open_tree
+    from tinyvmm.command import RunOptions, check_options, modules_for, prepare_kernel
     from tinyvmm.lab import reexec
     from tinyvmm.qemu import find_program
 
@@ -205,17 +257,27 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         raise ConfigError(
             f"this KVM cannot run Linux ({problem}), and for the lab {error}"
         ) from None
-    open_tree(read_maps(args.read), args.write).close()  # what is wrong with a map shows here
+    options = RunOptions(
+        argv=args.guest_argv,
+        reads=read_maps(args.read),
+        writes=args.write,
+        shared=args.shared,
+        cache=args.cache,
+        private_writes=args.private_writes,
+    )
+    shared = check_options(options)  # what is wrong with a map shows here
     # What is fetched, unpacked and cached here need not be there, where everything is slow.
-    prepare_kernel(args.kernel)[0].close()
+    prepare_kernel(args.kernel, modules_for(options))[0].close()
     shares = [host for _, host in args.write]
+    # The lab has all of / for reading; but what changes there it need not see.
+    shares += [item.host for item in shared if item.host != "/" or not item.readonly]
     if args.console not in {None, "-"}:
         shares.append(os.path.dirname(os.path.abspath(args.console)))
     warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
     own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
     # The limit is kept in there; out here only a lab that hangs is in question.
     limit = None if args.timeout is None else args.timeout + LAB_ALLOWANCE
-    return reexec([*own, "--", *args.guest_argv], shares=shares, timeout=limit)
+    return reexec([*own, "--", *args.guest_argv], shares=list(dict.fromkeys(shares)), timeout=limit)
 
 
 def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:

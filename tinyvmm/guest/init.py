@@ -56,8 +56,33 @@ class Symlink(NamedTuple):
 
 Filesystem: TypeAlias = Mount | Mkdir | Symlink
 
-ROOT_9P_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
-ROOT_OVER_9P = (Mount("root", NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
+ROOT_TAG = "root"
+MSIZE = 512_000  # as much as Linux's virtio transport takes (net/9p/trans_virtio.c, .maxsize)
+
+
+def v9fs_options(cache: str) -> str:
+    """Return the mount options of a 9P tree; `cache` is v9fs's policy (mounts.py says which)."""
+    return f"trans=virtio,version=9p2000.L,msize={MSIZE},cache={cache}"
+
+
+ROOT_9P_OPTIONS = v9fs_options("loose")
+ROOT_OVER_9P = (Mount(ROOT_TAG, NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
+
+
+def overlay_root(tag: str, options: str) -> tuple[Filesystem, ...]:
+    """Return how to mount `tag` read-only as the root, what is written being kept in RAM.
+
+    Half of the RAM at most: the other half is for programs.
+    """
+    layers = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work"
+    return (
+        Mount(tag, "/lower", "9p", abi.MS_RDONLY, options),
+        Mount("tmpfs", "/scratch", "tmpfs", data="size=50%,mode=0755"),
+        Mkdir("/scratch/upper"),
+        Mkdir("/scratch/work"),
+        Mount("overlay", NEW_ROOT, "overlay", data=layers),
+    )
+
 
 _NOTHING_SPECIAL = abi.MS_NOSUID | abi.MS_NODEV | abi.MS_NOEXEC
 STANDARD_MOUNTS: tuple[Filesystem, ...] = (

@@ -22,7 +22,7 @@ class Session:
     def __init__(self) -> None:
         self.requests: list[bytes] = []
 
-    def handle(self, request: list[memoryview], reply: list[memoryview]) -> int:
+    def submit(self, request: list[memoryview], reply: list[memoryview]) -> int:
         data = b"".join(request)
         self.requests.append(data)
         rest = data[::-1]
@@ -30,6 +30,9 @@ class Session:
             part, rest = rest[: len(buffer)], rest[len(buffer) :]
             buffer[: len(part)] = part
         return len(data) - len(rest)
+
+    def close(self) -> None:
+        self.requests.clear()
 
 
 def test_the_tag_is_in_the_configuration_space() -> None:
@@ -88,10 +91,13 @@ def test_a_reply_is_written_into_the_drivers_own_pages() -> None:
     class Sized:
         """Answers with seven bytes of Rflush."""
 
-        def handle(self, request: list[memoryview], reply: list[memoryview]) -> int:
+        def submit(self, request: list[memoryview], reply: list[memoryview]) -> int:
             (tag,) = struct.unpack_from("<H", request[0], 5)
             struct.pack_into("<IBH", reply[0], 0, 7, 109, tag)
             return 7
+
+        def close(self) -> None:
+            """It knows nothing."""
 
     queue = Driver(Virtio9P("root", Sized())).start()[0]
     token = queue.send([struct.pack("<IBHH", 9, 108, 1, 2)], [11, 4096])

@@ -101,6 +101,8 @@ class HostTree:
 class HostNode:
     """One inode of a HostTree."""
 
+    waits = False
+
     __slots__ = ("fd", "key", "kind", "name", "nameless", "parent", "refs", "st", "tree")
 
     def __init__(self, tree: HostTree, key: tuple[int, int], fd: int, st: os.stat_result) -> None:

@@ -14,10 +14,22 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from errno import EDQUOT, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EOPNOTSUPP, EPERM
+from errno import (
+    EAGAIN,
+    EDQUOT,
+    EINVAL,
+    EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
+    ENOSPC,
+    ENOTDIR,
+    EOPNOTSUPP,
+    EPERM,
+)
 from types import TracebackType
 from typing import Protocol
 
+from tinyvmm.fileserver.stalling import may_stall
 from tinyvmm.fileserver.tree import (
     NO_ID,
     SETATTR_ATIME,
@@ -260,18 +272,50 @@ class Mutation:
 class HostFile:
     """A regular file open on the host."""
 
-    __slots__ = ("_no_space", "fd")
+    __slots__ = ("_no_space", "_nowait", "_stalls", "fd")
 
     def __init__(self, fd: int, no_space: Callable[[], None]) -> None:
         """Take over descriptor `fd`; `no_space` is called when a write finds the disk full."""
         self.fd: int | None = fd
         self._no_space = no_space
+        self._nowait = True  # until the file system says it knows no RWF_NOWAIT
+        self._stalls: bool | None = None  # not asked yet
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` from `offset` on."""
         if offset > _OFFSET_MAX:
             raise os_error(EINVAL)
         return os.preadv(_opened(self.fd), buffers, offset)
+
+    def readv_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Fill `buffers` with what is in the host's page cache; None if some of it is not there."""
+        if not self._nowait:
+            return None if self._may_stall() else self.readv(buffers, offset)
+        if offset > _OFFSET_MAX:
+            raise os_error(EINVAL)
+        fd = _opened(self.fd)
+        try:
+            count = os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
+            if count and count < sum([len(buffer) for buffer in buffers]):
+                # The end of the file, or of what is cached: then this fails.
+                os.preadv(fd, [bytearray(1)], offset + count, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno == EAGAIN:
+                return None
+            if error.errno != EOPNOTSUPP:
+                raise
+            self._nowait = False
+            return self.readv_now(buffers, offset)
+        return count
+
+    def writev_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """Write into the host's page cache; None where the file system may stall."""
+        return None if self._may_stall() else self.writev(buffers, offset)
+
+    def _may_stall(self) -> bool:
+        if self._stalls is None:
+            self._stalls = may_stall(_opened(self.fd))
+        return self._stalls
 
     def writev(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write `buffers` at `offset`."""
@@ -326,6 +370,9 @@ class OpenDirectory:
     def writev(self, buffers: Sequence[memoryview], offset: int) -> int:  # noqa: ARG002
         """Refuse."""
         raise os_error(EISDIR)
+
+    readv_now = readv
+    writev_now = writev
 
     def readdir(self, cookie: int) -> Iterator[DirEntry]:
         """Entries after `cookie`, a count of entries since the last start from 0."""

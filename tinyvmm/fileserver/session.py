@@ -1,26 +1,30 @@
-"""One client's 9P2000.L session: requests in, replies out, files of a tree in between.
+"""One client's session: requests in, replies out, files of a tree in between.
 
-Follows intro(5) and the pages after it in Plan 9's manual, and for .L what Linux's net/9p/client.c
-and fs/9p send and expect. One method answers one message and has its name; read `handle`, then
-`Twalk`, then what you like. `msize` limits every message of a session, `iounit` is left at 0, which
-means as much as msize allows.
+Follows intro(5) and the pages after it in section 5 of Plan 9's manual. This file has what every
+dialect shares, the session itself and its common messages; what only 9P2000.L says is in linux.py.
+One method answers one message and has its name; read `submit`, then `Twalk`, then what you like.
+`msize` limits every message of a session; `iounit` is left at 0, as much as msize allows.
 
 A fid is a number the client chose for a file: `Fid` holds the tree's node and, once opened, the
 open file. An extended attribute being read or written is an open file too (`XattrReader`,
 `XattrWriter`), and so the same Tread, Twrite and Tclunk serve it.
 
-Whatever a client sends is answered: with what it asked for, or with Rlerror and a Linux errno. An
+Whatever a client sends is answered: with what it asked for, or with an error and a Linux errno. An
 OSError from the tree is that answer. Any other exception is a bug of ours, so every number is held
 to what system calls take before a tree sees it.
 
-`handle` is called by one thread at a time.
+Many requests can be in flight. What need not wait is answered at once, which is quicker than to
+hand it over; what might have to (a `Slow`) is done by a small pool, and its reply leaves when it is
+ready, before or after those of other requests. Only the reply's making touches the session again,
+and the memory of request and reply is never touched by the pool: so Tflush can retire a request at
+once, however long its work may still hang in some file system.
+
+Threads: the session has no lock. Its transport has one, and holds it around `submit`, around the
+`finish` it is handed by `later` until that reply is sent, and around `close`.
 """
 
-import os
-import stat
 from collections.abc import Callable, Sequence
 from errno import (
-    E2BIG,
     EBADF,
     EBUSY,
     EINVAL,
@@ -28,75 +32,84 @@ from errno import (
     EMFILE,
     EMSGSIZE,
     ENOENT,
-    ENOTDIR,
+    ENOMEM,
     EOPNOTSUPP,
     EPROTO,
 )
+from threading import Event
 from typing import Any
 
 from tinyvmm import ninep
-from tinyvmm.fileserver import locks
-from tinyvmm.fileserver.locks import Lock, LockTable
-from tinyvmm.fileserver.tree import (
-    AT_REMOVEDIR,
-    NO_ID,
-    SETATTR_GID,
-    SETATTR_UID,
-    Node,
-    OpenFile,
-    Tree,
-)
-from tinyvmm.fileserver.xattr import XATTR_SIZE_MAX, XattrReader, XattrWriter, failure
+from tinyvmm.fileserver import linux
+from tinyvmm.fileserver.fid import Answer, Fid, Slow, failure, offset_of
+from tinyvmm.fileserver.locks import LockTable
+from tinyvmm.fileserver.pool import Pool
+from tinyvmm.fileserver.tree import AT_REMOVEDIR, Node, OpenFile, Tree
+from tinyvmm.fileserver.xattr import XattrReader
 from tinyvmm.ninep import Message, Qid
 
 FIDS_MAX = 1 << 20  # v9fs keeps one for every name it has cached
+IN_FLIGHT_MAX = 256  # requests that wait, each with up to msize bytes
 MSIZE_MIN = 256  # room for every reply of fixed size
 MSIZE_MAX = 512 * 1024
-
-OFFSET_MAX = (1 << 63) - 1  # loff_t
-U64 = (1 << 64) - 1
-NSEC = 1_000_000_000
-V9FS_MAGIC = 0x01021997  # <linux/magic.h>, statfs(2)'s f_type
 READ_HEAD = 7 + 4  # size[4] Rread tag[2] count[4]
-NO_NAMES = (b"", b".", b"..")
 
-# The rest concerns the client (O_CLOEXEC, O_NONBLOCK, O_DIRECT, O_NOATIME...), or asks the server
-# for what only Tlcreate may (O_CREAT, O_TMPFILE).
-OPEN_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_SYNC
-CREATE_FLAGS = OPEN_FLAGS | os.O_CREAT | os.O_EXCL
-
-MKNOD_TYPES = {0, stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
+Finish = Callable[[], bytes | None]
+"""Gives a late reply; b"" if there is to be none, None if that was said before."""
+Later = Callable[[Finish], None]
+"""How a transport takes a late reply, on any thread."""
 
 
-def entry_name(name: bytes) -> bytes:
-    """The name of a directory entry to make, move or remove; EINVAL if it can be none."""
-    if name in NO_NAMES or b"/" in name or b"\0" in name:
-        raise failure(EINVAL)
-    return name
+class Waiting:
+    """A request in flight that may have to wait, until `start` has had it answered."""
 
+    __slots__ = ("_later", "_session", "_slow", "_value", "message", "retired", "tag")
 
-class Fid:
-    """What a client's number stands for. Owns one reference to `node` and one to `parent`."""
+    def __init__(self, session: "Session", tag: int, message: Message, slow: Slow) -> None:
+        self._session = session
+        self.tag = tag
+        self.message = message
+        self._slow = slow
+        self._value: Any = None
+        self.retired = False
+        slow.fid.busy += 1
 
-    __slots__ = ("file", "locked", "name", "node", "parent", "uid")
+    def start(self, later: Later) -> None:
+        """Begin; the reply comes by `later`, on any thread."""
+        self._later = later
+        self._session.pool().submit(self._run)
 
-    def __init__(self, node: Node, uid: int, parent: Node | None, name: bytes) -> None:
-        self.node = node
-        self.uid = uid  # who attached: the owner of what is created
-        self.parent = parent  # the directory it was found in, as `name`; Tremove needs both
-        self.name = name
-        self.file: OpenFile | None = None
-        self.locked = False  # may hold locks
-
-    def close(self) -> None:
-        """Give everything back; raises what closing the file has to say."""
+    def _run(self) -> None:
+        """Do the work, on a thread of the pool."""
         try:
-            if self.file is not None:
-                self.file.close()
-        finally:
-            self.node.close()
-            if self.parent is not None:
-                self.parent.close()
+            self._value = self._slow.work()
+        except OSError as error:
+            self._value = error
+        except BaseException:  # a bug of ours, to be seen; but the client need not hang by it
+            self._value = failure(EIO)
+            self._later(self._finish)
+            raise
+        self._later(self._finish)
+
+    def retire(self) -> None:
+        """Answer nothing, now; the work may still go on."""
+        self.retired = True
+        self._later(bytes)
+
+    def _finish(self) -> bytes | None:
+        slow, value = self._slow, self._value
+        answer: Message | None = None
+        try:
+            if isinstance(value, OSError):
+                raise value
+            if not self.retired:
+                answer = slow.finish(value)
+            elif slow.drop is not None:
+                slow.drop(value)
+        except OSError as error:
+            answer = ninep.Rlerror(error.errno or EIO)
+        slow.fid.busy -= 1
+        return self._session.finish(self, slow.fid, answer)
 
 
 class Session:
@@ -118,40 +131,103 @@ class Session:
         self.msize_max = msize_max
         self.fids_max = fids_max
         self.observer: Callable[[int, Message | None, Message], None] | None = None
-        self._locks = lock_table or LockTable()
-        self._msize = msize_max
+        self.locks = lock_table or LockTable()
+        self.msize = msize_max
+        self.fids: dict[int, Fid] = {}
         self._agreed = False  # on a version: nothing can be attached before
-        self._fids: dict[int, Fid] = {}
         self._reply: Sequence[memoryview] = ()
+        self._in_flight: dict[int, Waiting] = {}
+        self._pool: Pool | None = None
 
-    def handle(self, request: Sequence[memoryview], reply: Sequence[memoryview]) -> int:
-        """Answer one request; gives the reply's size, 0 if not even Rlerror fits `reply`."""
+    # --- requests and replies ---------------------------------------------------------------------
+
+    def submit(self, request: Sequence[memoryview], reply: Sequence[memoryview]) -> int | Waiting:
+        """Answer one request into `reply`, giving the reply's size; or what is to be started.
+
+        The size is 0 if not even an error fits `reply`.
+        """
         message = None
         tag = ninep.NOTAG
         self._reply = reply
+        answer: Message
         try:
-            tag, message = ninep.decode_views(request, self._msize)
-            answer = _METHODS.get(message.number, Session.unsupported)(self, message)
+            tag, message = ninep.decode_views(request, self.msize)
+            result = _METHODS.get(message.number, Session.unsupported)(self, message)
+            if isinstance(result, Slow):
+                return self._wait(tag, message, result)
+            answer = result
         except OSError as error:
             answer = ninep.Rlerror(error.errno or EIO)
         except ninep.ProtocolError:
             tag, answer = self._refuse(request)
+        finally:
+            self._reply = ()  # nobody may hold on to guest memory
         if self.observer is not None:
             self.observer(tag, message, answer)
-        self._reply = ()  # nobody may hold on to guest memory
         try:
-            return ninep.encode_views(reply, answer, tag, self._msize)
+            return ninep.encode_views(reply, answer, tag, self.msize)
         except ninep.ProtocolError:
             return self._too_big(reply, tag)
 
+    def handle(self, request: Sequence[memoryview], reply: Sequence[memoryview]) -> int:
+        """Answer one request, however long it takes; for who has but one at a time."""
+        size = self.submit(request, reply)
+        if not isinstance(size, Waiting):
+            return size
+        ready = Event()
+        finishes: list[Finish] = []
+
+        def later(finish: Finish) -> None:
+            finishes.append(finish)
+            ready.set()
+
+        size.start(later)
+        ready.wait()
+        return ninep.scatter(reply, finishes[0]() or b"")
+
     def close(self) -> None:
-        """End the session: forget every fid, close every file."""
-        fids, self._fids = self._fids, {}
+        """End the session: forget every request and every fid, close every file."""
+        in_flight, self._in_flight = self._in_flight, {}
+        for waiting in in_flight.values():
+            waiting.retire()
+        fids, self.fids = self.fids, {}
         for fid in fids.values():
             try:
                 self._release(fid)
             except OSError:
                 continue  # nobody is left to be told
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _wait(self, tag: int, message: Message, slow: Slow) -> Waiting:
+        """Note a request in flight; its tag may not be used again until it has been answered."""
+        if tag in self._in_flight:
+            raise failure(EPROTO)
+        if len(self._in_flight) >= IN_FLIGHT_MAX:
+            raise failure(ENOMEM)
+        waiting = self._in_flight[tag] = Waiting(self, tag, message, slow)
+        return waiting
+
+    def pool(self) -> Pool:
+        """The threads that wait for this client."""
+        if self._pool is None:
+            self._pool = Pool("9P")
+        return self._pool
+
+    def finish(self, waited: Waiting, fid: Fid, answer: Message | None) -> bytes | None:
+        """Take a request off the list; gives its reply's bytes, None if it was retired."""
+        if fid.gone and not fid.busy:
+            try:
+                fid.close()
+            except OSError as error:
+                answer = ninep.Rlerror(error.errno or EIO)
+        if waited.retired or answer is None:
+            return None
+        del self._in_flight[waited.tag]
+        if self.observer is not None:
+            self.observer(waited.tag, waited.message, answer)
+        return ninep.encode(answer, waited.tag)
 
     def _refuse(self, request: Sequence[memoryview]) -> tuple[int, Message]:
         """Answer what is no message, under its tag if it got that far."""
@@ -164,47 +240,64 @@ class Session:
     def _too_big(self, reply: Sequence[memoryview], tag: int) -> int:
         """Answer that the answer does not fit, if at least that fits."""
         try:
-            return ninep.encode_views(reply, ninep.Rlerror(EMSGSIZE), tag, self._msize)
+            return ninep.encode_views(reply, ninep.Rlerror(EMSGSIZE), tag, self.msize)
         except ninep.ProtocolError:
             return 0
 
     # --- fids -----------------------------------------------------------------------------------
 
-    def _fid(self, number: int) -> Fid:
+    def fid(self, number: int) -> Fid:
         """The fid of this number; EBADF if there is none."""
-        fid = self._fids.get(number)
+        fid = self.fids.get(number)
         if fid is None:
             raise failure(EBADF)
         return fid
 
-    def _node(self, number: int) -> Node:
+    def node(self, number: int) -> Node:
         """The file of this fid; EBADF if there is no such fid."""
-        return self._fid(number).node
+        return self.fid(number).node
 
-    def _file(self, number: int) -> OpenFile:
+    def file(self, number: int) -> OpenFile:
         """The open file of this fid; EBADF if there is no such fid or it is not open."""
-        file = self._fid(number).file
+        file = self.fid(number).file
         if file is None:
             raise failure(EBADF)
         return file
 
-    def _unopened(self, number: int) -> Fid:
+    def unopened(self, number: int) -> Fid:
         """The fid of this number; EBADF if there is none, or it is open for I/O already."""
-        fid = self._fid(number)
+        fid = self.fid(number)
         if fid.file is not None:
             raise failure(EBADF)
         return fid
 
-    def _check_new(self, number: int) -> None:
+    def check_new(self, number: int) -> None:
         """EBADF if a new fid cannot have this number, EMFILE if there are too many already."""
-        if number in self._fids or number == ninep.NOFID:
+        if number in self.fids or number == ninep.NOFID:
             raise failure(EBADF)
-        if len(self._fids) >= self.fids_max:
+        if len(self.fids) >= self.fids_max:
             raise failure(EMFILE)
+
+    def parent_of(self, fid: Fid) -> Node:
+        """Where the fid's file is to be found by the fid's name; ENOENT if it no longer is."""
+        if fid.parent is None or fid.name == b"..":
+            raise failure(EBUSY)
+        found = fid.parent.walk(fid.name)
+        try:
+            if found.qid().path != fid.node.qid().path:
+                raise failure(ENOENT)
+        finally:
+            found.close()
+        return fid.parent
+
+    def _forget(self, number: int) -> Fid:
+        fid = self.fid(number)
+        del self.fids[number]
+        return fid
 
     def _release(self, fid: Fid) -> None:
         if fid.locked:
-            self._locks.drop(fid.node.qid().path, fid)
+            self.locks.drop(fid.node.qid().path, fid)
         fid.close()
 
     # --- beginning and end ----------------------------------------------------------------------
@@ -216,8 +309,8 @@ class Session:
         if m.msize < MSIZE_MIN:
             self._agreed = False
             raise failure(EMSGSIZE)
-        self._msize = min(m.msize, self.msize_max)
-        return ninep.Rversion(self._msize, ninep.VERSION if self._agreed else b"unknown")
+        self.msize = min(m.msize, self.msize_max)
+        return ninep.Rversion(self.msize, ninep.VERSION if self._agreed else b"unknown")
 
     def Tattach(self, m: ninep.Tattach) -> Message:
         """Give a user the root, or the directory `aname` says, as a path from there."""
@@ -225,7 +318,7 @@ class Session:
             raise failure(EPROTO)
         if m.afid != ninep.NOFID:
             raise failure(EBADF)  # Tauth is not answered, so there is no such fid
-        self._check_new(m.fid)
+        self.check_new(m.fid)
         node = self.tree.root()
         for name in m.aname.split(b"/"):
             if name:
@@ -234,12 +327,17 @@ class Session:
                     node = above.walk(name)
                 finally:
                     above.close()
-        self._fids[m.fid] = Fid(node, m.n_uname, None, b"")
+        self.fids[m.fid] = Fid(node, m.n_uname, None, b"")
         return ninep.Rattach(node.qid())
 
     def Tflush(self, m: ninep.Tflush) -> Message:
-        """Nothing to do: whatever came before this has been answered."""
-        del m
+        """Retire the old request, if it has not been answered yet; then its tag is free.
+
+        flush(5): nothing is sent for the old request behind the Rflush.
+        """
+        waiting = self._in_flight.pop(m.oldtag, None)
+        if waiting is not None:
+            waiting.retire()
         return ninep.Rflush()
 
     def Tclunk(self, m: ninep.Tclunk) -> Message:
@@ -247,10 +345,16 @@ class Session:
         self._release(self._forget(m.fid))
         return ninep.Rclunk()
 
-    def _forget(self, number: int) -> Fid:
-        fid = self._fid(number)
-        del self._fids[number]
-        return fid
+    def Tremove(self, m: ninep.Tremove) -> Message:
+        """Remove the file by the name it was walked to, and clunk the fid in any case."""
+        fid = self._forget(m.fid)
+        try:
+            parent = self.parent_of(fid)
+            is_directory = fid.node.qid().type & ninep.QTDIR
+            parent.unlink(fid.name, AT_REMOVEDIR if is_directory else 0)
+        finally:
+            self._release(fid)
+        return ninep.Rremove()
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -260,9 +364,9 @@ class Session:
         The manual wants `fid` unopened; v9fs clones and walks open ones too, for files whose name
         is gone, so only a `newfid` that is the open `fid` itself is refused.
         """
-        fid = self._fid(m.fid)
+        fid = self.fid(m.fid)
         if m.newfid != m.fid:
-            self._check_new(m.newfid)
+            self.check_new(m.newfid)
         elif fid.file is not None:
             raise failure(EINVAL)
         if isinstance(fid.file, XattrReader):
@@ -270,7 +374,7 @@ class Session:
         if not m.wname:
             if m.newfid != m.fid:
                 parent = fid.parent and fid.parent.retain()
-                self._fids[m.newfid] = Fid(fid.node.retain(), fid.uid, parent, fid.name)
+                self.fids[m.newfid] = Fid(fid.node.retain(), fid.uid, parent, fid.name)
             return ninep.Rwalk(())
         if len(m.wname) > ninep.MAXWELEM:
             raise failure(EINVAL)
@@ -294,252 +398,43 @@ class Session:
                 raise
             return ninep.Rwalk(tuple(qids))
         walked = Fid(node, fid.uid, above, m.wname[-1])
-        self._fids[m.newfid] = walked
+        self.fids[m.newfid] = walked
         if m.newfid == m.fid:
             fid.close()
         return ninep.Rwalk(tuple(qids))
 
-    def Tgetattr(self, m: ninep.Tgetattr) -> Message:
-        """Everything stat(2) tells, whatever was asked; .L knows no less."""
-        node = self._node(m.fid)
-        st = node.stat()
-        atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns, st.st_ctime_ns
-        return ninep.Rgetattr(
-            ninep.P9_GETATTR_BASIC,
-            node.qid(),
-            st.st_mode,
-            st.st_uid,
-            st.st_gid,
-            st.st_nlink,
-            st.st_rdev,
-            st.st_size,
-            st.st_blksize,
-            st.st_blocks,
-            atime // NSEC & U64,
-            atime % NSEC,
-            mtime // NSEC & U64,
-            mtime % NSEC,
-            ctime // NSEC & U64,
-            ctime % NSEC,
-            0,
-            0,
-            0,
-            0,
-        )
-
-    def Treadlink(self, m: ninep.Treadlink) -> Message:
-        """The content of a symbolic link."""
-        return ninep.Rreadlink(self._node(m.fid).readlink())
-
-    def Tstatfs(self, m: ninep.Tstatfs) -> Message:
-        """The space and files left, in units of the fragment size, as statfs(2) counts."""
-        st = self._node(m.fid).statfs()
-        return ninep.Rstatfs(
-            V9FS_MAGIC,
-            st.f_frsize,
-            st.f_blocks,
-            st.f_bfree,
-            st.f_bavail,
-            st.f_files,
-            st.f_ffree,
-            st.f_fsid & U64,
-            st.f_namemax,
-        )
-
     # --- contents -------------------------------------------------------------------------------
 
-    def Tlopen(self, m: ninep.Tlopen) -> Message:
-        """Open what the fid stands for."""
-        fid = self._unopened(m.fid)
-        flags = _open_flags(m.flags)
-        if flags & os.O_DIRECTORY and not fid.node.qid().type & ninep.QTDIR:
-            raise failure(ENOTDIR)
-        fid.file = fid.node.open(flags & OPEN_FLAGS)
-        return ninep.Rlopen(fid.node.qid(), 0)
+    def Tread(self, m: ninep.Tread) -> Answer:
+        """Read from the file straight into the reply, if what is asked for is at hand."""
+        file = self.file(m.fid)
+        offset = offset_of(m.offset)
+        buffers = self.room(ninep.Rread, m.count)
+        count = file.readv_now(buffers, offset)
+        if count is not None:
+            return ninep.Rread(ninep.cut(buffers, 0, count))
+        wanted = sum([len(buffer) for buffer in buffers])
 
-    def Tlcreate(self, m: ninep.Tlcreate) -> Message:
-        """Create in the directory the fid stands for; the fid moves to the new file."""
-        fid = self._unopened(m.fid)
-        name = entry_name(m.name)
-        flags = _open_flags(m.flags) & CREATE_FLAGS
-        node, file = fid.node.create(name, flags, m.mode & 0o7777, fid.uid, m.gid)
-        if fid.parent is not None:
-            fid.parent.close()
-        fid.parent, fid.node, fid.name, fid.file = fid.node, node, name, file
-        return ninep.Rlcreate(node.qid(), 0)
+        def read() -> ninep.Data:
+            data = memoryview(bytearray(wanted))
+            return [data[: file.readv([data], offset)]]
 
-    def Tread(self, m: ninep.Tread) -> Message:
-        """Read from the file straight into the reply."""
-        file = self._file(m.fid)
-        buffers = self._room(ninep.Rread, m.count)
-        count = file.readv(buffers, _offset(m.offset))
-        return ninep.Rread(ninep.cut(buffers, 0, count))
+        return Slow(self.fid(m.fid), read, ninep.Rread)
 
-    def Twrite(self, m: ninep.Twrite) -> Message:
-        """Write from the request straight into the file."""
-        data = m.data if isinstance(m.data, list) else [memoryview(m.data)]
-        return ninep.Rwrite(self._file(m.fid).writev(data, _offset(m.offset)))
+    def Twrite(self, m: ninep.Twrite) -> Answer:
+        """Write from the request straight into the file, if that need not wait."""
+        file = self.file(m.fid)
+        offset = offset_of(m.offset)
+        views = m.data if isinstance(m.data, list) else [memoryview(m.data)]
+        count = file.writev_now(views, offset)
+        if count is not None:
+            return ninep.Rwrite(count)
+        data = memoryview(b"".join(views))
+        return Slow(self.fid(m.fid), lambda: file.writev([data], offset), ninep.Rwrite)
 
-    def Treaddir(self, m: ninep.Treaddir) -> Message:
-        """As many whole entries as fit; EINVAL if not one does."""
-        buffers = self._room(ninep.Rreaddir, m.count)
-        room = sum([len(buffer) for buffer in buffers])
-        entries: list[bytes] = []
-        size = 0
-        for entry in self._file(m.fid).readdir(_offset(m.offset)):
-            piece = ninep.encode_dirent(*entry)
-            size += len(piece)
-            if size > room:
-                if not entries:
-                    raise failure(EINVAL)
-                break
-            entries.append(piece)
-        return ninep.Rreaddir(b"".join(entries))
-
-    def Tfsync(self, m: ninep.Tfsync) -> Message:
-        """Wait for the host's disk."""
-        self._file(m.fid).fsync(m.datasync != 0)
-        return ninep.Rfsync()
-
-    def _room(self, kind: type[Message], count: int) -> list[memoryview]:
+    def room(self, kind: type[Message], count: int) -> list[memoryview]:
         """Where the data of the reply goes: no more than asked, agreed or there."""
-        return ninep.room(self._reply, kind, min(count, self._msize - READ_HEAD))
-
-    # --- making, moving, removing ---------------------------------------------------------------
-
-    def Tmkdir(self, m: ninep.Tmkdir) -> Message:
-        """Create a directory."""
-        fid = self._fid(m.dfid)
-        made = fid.node.mkdir(entry_name(m.name), m.mode & 0o7777, fid.uid, m.gid)
-        return ninep.Rmkdir(_qid_of(made))
-
-    def Tsymlink(self, m: ninep.Tsymlink) -> Message:
-        """Create a symbolic link, whatever it says."""
-        fid = self._fid(m.fid)
-        if not m.symtgt or b"\0" in m.symtgt:
-            raise failure(EINVAL if m.symtgt else ENOENT)
-        made = fid.node.symlink(entry_name(m.name), m.symtgt, fid.uid, m.gid)
-        return ninep.Rsymlink(_qid_of(made))
-
-    def Tmknod(self, m: ninep.Tmknod) -> Message:
-        """Create a fifo, socket, device or empty regular file."""
-        fid = self._fid(m.dfid)
-        name = entry_name(m.name)
-        if stat.S_IFMT(m.mode) not in MKNOD_TYPES or m.mode >> 16:
-            raise failure(EINVAL)
-        if m.major >> 12 or m.minor >> 20:  # what a dev_t of the kernel holds
-            raise failure(EINVAL)
-        made = fid.node.mknod(name, m.mode, m.major, m.minor, fid.uid, m.gid)
-        return ninep.Rmknod(_qid_of(made))
-
-    def Tlink(self, m: ninep.Tlink) -> Message:
-        """Give a file one more name."""
-        directory = self._node(m.dfid)
-        directory.link(entry_name(m.name), self._node(m.fid))
-        return ninep.Rlink()
-
-    def Trenameat(self, m: ninep.Trenameat) -> Message:
-        """As renameat(2)."""
-        old, new = self._node(m.olddirfid), self._node(m.newdirfid)
-        old.rename(entry_name(m.oldname), new, entry_name(m.newname))
-        return ninep.Rrenameat()
-
-    def Tunlinkat(self, m: ninep.Tunlinkat) -> Message:
-        """As unlinkat(2)."""
-        if m.flags & ~AT_REMOVEDIR:
-            raise failure(EINVAL)
-        self._node(m.dirfid).unlink(entry_name(m.name), m.flags)
-        return ninep.Runlinkat()
-
-    def Tremove(self, m: ninep.Tremove) -> Message:
-        """Remove the file by the name it was walked to, and clunk the fid in any case."""
-        fid = self._forget(m.fid)
-        try:
-            parent = _parent_of(fid)
-            is_directory = fid.node.qid().type & ninep.QTDIR
-            parent.unlink(fid.name, AT_REMOVEDIR if is_directory else 0)
-        finally:
-            self._release(fid)
-        return ninep.Rremove()
-
-    def Trename(self, m: ninep.Trename) -> Message:
-        """Move the file from the name it was walked to."""
-        fid = self._fid(m.fid)
-        directory = self._node(m.dfid)
-        name = entry_name(m.name)
-        parent = _parent_of(fid)
-        parent.rename(fid.name, directory, name)
-        fid.parent, fid.name = directory.retain(), name
-        parent.close()
-        return ninep.Rrename()
-
-    # --- attributes -----------------------------------------------------------------------------
-
-    def Tsetattr(self, m: ninep.Tsetattr) -> Message:
-        """Change what `valid` names."""
-        node = self._node(m.fid)
-        valid = m.valid
-        if m.uid == NO_ID:
-            valid &= ~SETATTR_UID
-        if m.gid == NO_ID:
-            valid &= ~SETATTR_GID
-        atime_ns = _nanoseconds(m.atime_sec, m.atime_nsec)
-        mtime_ns = _nanoseconds(m.mtime_sec, m.mtime_nsec)
-        node.setattr(valid, m.mode & 0o7777, m.uid, m.gid, _offset(m.size), atime_ns, mtime_ns)
-        return ninep.Rsetattr()
-
-    def Txattrwalk(self, m: ninep.Txattrwalk) -> Message:
-        """Open an attribute for reading, or the list of names, each ended by NUL."""
-        fid = self._fid(m.fid)
-        self._check_new(m.newfid)
-        if m.name:
-            value = fid.node.getxattr(_xattr_name(m.name))
-        else:
-            value = b"".join([name + b"\0" for name in fid.node.listxattr()])
-        walked = Fid(fid.node.retain(), fid.uid, None, b"")
-        walked.file = XattrReader(value)
-        self._fids[m.newfid] = walked
-        return ninep.Rxattrwalk(len(value))
-
-    def Txattrcreate(self, m: ninep.Txattrcreate) -> Message:
-        """Open an attribute for writing."""
-        fid = self._unopened(m.fid)
-        name = _xattr_name(m.name)
-        if m.attr_size > XATTR_SIZE_MAX:
-            raise failure(E2BIG)
-        if m.flags not in {0, os.XATTR_CREATE, os.XATTR_REPLACE}:
-            raise failure(EINVAL)
-        fid.file = XattrWriter(fid.node, name, m.attr_size, m.flags)
-        return ninep.Rxattrcreate()
-
-    # --- locks ----------------------------------------------------------------------------------
-
-    def Tlock(self, m: ninep.Tlock) -> Message:
-        """Set or remove a lock, or say that it cannot be had now."""
-        fid, lock = self._lock(m)
-        fid.locked = True
-        return ninep.Rlock(self._locks.set(fid.node.qid().path, lock))
-
-    def Tgetlock(self, m: ninep.Tgetlock) -> Message:
-        """Describe the lock that stands in the way, or say there is none."""
-        fid, lock = self._lock(m)
-        other = self._locks.test(fid.node.qid().path, lock)
-        if other is None:
-            free = ninep.P9_LOCK_TYPE_UNLCK
-            return ninep.Rgetlock(free, m.start, m.length, m.proc_id, m.client_id)
-        length = 0 if other.end == locks.END else other.end - other.start
-        client_id, proc_id = other.owner
-        return ninep.Rgetlock(other.type, other.start, length, proc_id, client_id)
-
-    def _lock(self, m: ninep.Tlock | ninep.Tgetlock) -> tuple[Fid, Lock]:
-        fid = self._fid(m.fid)
-        self._file(m.fid)
-        end = m.start + m.length if m.length else locks.END
-        if m.type > ninep.P9_LOCK_TYPE_UNLCK or (m.length and end - 1 > OFFSET_MAX):
-            raise failure(EINVAL)
-        if m.start > OFFSET_MAX:
-            raise failure(EINVAL)
-        return fid, Lock(m.start, end, m.type, (m.client_id, m.proc_id), fid)
+        return ninep.room(self._reply, kind, min(count, self.msize - READ_HEAD))
 
     def unsupported(self, m: Message) -> Message:
         """Tauth, since nobody needs to authenticate, and what is no request."""
@@ -547,55 +442,8 @@ class Session:
         raise failure(EOPNOTSUPP)
 
 
-# --- what the numbers of messages must be for system calls ------------------------------------
-
-
-def _offset(number: int) -> int:
-    if number > OFFSET_MAX:
-        raise failure(EINVAL)
-    return number
-
-
-def _open_flags(flags: int) -> int:
-    if flags & os.O_ACCMODE == os.O_ACCMODE:
-        raise failure(EINVAL)
-    return flags
-
-
-def _nanoseconds(seconds: int, nanoseconds: int) -> int:
-    """A time since 1970, or before: seconds are signed, which the grammar cannot say."""
-    if nanoseconds >= NSEC:
-        raise failure(EINVAL)
-    if seconds > OFFSET_MAX:
-        seconds -= 1 << 64
-    return seconds * NSEC + nanoseconds
-
-
-def _xattr_name(name: bytes) -> bytes:
-    if not name or b"\0" in name:
-        raise failure(EINVAL)
-    return name
-
-
-def _qid_of(made: Node) -> Qid:
-    """The qid of a node nobody will hold."""
-    try:
-        return made.qid()
-    finally:
-        made.close()
-
-
-def _parent_of(fid: Fid) -> Node:
-    """Where the fid's file is to be found by the fid's name; ENOENT if it is no longer there."""
-    if fid.parent is None or fid.name == b"..":
-        raise failure(EBUSY)
-    if _qid_of(fid.parent.walk(fid.name)).path != fid.node.qid().path:
-        raise failure(ENOENT)
-    return fid.parent
-
-
-_METHODS: dict[int, Callable[[Session, Any], Message]] = {
+_METHODS: dict[int, Callable[[Session, Any], Answer]] = {
     number: getattr(Session, kind.__name__)
     for number, kind in ninep.MESSAGES.items()
     if hasattr(Session, kind.__name__)
-}
+} | linux.METHODS

@@ -14,7 +14,9 @@ give the same object.
 
 Threads: every method of every tree may be called from any thread at once. The trees here guard
 their names, descriptors and metadata with one lock per tree, never held while file contents move
-(`OpenFile.readv`, `writev`, `fsync`).
+(`OpenFile.readv`, `writev`, `fsync`). What might wait for a disk, a network or another program is
+asked with `readv_now` and `writev_now` first, on a thread that has others to serve; where those
+decline, `readv` and `writev` are called on a thread that may wait.
 
 The setattr bits are those of Tsetattr (P9_SETATTR_* in the kernel's include/net/9p/9p.h).
 """
@@ -54,6 +56,12 @@ class OpenFile(Protocol):
     def writev(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write all `buffers` at `offset` (at the end if opened with O_APPEND); gives the count."""
 
+    def readv_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """As `readv`, if that need not wait; None if it would have to, or might."""
+
+    def writev_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        """As `writev`, if that need not wait; None, and nothing written, if it might have to."""
+
     def readdir(self, cookie: int) -> Iterator[DirEntry]:
         """Entries after `cookie`, `.` and `..` among them; 0 starts over with a fresh look.
 
@@ -70,6 +78,9 @@ class OpenFile(Protocol):
 
 class Node(Protocol):
     """One file of a tree."""
+
+    waits: bool
+    """Whether `stat`, `open` and `readlink` may have to wait for somebody else."""
 
     def qid(self) -> Qid:
         """Its identity, with the version as of the latest `stat`; costs no system call.

@@ -56,6 +56,8 @@ _OWNER = SETATTR_MODE | SETATTR_UID | SETATTR_GID
 class UnionNode(_NodeInterface):
     """One place in a union; its methods are those of `tree.Node`."""
 
+    waits = False
+
     __slots__ = ("dead", "identity", "kind", "name", "parent", "refs", "tree")
 
     def __init__(

@@ -9,14 +9,10 @@ import os
 from collections.abc import Iterator, Sequence
 from errno import E2BIG, EBADF, EINVAL, ENOTDIR
 
+from tinyvmm.fileserver.fid import failure
 from tinyvmm.fileserver.tree import DirEntry, Node
 
 XATTR_SIZE_MAX = 65536  # <linux/limits.h>
-
-
-def failure(number: int) -> OSError:
-    """The OSError that becomes Rlerror(`number`)."""
-    return OSError(number, os.strerror(number))
 
 
 class XattrReader:
@@ -40,6 +36,14 @@ class XattrReader:
     def writev(self, buffers: Sequence[memoryview], offset: int) -> int:
         """EBADF: it is read-only."""
         raise failure(EBADF)
+
+    def readv_now(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """It is all in memory."""
+        return self.readv(buffers, offset)
+
+    def writev_now(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """It is all in memory."""
+        return self.writev(buffers, offset)
 
     def readdir(self, cookie: int) -> Iterator[DirEntry]:
         """ENOTDIR."""

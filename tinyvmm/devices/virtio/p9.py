@@ -6,16 +6,22 @@ the name a guest mounts by (`mount -t 9p -o trans=virtio TAG DIR`). virtio 1.2 o
 layout and feature bit are those of <linux/virtio_9p.h>. The length in the used ring is the reply's
 own size field; Linux refuses a reply where they differ.
 
-Requests are answered inline, on the thread of the vCPU that kicked and with the device's lock held,
-in the order they come: what is asked most is answered quicker than handed over. Not emulated:
-replies out of order.
+The session answers what need not wait inline: on the thread of the vCPU that kicked, with the
+device's lock held, which is quicker than to hand it over. What has to wait is answered on a thread
+of the session's, and replies leave in whatever order they are ready. A request whose client gave up
+(Tflush) is returned with a length of 0, which Linux's driver takes for "no reply"
+(net/9p/trans_virtio.c, req_done).
+
+A late reply is written to guest memory under the lock, and not at all if the driver has reset the
+device since: its buffers are then no longer ours.
 """
 
 import struct
+from collections.abc import Callable
 from typing import Protocol
 
 from tinyvmm.devices.virtio.device import VirtioDevice
-from tinyvmm.devices.virtio.queue import Virtqueue
+from tinyvmm.devices.virtio.queue import Chain, Virtqueue
 from tinyvmm.errors import ConfigError
 
 VIRTIO_ID_9P = 9
@@ -23,12 +29,28 @@ VIRTIO_9P_MOUNT_TAG = 1 << 0
 QUEUE_SIZE = 128  # Linux's driver sizes its messages for 128 descriptors (VIRTQUEUE_NUM)
 TAG_MAX = 255
 
+Finish = Callable[[], bytes | None]
+
+
+class Waiting(Protocol):
+    """A request whose answer may take its time."""
+
+    def start(self, later: Callable[[Finish], None]) -> None:
+        """Begin; `later` will be called, once or more often, on any thread.
+
+        What it is given shall be called with the lock held, and gives the reply; b"" if there is
+        to be none, None if nothing is to be done.
+        """
+
 
 class NinePHandler(Protocol):
-    """Whoever answers 9P requests."""
+    """Whoever answers 9P requests; called with the device's lock held."""
 
-    def handle(self, request: list[memoryview], reply: list[memoryview]) -> int:
-        """Answer `request` into `reply`; return the reply's length, 0 if it does not fit."""
+    def submit(self, request: list[memoryview], reply: list[memoryview]) -> int | Waiting:
+        """Answer into `reply`, giving the reply's length, 0 for none; or what is to be started."""
+
+    def close(self) -> None:
+        """Forget everything about the client."""
 
 
 class Virtio9P(VirtioDevice):
@@ -46,10 +68,45 @@ class Virtio9P(VirtioDevice):
             features=VIRTIO_9P_MOUNT_TAG,
             config=struct.pack("<H", len(name)) + name,
         )
-        self._answer = session.handle
+        self._session = session
+        self._resets = 0
 
     def handle(self, queue: Virtqueue) -> None:
         """Answer what requests there are."""
-        answer = self._answer
+        submit = self._session.submit
         while (chain := queue.pop()) is not None:
-            queue.push(chain, answer(chain.readable, chain.writable))
+            size = submit(chain.readable, chain.writable)
+            if isinstance(size, int):
+                queue.push(chain, size)
+            else:
+                size.start(self._later(queue, chain))
+
+    def _later(self, queue: Virtqueue, chain: Chain) -> Callable[[Finish], None]:
+        """How a late reply reaches this chain."""
+        resets = self._resets
+
+        def later(finish: Finish) -> None:
+            with self.lock:
+                reply = finish()
+                if reply is not None and self.running and resets == self._resets:
+                    queue.push(chain, _scatter(chain.writable, reply))
+
+        return later
+
+    def reset(self) -> None:
+        """Forget the driver, and the client with it."""
+        super().reset()
+        self._resets += 1
+        self._session.close()
+
+
+def _scatter(buffers: list[memoryview], data: bytes) -> int:
+    """Copy `data` into `buffers`; gives the bytes copied, 0 if it does not fit."""
+    if len(data) > sum([len(buffer) for buffer in buffers]):
+        return 0
+    done = 0
+    for buffer in buffers:
+        piece = data[done : done + len(buffer)]
+        buffer[: len(piece)] = piece
+        done += len(piece)
+    return done

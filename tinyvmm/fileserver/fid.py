@@ -1,0 +1,90 @@
+"""Fids, and answers that take their time.
+
+A fid is a number the client chose for a file; a `Fid` is what it stands for. An answer that may
+have to wait is described as a `Slow`, for the session to have done on a thread that may wait.
+"""
+
+import os
+from collections.abc import Callable
+from errno import EINVAL
+from typing import Any
+
+from tinyvmm.fileserver.tree import Node, OpenFile
+from tinyvmm.ninep import Message
+
+OFFSET_MAX = (1 << 63) - 1  # loff_t
+NO_NAMES = (b"", b".", b"..")
+
+
+def failure(number: int) -> OSError:
+    """The OSError that is answered as errno `number`."""
+    return OSError(number, os.strerror(number))
+
+
+def entry_name(name: bytes) -> bytes:
+    """The name of a directory entry to make, move or remove; EINVAL if it can be none."""
+    if name in NO_NAMES or b"/" in name or b"\0" in name:
+        raise failure(EINVAL)
+    return name
+
+
+def offset_of(number: int) -> int:
+    """A place or size in a file, as system calls take it; EINVAL beyond."""
+    if number > OFFSET_MAX:
+        raise failure(EINVAL)
+    return number
+
+
+class Fid:
+    """A client's file. Owns one reference to `node` and one to `parent`."""
+
+    __slots__ = ("busy", "file", "gone", "locked", "name", "node", "parent", "uid")
+
+    def __init__(self, node: Node, uid: int, parent: Node | None, name: bytes) -> None:
+        self.node = node
+        self.uid = uid  # who attached: the owner of what is created
+        self.parent = parent  # the directory it was found in, as `name`; Tremove needs both
+        self.name = name
+        self.file: OpenFile | None = None
+        self.locked = False  # may hold locks
+        self.busy = 0  # requests that use it on other threads
+        self.gone = False  # clunked; the last of those requests closes it
+
+    def close(self) -> None:
+        """Give everything back; raises what closing the file has to say."""
+        self.gone = True
+        if self.busy:
+            return
+        try:
+            if self.file is not None:
+                self.file.close()
+        finally:
+            self.node.close()
+            if self.parent is not None:
+                self.parent.close()
+
+
+class Slow:
+    """An answer that may have to wait.
+
+    `work` is called on another thread, touches nothing of the session, and gives a result; `finish`
+    turns the result into the reply where the session may be touched again; `drop` takes the result
+    if nobody wants the reply any more. `fid` and what it holds stay open until then.
+    """
+
+    __slots__ = ("drop", "fid", "finish", "work")
+
+    def __init__(
+        self,
+        fid: Fid,
+        work: Callable[[], Any],
+        finish: Callable[[Any], Message],
+        drop: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.fid = fid
+        self.work = work
+        self.finish = finish
+        self.drop = drop
+
+
+Answer = Message | Slow

@@ -824,8 +824,6 @@ long_numbers = st.one_of(numbers, st.sampled_from([1 << 62, 1 << 63, (1 << 64) -
 
 def hostile(kind: type[Message]) -> st.SearchStrategy[Message]:
     """Messages of few fids and names, so that they meet; any numbers."""
-    grammar = ninep.codec_of(kind).head.format
-    long = "Q" in grammar
     fields: dict[str, st.SearchStrategy[Any]] = {}
     for name in kind.fields:
         if name.endswith("fid"):
@@ -842,7 +840,7 @@ def hostile(kind: type[Message]) -> st.SearchStrategy[Message]:
             fields[name] = st.integers(0, 3)
         elif name == "oldtag":
             fields[name] = st.integers(0, 9)
-        elif long and re_long(kind, name):
+        elif re_long(kind, name):
             fields[name] = long_numbers
         else:
             fields[name] = numbers
@@ -856,7 +854,7 @@ def re_long(kind: type[Message], name: str) -> bool:
 requests = st.one_of(
     [
         hostile(kind)
-        for kind in ninep.MESSAGES.values()
+        for kind in ninep.NINEP2000_L.messages.values()
         if kind.__name__.startswith("T") and kind is not ninep.Tversion
     ]
 )

@@ -1,131 +1,100 @@
-# ruff: noqa: D205, D400 - a message's docstring is its wire grammar, which ends where it ends
-"""9P2000.L: every message as its wire grammar, and the codec that follows from it.
+# ruff: noqa: D205, D400, PLC0414 - a message's docstring is its wire grammar, which ends where it
+# ends; and what is imported `as` itself is for others to find here
+"""9P2000, 9P2000.u and 9P2000.L: every message as its wire grammar, and the codecs that follow.
 
 A message is a class whose docstring is its grammar, in the notation of Plan 9's section 5 of the
-manual, and whose annotations name and type the same fields for readers and type checkers. Nothing
-else is written per message: `encode` and `decode` read the grammar. The .L messages are those of
-Linux's <net/9p/9p.h> and net/9p/client.c; the rest are Plan 9's intro(5), in the form .L gives
-them (attach and auth carry `n_uname`).
+manual (`tinyvmm.grammar` explains it), and whose annotations name and type the same fields for
+readers and type checkers. Nothing else is written per message. The .L messages are those of
+Linux's <net/9p/9p.h> and net/9p/client.c, as are the fields that .u adds; the rest are Plan 9's
+intro(5) and the pages after it.
 
-The notation: `fid[4]` is an unsigned little-endian integer of 4 bytes; `name[s]` a string, two
-bytes of length and that many bytes; `qid[13]` a qid; `nwname[2] nwname*(wname[s])` a counted list;
-`count[4] data[count]` counted bytes. A count is not a field: it follows from what it counts.
+One class serves every dialect. `Tattach` has `n_uname[4]{.u,.L}`: on the wire in 9P2000.u and
+9P2000.L, and always NONUNAME in plain 9P2000. A message that only some dialects know says so in
+its class line. A `Dialect` encodes and decodes: `NINEP2000`, `NINEP2000_U`, `NINEP2000_L`; the
+module's own `encode` and `decode` are those of 9P2000.L.
 
 No I/O and no policy here. Strings are bytes, since a file name is. Whatever does not fit the
 grammar to the last byte raises `ProtocolError`, and nothing else does. Messages are immutable
-tuples that know their names; no thread can hurt another's.
+tuples that know their names; no thread can hurt another's. A `Framer` belongs to one thread.
 
-Read `Twalk` and `Rread` first, then the machinery at the top.
+Read `Twalk` and `Tcreate` first, then `Dialect` at the end.
 """
 
 import struct
-from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
-
-class ProtocolError(ValueError):
-    """Bytes that are no message, or a message that no bytes can carry."""
-
-
-class Qid(NamedTuple):
-    """The server's identity of a file: type[1] version[4] path[8]"""
-
-    type: int
-    version: int
-    path: int
-
+from tinyvmm.grammar import HEADER as HEADER
+from tinyvmm.grammar import ProtocolError as ProtocolError
+from tinyvmm.grammar import Qid as Qid
+from tinyvmm.grammar import Record as Record
+from tinyvmm.grammar import decoder, encoder
 
 Views = Sequence[memoryview]
 Data = bytes | list[memoryview]  # counted bytes; views when decoded in place
 
-HEADER = struct.Struct("<IBH")  # size[4] type[1] tag[2]
-QID = struct.Struct("<BIQ")
-
-# --- what a message is ----------------------------------------------------------------------
-
-
-@dataclass_transform(frozen_default=True)
-class Record(tuple[Any, ...]):
-    """Fields on the wire, by name or position; the docstring of a subclass is its grammar."""
-
-    __slots__ = ()
-    fields: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls) -> None:
-        """Give each annotated field its place in the tuple."""
-        cls.fields = tuple(cls.__annotations__)
-        for place, name in enumerate(cls.fields):
-            setattr(cls, name, property(itemgetter(place)))
-
-    def __new__(cls, *values: Any, **named: Any) -> Self:
-        """Take every field, by position or by name; TypeError otherwise."""
-        if named:
-            rest = cls.fields[len(values) :]
-            if len(rest) != len(named) or not all(name in named for name in rest):
-                raise TypeError(f"{cls.__name__} takes {', '.join(cls.fields)}")
-            values += tuple([named[name] for name in rest])
-        if len(values) != len(cls.fields):
-            raise TypeError(f"{cls.__name__} takes {', '.join(cls.fields)}")
-        return tuple.__new__(cls, values)
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and tuple.__eq__(self, other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash((type(self), tuple(self)))
-
-    def __repr__(self) -> str:
-        pairs = [f"{name}={_show(value)}" for name, value in zip(self.fields, self, strict=True)]
-        return f"{type(self).__name__}({', '.join(pairs)})"
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list) or (isinstance(value, bytes) and len(value) > 300):
-        size = sum([len(view) for view in value]) if isinstance(value, list) else len(value)
-        return f"<{size} bytes>"
-    return repr(value)
+PLAN9 = ("", ".u")  # messages that Linux's dialect replaced
+LINUX = (".L",)  # what it has instead, and more
 
 
 class Message(Record):
     """A 9P message. T-messages ask, R-messages answer; `number` is type[1] on the wire."""
 
     number: ClassVar[int]
+    dialects: ClassVar[tuple[str, ...]]
 
-    def __init_subclass__(cls, number: int) -> None:
+    def __init_subclass__(cls, number: int, dialects: tuple[str, ...] = PLAN9 + LINUX) -> None:
         """Enter the message under its number."""
         super().__init_subclass__()
         cls.number = number
+        cls.dialects = dialects
         MESSAGES[number] = cls
 
 
 R = TypeVar("R", bound=Record)
-MESSAGES: dict[int, type[Message]] = {}
+MESSAGES: dict[int, type[Message]] = {}  # of every dialect; no two share a number
 
 
-# --- the messages: the session's, Plan 9's, then .L's ---------------------------------------
+# --- numbers ----------------------------------------------------------------------------------
 
 NOTAG = 0xFFFF  # the tag of Tversion
 NOFID = 0xFFFF_FFFF  # no afid: nobody authenticates
-NONUNAME = 0xFFFF_FFFF  # n_uname not given
+NONUNAME = 0xFFFF_FFFF  # n_uname, n_uid, n_gid not given
 MAXWELEM = 16  # names in one Twalk
 VERSION = b"9P2000.L"
+IOHDRSZ = 24  # msize less this is what Twrite and Rread surely have room for
 
-QTDIR = 0x80  # qid types, the top bits of Plan 9's mode
-QTSYMLINK = 0x02
+# stat(5): what kind of file, in a qid's type and in the top byte of `mode`; .u has more of Unix.
+QTDIR, DMDIR = 0x80, 0x8000_0000
+QTAPPEND, DMAPPEND = 0x40, 0x4000_0000  # writes go to the end
+QTEXCL, DMEXCL = 0x20, 0x2000_0000  # open once at a time
+QTMOUNT, DMMOUNT = 0x10, 0x1000_0000
+QTAUTH, DMAUTH = 0x08, 0x0800_0000
+QTTMP, DMTMP = 0x04, 0x0400_0000  # not in backups
+QTSYMLINK, DMSYMLINK = 0x02, 0x0200_0000  # .u
+QTLINK, DMLINK = 0x01, 0x0100_0000  # .u: a hard link, in Tcreate
 QTFILE = 0x00
+DMDEVICE = 0x0080_0000  # the rest is .u's
+DMNAMEDPIPE = 0x0020_0000
+DMSOCKET = 0x0010_0000
+DMSETUID = 0x0008_0000
+DMSETGID = 0x0004_0000
+DMSETVTX = 0x0001_0000
+
+OREAD, OWRITE, ORDWR, OEXEC = 0, 1, 2, 3  # open(5): the low two bits of mode[1]
+OTRUNC = 0x10
+OCEXEC = 0x20  # of no concern to servers
+ORCLOSE = 0x40  # remove on clunk
+OAPPEND = 0x80  # .u
 
 P9_GETATTR_BASIC = 0x7FF  # mode..blocks: what a stat(2) gives
 
 P9_LOCK_TYPE_RDLCK, P9_LOCK_TYPE_WRLCK, P9_LOCK_TYPE_UNLCK = 0, 1, 2
 P9_LOCK_SUCCESS, P9_LOCK_BLOCKED, P9_LOCK_ERROR, P9_LOCK_GRACE = 0, 1, 2, 3
 P9_LOCK_FLAGS_BLOCK, P9_LOCK_FLAGS_RECLAIM = 1 << 0, 1 << 1
+
+
+# --- the messages: the session's, Plan 9's, then .L's ---------------------------------------
 
 
 class Tversion(Message, number=100):
@@ -146,12 +115,12 @@ class Rversion(Message, number=101):
 
 
 class Tauth(Message, number=102):
-    """size[4] Tauth tag[2] afid[4] uname[s] aname[s] n_uname[4]"""
+    """size[4] Tauth tag[2] afid[4] uname[s] aname[s] n_uname[4]{.u,.L}"""
 
     afid: int
     uname: bytes
     aname: bytes
-    n_uname: int
+    n_uname: int = NONUNAME
 
 
 class Rauth(Message, number=103):
@@ -161,7 +130,7 @@ class Rauth(Message, number=103):
 
 
 class Tattach(Message, number=104):
-    """size[4] Tattach tag[2] fid[4] afid[4] uname[s] aname[s] n_uname[4]
+    """size[4] Tattach tag[2] fid[4] afid[4] uname[s] aname[s] n_uname[4]{.u,.L}
 
     Make `fid` the root of the tree called `aname`, on behalf of a user.
     """
@@ -170,7 +139,7 @@ class Tattach(Message, number=104):
     afid: int
     uname: bytes
     aname: bytes
-    n_uname: int
+    n_uname: int = NONUNAME
 
 
 class Rattach(Message, number=105):
@@ -179,7 +148,7 @@ class Rattach(Message, number=105):
     qid: Qid
 
 
-class Rlerror(Message, number=7):
+class Rlerror(Message, number=7, dialects=LINUX):
     """size[4] Rlerror tag[2] ecode[4]
 
     Any request has failed; `ecode` is a Linux errno.
@@ -216,46 +185,6 @@ class Rwalk(Message, number=111):
     """size[4] Rwalk tag[2] nwqid[2] nwqid*(wqid[13])"""
 
     wqid: tuple[Qid, ...]
-
-
-class Tlopen(Message, number=12):
-    """size[4] Tlopen tag[2] fid[4] flags[4]
-
-    Open for reading or writing; `flags` are Linux's O_* as on x86.
-    """
-
-    fid: int
-    flags: int
-
-
-class Rlopen(Message, number=13):
-    """size[4] Rlopen tag[2] qid[13] iounit[4]
-
-    `iounit` is the most one Tread or Twrite may carry, 0 for whatever msize allows.
-    """
-
-    qid: Qid
-    iounit: int
-
-
-class Tlcreate(Message, number=14):
-    """size[4] Tlcreate tag[2] fid[4] name[s] flags[4] mode[4] gid[4]
-
-    Create a file in the directory `fid` and open it; `fid` then stands for the new file.
-    """
-
-    fid: int
-    name: bytes
-    flags: int
-    mode: int
-    gid: int
-
-
-class Rlcreate(Message, number=15):
-    """size[4] Rlcreate tag[2] qid[13] iounit[4]"""
-
-    qid: Qid
-    iounit: int
 
 
 class Tread(Message, number=116):
@@ -312,13 +241,168 @@ class Rremove(Message, number=123):
     """size[4] Rremove tag[2]"""
 
 
-class Tstatfs(Message, number=8):
+class Rerror(Message, number=107, dialects=PLAN9):
+    """size[4] Rerror tag[2] ename[s] errno[4]{.u}
+
+    Any request has failed; `ename` says why, in words. .u adds a Unix errno, 0 for none.
+    """
+
+    ename: bytes
+    errno: int = 0
+
+
+class Topen(Message, number=112, dialects=PLAN9):
+    """size[4] Topen tag[2] fid[4] mode[1]
+
+    Open for reading or writing; `mode` is OREAD, OWRITE, ORDWR or OEXEC and bits beside it.
+    """
+
+    fid: int
+    mode: int
+
+
+class Ropen(Message, number=113, dialects=PLAN9):
+    """size[4] Ropen tag[2] qid[13] iounit[4]"""
+
+    qid: Qid
+    iounit: int
+
+
+class Tcreate(Message, number=114, dialects=PLAN9):
+    """size[4] Tcreate tag[2] fid[4] name[s] perm[4] mode[1] extension[s]{.u}
+
+    Create a file in the directory `fid` and open it; `fid` then stands for the new file. DMDIR in
+    `perm` makes a directory; in .u other DM bits make what `extension` describes: the target of a
+    symbolic link, `b major minor` or `c major minor`, the fid of a file to link to in decimal.
+    """
+
+    fid: int
+    name: bytes
+    perm: int
+    mode: int
+    extension: bytes = b""
+
+
+class Rcreate(Message, number=115, dialects=PLAN9):
+    """size[4] Rcreate tag[2] qid[13] iounit[4]"""
+
+    qid: Qid
+    iounit: int
+
+
+class Stat(Record):
+    """size[2] type[2] dev[4] qid[13] mode[4] atime[4] mtime[4] length[8] name[s] uid[s] gid[s]
+    muid[s] extension[s]{.u} n_uid[4]{.u} n_gid[4]{.u} n_muid[4]{.u}
+
+    What stat(5) tells of a file, and what reading a directory gives one of for each entry. `muid`
+    is who last wrote to it; `extension` is as in Tcreate.
+    """
+
+    type: int
+    dev: int
+    qid: Qid
+    mode: int
+    atime: int
+    mtime: int
+    length: int
+    name: bytes
+    uid: bytes
+    gid: bytes
+    muid: bytes
+    extension: bytes = b""
+    n_uid: int = NONUNAME
+    n_gid: int = NONUNAME
+    n_muid: int = NONUNAME
+
+
+class Tstat(Message, number=124, dialects=PLAN9):
+    """size[4] Tstat tag[2] fid[4]"""
+
+    fid: int
+
+
+class Rstat(Message, number=125, dialects=PLAN9):
+    """size[4] Rstat tag[2] stat[n]"""
+
+    stat: Stat
+
+
+class Twstat(Message, number=126, dialects=PLAN9):
+    """size[4] Twstat tag[2] fid[4] stat[n]
+
+    Change all that differs from NULLDIR, or nothing. NULLDIR itself asks for what fsync(2) does.
+    """
+
+    fid: int
+    stat: Stat
+
+
+class Rwstat(Message, number=127, dialects=PLAN9):
+    """size[4] Rwstat tag[2]"""
+
+
+NULLDIR = Stat(  # stat(5): every bit set, or no text, is "don't touch"
+    type=0xFFFF,
+    dev=0xFFFF_FFFF,
+    qid=Qid(0xFF, 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF),
+    mode=0xFFFF_FFFF,
+    atime=0xFFFF_FFFF,
+    mtime=0xFFFF_FFFF,
+    length=0xFFFF_FFFF_FFFF_FFFF,
+    name=b"",
+    uid=b"",
+    gid=b"",
+    muid=b"",
+)
+
+
+class Tlopen(Message, number=12, dialects=LINUX):
+    """size[4] Tlopen tag[2] fid[4] flags[4]
+
+    Open for reading or writing; `flags` are Linux's O_* as on x86.
+    """
+
+    fid: int
+    flags: int
+
+
+class Rlopen(Message, number=13, dialects=LINUX):
+    """size[4] Rlopen tag[2] qid[13] iounit[4]
+
+    `iounit` is the most one Tread or Twrite may carry, 0 for whatever msize allows.
+    """
+
+    qid: Qid
+    iounit: int
+
+
+class Tlcreate(Message, number=14, dialects=LINUX):
+    """size[4] Tlcreate tag[2] fid[4] name[s] flags[4] mode[4] gid[4]
+
+    Create a file in the directory `fid` and open it; `fid` then stands for the new file.
+    """
+
+    fid: int
+    name: bytes
+    flags: int
+    mode: int
+    gid: int
+
+
+class Rlcreate(Message, number=15, dialects=LINUX):
+    """size[4] Rlcreate tag[2] qid[13] iounit[4]"""
+
+    qid: Qid
+    iounit: int
+
+
+class Tstatfs(Message, number=8, dialects=LINUX):
     """size[4] Tstatfs tag[2] fid[4]"""
 
     fid: int
 
 
-class Rstatfs(Message, number=9):
+class Rstatfs(Message, number=9, dialects=LINUX):
     """size[4] Rstatfs tag[2] type[4] bsize[4] blocks[8] bfree[8] bavail[8] files[8] ffree[8]
     fsid[8] namelen[4]
     """
@@ -334,7 +418,7 @@ class Rstatfs(Message, number=9):
     namelen: int
 
 
-class Tsymlink(Message, number=16):
+class Tsymlink(Message, number=16, dialects=LINUX):
     """size[4] Tsymlink tag[2] fid[4] name[s] symtgt[s] gid[4]"""
 
     fid: int
@@ -343,13 +427,13 @@ class Tsymlink(Message, number=16):
     gid: int
 
 
-class Rsymlink(Message, number=17):
+class Rsymlink(Message, number=17, dialects=LINUX):
     """size[4] Rsymlink tag[2] qid[13]"""
 
     qid: Qid
 
 
-class Tmknod(Message, number=18):
+class Tmknod(Message, number=18, dialects=LINUX):
     """size[4] Tmknod tag[2] dfid[4] name[s] mode[4] major[4] minor[4] gid[4]"""
 
     dfid: int
@@ -360,13 +444,13 @@ class Tmknod(Message, number=18):
     gid: int
 
 
-class Rmknod(Message, number=19):
+class Rmknod(Message, number=19, dialects=LINUX):
     """size[4] Rmknod tag[2] qid[13]"""
 
     qid: Qid
 
 
-class Trename(Message, number=20):
+class Trename(Message, number=20, dialects=LINUX):
     """size[4] Trename tag[2] fid[4] dfid[4] name[s]
 
     The older way of Trenameat.
@@ -377,30 +461,30 @@ class Trename(Message, number=20):
     name: bytes
 
 
-class Rrename(Message, number=21):
+class Rrename(Message, number=21, dialects=LINUX):
     """size[4] Rrename tag[2]"""
 
 
-class Treadlink(Message, number=22):
+class Treadlink(Message, number=22, dialects=LINUX):
     """size[4] Treadlink tag[2] fid[4]"""
 
     fid: int
 
 
-class Rreadlink(Message, number=23):
+class Rreadlink(Message, number=23, dialects=LINUX):
     """size[4] Rreadlink tag[2] target[s]"""
 
     target: bytes
 
 
-class Tgetattr(Message, number=24):
+class Tgetattr(Message, number=24, dialects=LINUX):
     """size[4] Tgetattr tag[2] fid[4] request_mask[8]"""
 
     fid: int
     request_mask: int
 
 
-class Rgetattr(Message, number=25):
+class Rgetattr(Message, number=25, dialects=LINUX):
     """size[4] Rgetattr tag[2] valid[8] qid[13] mode[4] uid[4] gid[4] nlink[8] rdev[8] size[8]
     blksize[8] blocks[8] atime_sec[8] atime_nsec[8] mtime_sec[8] mtime_nsec[8] ctime_sec[8]
     ctime_nsec[8] btime_sec[8] btime_nsec[8] gen[8] data_version[8]
@@ -428,7 +512,7 @@ class Rgetattr(Message, number=25):
     data_version: int
 
 
-class Tsetattr(Message, number=26):
+class Tsetattr(Message, number=26, dialects=LINUX):
     """size[4] Tsetattr tag[2] fid[4] valid[4] mode[4] uid[4] gid[4] size[8] atime_sec[8]
     atime_nsec[8] mtime_sec[8] mtime_nsec[8]
     """
@@ -445,11 +529,11 @@ class Tsetattr(Message, number=26):
     mtime_nsec: int
 
 
-class Rsetattr(Message, number=27):
+class Rsetattr(Message, number=27, dialects=LINUX):
     """size[4] Rsetattr tag[2]"""
 
 
-class Txattrwalk(Message, number=30):
+class Txattrwalk(Message, number=30, dialects=LINUX):
     """size[4] Txattrwalk tag[2] fid[4] newfid[4] name[s]
 
     Make `newfid` readable as one attribute, or as the list of names if `name` is empty.
@@ -460,13 +544,13 @@ class Txattrwalk(Message, number=30):
     name: bytes
 
 
-class Rxattrwalk(Message, number=31):
+class Rxattrwalk(Message, number=31, dialects=LINUX):
     """size[4] Rxattrwalk tag[2] size[8]"""
 
     size: int
 
 
-class Txattrcreate(Message, number=32):
+class Txattrcreate(Message, number=32, dialects=LINUX):
     """size[4] Txattrcreate tag[2] fid[4] name[s] attr_size[8] flags[4]
 
     Make `fid` writable as one attribute, which is set when `fid` is clunked.
@@ -478,11 +562,11 @@ class Txattrcreate(Message, number=32):
     flags: int
 
 
-class Rxattrcreate(Message, number=33):
+class Rxattrcreate(Message, number=33, dialects=LINUX):
     """size[4] Rxattrcreate tag[2]"""
 
 
-class Treaddir(Message, number=40):
+class Treaddir(Message, number=40, dialects=LINUX):
     """size[4] Treaddir tag[2] fid[4] offset[8] count[4]
 
     Entries after `offset`, which is 0 or what an earlier entry gave.
@@ -493,24 +577,24 @@ class Treaddir(Message, number=40):
     count: int  # type: ignore[assignment]  # tuple.count is not missed
 
 
-class Rreaddir(Message, number=41):
+class Rreaddir(Message, number=41, dialects=LINUX):
     """size[4] Rreaddir tag[2] count[4] data[count]"""
 
     data: Data
 
 
-class Tfsync(Message, number=50):
+class Tfsync(Message, number=50, dialects=LINUX):
     """size[4] Tfsync tag[2] fid[4] datasync[4]"""
 
     fid: int
     datasync: int
 
 
-class Rfsync(Message, number=51):
+class Rfsync(Message, number=51, dialects=LINUX):
     """size[4] Rfsync tag[2]"""
 
 
-class Tlock(Message, number=52):
+class Tlock(Message, number=52, dialects=LINUX):
     """size[4] Tlock tag[2] fid[4] type[1] flags[4] start[8] length[8] proc_id[4] client_id[s]"""
 
     fid: int
@@ -522,13 +606,13 @@ class Tlock(Message, number=52):
     client_id: bytes
 
 
-class Rlock(Message, number=53):
+class Rlock(Message, number=53, dialects=LINUX):
     """size[4] Rlock tag[2] status[1]"""
 
     status: int
 
 
-class Tgetlock(Message, number=54):
+class Tgetlock(Message, number=54, dialects=LINUX):
     """size[4] Tgetlock tag[2] fid[4] type[1] start[8] length[8] proc_id[4] client_id[s]"""
 
     fid: int
@@ -539,7 +623,7 @@ class Tgetlock(Message, number=54):
     client_id: bytes
 
 
-class Rgetlock(Message, number=55):
+class Rgetlock(Message, number=55, dialects=LINUX):
     """size[4] Rgetlock tag[2] type[1] start[8] length[8] proc_id[4] client_id[s]"""
 
     type: int
@@ -549,7 +633,7 @@ class Rgetlock(Message, number=55):
     client_id: bytes
 
 
-class Tlink(Message, number=70):
+class Tlink(Message, number=70, dialects=LINUX):
     """size[4] Tlink tag[2] dfid[4] fid[4] name[s]"""
 
     dfid: int
@@ -557,11 +641,11 @@ class Tlink(Message, number=70):
     name: bytes
 
 
-class Rlink(Message, number=71):
+class Rlink(Message, number=71, dialects=LINUX):
     """size[4] Rlink tag[2]"""
 
 
-class Tmkdir(Message, number=72):
+class Tmkdir(Message, number=72, dialects=LINUX):
     """size[4] Tmkdir tag[2] dfid[4] name[s] mode[4] gid[4]"""
 
     dfid: int
@@ -570,13 +654,13 @@ class Tmkdir(Message, number=72):
     gid: int
 
 
-class Rmkdir(Message, number=73):
+class Rmkdir(Message, number=73, dialects=LINUX):
     """size[4] Rmkdir tag[2] qid[13]"""
 
     qid: Qid
 
 
-class Trenameat(Message, number=74):
+class Trenameat(Message, number=74, dialects=LINUX):
     """size[4] Trenameat tag[2] olddirfid[4] oldname[s] newdirfid[4] newname[s]"""
 
     olddirfid: int
@@ -585,11 +669,11 @@ class Trenameat(Message, number=74):
     newname: bytes
 
 
-class Rrenameat(Message, number=75):
+class Rrenameat(Message, number=75, dialects=LINUX):
     """size[4] Rrenameat tag[2]"""
 
 
-class Tunlinkat(Message, number=76):
+class Tunlinkat(Message, number=76, dialects=LINUX):
     """size[4] Tunlinkat tag[2] dirfid[4] name[s] flags[4]"""
 
     dirfid: int
@@ -597,7 +681,7 @@ class Tunlinkat(Message, number=76):
     flags: int
 
 
-class Runlinkat(Message, number=77):
+class Runlinkat(Message, number=77, dialects=LINUX):
     """size[4] Runlinkat tag[2]"""
 
 
@@ -613,204 +697,154 @@ class Dirent(Record):
     name: bytes
 
 
-# --- the codec ------------------------------------------------------------------------------
-# A grammar is compiled, when first used, to runs: some integers, then at most one counted thing,
-# whose count is the run's last integer. A qid is three of the integers.
-
-_INTEGERS = {"1": "B", "2": "H", "4": "I", "8": "Q", "13": "BIQ"}
-
-# How to take a counted thing from `data`, which may end too early: the taker may then give a place
-# beyond the end, and what it took is thrown away.
+# --- dialects -------------------------------------------------------------------------------
 
 
-def _take_bytes(data: bytes, at: int, count: int) -> tuple[bytes, int]:
-    return data[at : at + count], at + count
+class Dialect:
+    """One version of the protocol: which messages there are, and their bytes.
+
+    The functions that do it are made from the grammars (`tinyvmm.grammar`), each when first used.
+    """
+
+    def __init__(self, version: bytes) -> None:
+        """Take the messages whose class says that this version has them."""
+        self.version = version
+        self.suffix = version.removeprefix(b"9P2000").decode()
+        self.messages = {
+            number: kind for number, kind in MESSAGES.items() if self.suffix in kind.dialects
+        }
+        self._encoders: dict[type[Record], Callable[..., bytes]] = {}
+        self._decoders: dict[int, Callable[[bytes], tuple[int, Any]]] = {}
+        self._takers: dict[type[Record], Callable[[bytes, int], tuple[Any, int]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Dialect {self.version.decode()}>"
+
+    def encode(self, message: Message, tag: int) -> bytes:
+        """Give the message's bytes; ProtocolError if a field does not fit its place."""
+        kind = type(message)
+        try:
+            return (self._encoders.get(kind) or self._encoder(kind))(message, tag)
+        except (struct.error, OverflowError) as error:
+            raise ProtocolError(f"{kind.__name__}: {error}") from None
+
+    def decode(self, data: bytes | bytearray | memoryview) -> tuple[int, Message]:
+        """Give tag and message of exactly one message's bytes; ProtocolError otherwise."""
+        if not isinstance(data, bytes):
+            data = bytes(data)
+        try:
+            number = data[4]
+            return (self._decoders.get(number) or self._decoder(number))(data)
+        except (struct.error, IndexError) as error:
+            raise ProtocolError(f"{len(data)} bytes: {error}") from None
+
+    def _encoder(self, kind: type[Record]) -> Callable[..., bytes]:
+        if issubclass(kind, Message) and self.suffix not in kind.dialects:
+            raise ProtocolError(f"{kind.__name__} is not in {self.version.decode()}")
+        made: Callable[..., bytes] = encoder(kind, self.suffix)
+        return self._encoders.setdefault(kind, made)
+
+    def _decoder(self, number: int) -> Callable[[bytes], tuple[int, Any]]:
+        kind = self.messages.get(number)
+        if kind is None:
+            raise ProtocolError(f"type {number} is not in {self.version.decode()}")
+        return self._decoders.setdefault(number, decoder(kind, self.suffix))
+
+    # A request or reply may lie in several views, cut anywhere. What is short is copied out or in;
+    # the payload of Twrite, Rread and Rreaddir stays where it is.
+
+    def decode_views(self, views: Views, limit: int) -> tuple[int, Message]:
+        """Decode one request of `limit` bytes at most; the data of a Twrite is left in the views.
+
+        Any other message is copied out first, so nothing can change it behind our back.
+        """
+        head: memoryview | bytes = views[0] if views else b""
+        total = len(head) if len(views) < 2 else sum([len(view) for view in views])
+        if total > limit:
+            raise ProtocolError(f"{total} bytes where {limit} were agreed")
+        if len(head) < HEADER.size:
+            head = b"".join(cut(views, 0, HEADER.size))
+        if len(head) < HEADER.size or head[4] != Twrite.number:
+            return self.decode(b"".join(views))
+        head = b"".join(cut(views, 0, TWRITE.size))
+        if len(head) < TWRITE.size:
+            raise ProtocolError(f"Twrite of {total} bytes")
+        size, _, tag, fid, offset, count = TWRITE.unpack(head)
+        if size != total or count != size - TWRITE.size:
+            raise ProtocolError(f"Twrite: size {size}, count {count} in {total} bytes")
+        return tag, Twrite(fid, offset, cut(views, TWRITE.size, count))
+
+    def encode_views(self, reply: Views, message: Message, tag: int, limit: int) -> int:
+        """Write a reply of `limit` bytes at most, give its size; ProtocolError if it does not fit.
+
+        Data given as views is in its place already, where `room` said.
+        """
+        kind = type(message)
+        if (kind is Rread or kind is Rreaddir) and type(message[0]) is list:
+            count = sum([len(view) for view in message[0]])
+            size = RREAD.size + count
+            data = RREAD.pack(size, kind.number, tag, count)
+        else:
+            data = self.encode(message, tag)
+            size = len(data)
+        if size > limit:
+            raise ProtocolError(f"{kind.__name__} of {size} bytes where {limit} were agreed")
+        scatter(reply, data)
+        return size
+
+    def encode_records(self, records: Sequence[Record]) -> bytes:
+        """Give the bytes of several records, as Rread or Rreaddir carry them from a directory."""
+        try:
+            return b"".join(
+                [
+                    (self._encoders.get(type(record)) or self._encoder(type(record)))(record)
+                    for record in records
+                ]
+            )
+        except (struct.error, OverflowError) as error:
+            raise ProtocolError(str(error)) from None
+
+    def decode_records(self, record: type[R], data: bytes) -> list[R]:
+        """Take records until the bytes end; ProtocolError if they end in the midst of one."""
+        take = self._takers.get(record)
+        if take is None:
+            take = self._takers.setdefault(record, decoder(record, self.suffix))
+        records: list[R] = []
+        end = len(data)
+        at = 0
+        try:
+            while at < end:
+                taken, at = take(data, at)
+                records.append(taken)
+        except (struct.error, IndexError) as error:
+            raise ProtocolError(str(error)) from None
+        return records
 
 
-def _take_strings(data: bytes, at: int, count: int) -> tuple[tuple[bytes, ...], int]:
-    strings = []
-    for _ in range(count):
-        start = at + 2
-        at = start + int.from_bytes(data[at:start], "little")
-        strings.append(data[start:at])
-    return tuple(strings), at
+NINEP2000 = Dialect(b"9P2000")
+NINEP2000_U = Dialect(b"9P2000.u")
+NINEP2000_L = Dialect(b"9P2000.L")
+DIALECTS = {dialect.version: dialect for dialect in (NINEP2000, NINEP2000_U, NINEP2000_L)}
+
+encode = NINEP2000_L.encode
+decode = NINEP2000_L.decode
+decode_views = NINEP2000_L.decode_views
+encode_views = NINEP2000_L.encode_views
+encode_records = NINEP2000_L.encode_records
+decode_records = NINEP2000_L.decode_records
+
+_pack_dirent = struct.Struct("<BIQQBH").pack
 
 
-def _take_qids(data: bytes, at: int, count: int) -> tuple[tuple[Qid, ...], int]:
-    end = at + count * QID.size
-    qids = data[at:end] if end <= len(data) else b""
-    return tuple([Qid._make(numbers) for numbers in QID.iter_unpack(qids)]), end
+def encode_dirent(qid: Qid, offset: int, dtype: int, name: bytes) -> bytes:
+    """Give the bytes of one Dirent, in the quick way a long directory needs."""
+    return _pack_dirent(*qid, offset, dtype, len(name)) + name
 
 
-def _put_bytes(value: Data) -> tuple[int, bytes]:
-    data = b"".join(value) if isinstance(value, list) else bytes(value)
-    return len(data), data
+# --- messages in pieces ---------------------------------------------------------------------
 
-
-def _put_strings(value: Sequence[bytes]) -> tuple[int, bytes]:
-    pieces = [len(string).to_bytes(2, "little") + string for string in value]
-    return len(pieces), b"".join(pieces)
-
-
-def _put_qids(value: Sequence[Qid]) -> tuple[int, bytes]:
-    return len(value), b"".join([QID.pack(*qid) for qid in value])
-
-
-_Take = Callable[[bytes, int, int], tuple[Any, int]]
-_Put = Callable[[Any], tuple[int, bytes]]
-_COUNTED: dict[str, tuple[_Take | None, _Put | None]] = {
-    "": (None, None),
-    "bytes": (_take_bytes, _put_bytes),
-    "strings": (_take_strings, _put_strings),
-    "qids": (_take_qids, _put_qids),
-}
-
-
-class _Run:
-    """Integers, then perhaps a counted thing: its struct, and how to take and put the thing."""
-
-    __slots__ = ("put", "qids", "start", "stop", "struct", "take")
-
-    def __init__(self, start: int, formats: list[str], counted: str) -> None:
-        self.struct = struct.Struct("<" + "".join(formats))
-        self.qids = [place for place, code in enumerate(formats) if code == "BIQ"]
-        self.start = start  # its integers are fields start..stop; the counted thing is the next
-        self.stop = start + len(formats) - bool(counted)
-        self.take, self.put = _COUNTED[counted]
-
-
-class Codec:
-    """The grammar of one record, compiled; `head` is its first run behind a message header."""
-
-    def __init__(self, record: type[Record]) -> None:
-        """Compile; AssertionError if the grammar and the annotations disagree."""
-        words = (record.__doc__ or "").partition("\n\n")[0].split()
-        self.number = record.number if issubclass(record, Message) else 0
-        if self.number:
-            if words[:3] != ["size[4]", record.__name__, "tag[2]"]:
-                raise AssertionError(f"{record.__name__}: no grammar (python -OO drops it)")
-            del words[:3]
-
-        names: list[str] = []
-        formats: list[str] = []
-        self.runs: list[_Run] = []
-        for word in words:
-            repeated, _, item = word.rpartition("*")  # nwname*(wname[s])
-            name, _, kind = item.strip("()").rstrip("]").partition("[")
-            counted = ""
-            if repeated:
-                counted = "strings" if kind == "s" else "qids"
-                names[-1] = name  # in the place of its count, the integer before it
-            elif names and kind == names[-1]:
-                counted = "bytes"
-                names[-1] = name
-            elif kind == "s":
-                counted = "bytes"
-                names.append(name)
-                formats.append("H")
-            else:
-                names.append(name)
-                formats.append(_INTEGERS[kind])
-            if counted:
-                self.runs.append(_Run(len(names) - len(formats), formats, counted))
-                formats = []
-        if formats or not self.runs:
-            self.runs.append(_Run(len(names) - len(formats), formats, ""))
-        if tuple(names) != record.fields:
-            raise AssertionError(f"{record.__name__}: grammar {names}, fields {record.fields}")
-
-        # Most messages are one run with a qid at most: `head` packs and unpacks them whole.
-        first = self.runs[0]
-        self.kind: type[Any] = record
-        self.head = struct.Struct(HEADER.format + first.struct.format[1:])
-        self.unpack = struct.Struct("<7x" + first.struct.format[1:]).unpack
-        self.short = len(self.runs) == 1 and first.take is None and len(first.qids) < 2
-        self.qid_at = first.qids[0] if first.qids else -1
-
-    def take(self, data: bytes, at: int = 0) -> tuple[list[Any], int]:
-        """Read the fields from `at` on; gives them and where they end."""
-        values: list[Any] = []
-        for run in self.runs:
-            values += run.struct.unpack_from(data, at)
-            at += run.struct.size
-            for place in run.qids:
-                qid = slice(run.start + place, run.start + place + 3)
-                values[qid] = [Qid._make(values[qid])]
-            if run.take is not None:
-                values[-1], at = run.take(data, at, values[-1])
-        if at > len(data):
-            raise ProtocolError(f"{at} bytes promised, {len(data)} there")
-        return values, at
-
-    def put(self, values: Sequence[Any]) -> bytes:
-        """Write the fields."""
-        body = b""
-        for run in self.runs:
-            numbers = [*values[run.start : run.stop]]
-            for place in reversed(run.qids):
-                numbers[place : place + 1] = numbers[place]
-            if run.put is None:
-                body += run.struct.pack(*numbers)
-            else:
-                count, counted = run.put(values[run.stop])
-                body += run.struct.pack(*numbers, count) + counted
-        return body
-
-
-_codecs: dict[type[Record], Codec] = {}
-
-
-_by_number: dict[int, Codec] = {}
-_new = tuple.__new__  # a record of fields known to be all there
-
-
-def codec_of(record: type[Record]) -> Codec:
-    """Give the compiled grammar of a record, compiling it the first time."""
-    codec = _codecs.get(record)
-    if codec is None:
-        codec = _codecs[record] = Codec(record)
-        if codec.number:
-            _by_number[codec.number] = codec
-    return codec
-
-
-def encode(message: Message, tag: int) -> bytes:
-    """Give the message's bytes; ProtocolError if a field does not fit its place."""
-    kind = type(message)
-    codec = _codecs.get(kind) or codec_of(kind)
-    try:
-        if codec.short:
-            at = codec.qid_at
-            values = message if at < 0 else (*message[:at], *message[at], *message[at + 1 :])
-            return codec.head.pack(codec.head.size, codec.number, tag, *values)
-        body = codec.put(message)
-        return HEADER.pack(HEADER.size + len(body), codec.number, tag) + body
-    except (struct.error, OverflowError) as error:
-        raise ProtocolError(f"{kind.__name__}: {error}") from None
-
-
-def decode(data: bytes) -> tuple[int, Message]:
-    """Give tag and message of exactly one message's bytes; ProtocolError for anything else."""
-    data = bytes(data)
-    try:
-        size, number, tag = HEADER.unpack_from(data)
-        if size != len(data) or number not in MESSAGES:
-            raise ProtocolError(f"size {size}, type {number} in {len(data)} bytes")
-        codec = _by_number.get(number) or codec_of(MESSAGES[number])
-        kind = codec.kind
-        if codec.short and codec.qid_at < 0:
-            return tag, _new(kind, codec.unpack(data))
-        values, end = codec.take(data, HEADER.size)
-    except struct.error as error:
-        raise ProtocolError(str(error)) from None
-    if end != size:
-        raise ProtocolError(f"{kind.__name__}: {size - end} bytes too many")
-    return tag, _new(kind, values)
-
-
-# --- messages in descriptor chains ----------------------------------------------------------
-# A request or reply may lie in several views, cut anywhere. What is short is copied out or in;
-# the payload of Twrite, Rread and Rreaddir stays where it is.
+TWRITE = struct.Struct("<IBHIQI")  # all of a Twrite but its data
+RREAD = struct.Struct("<IBHI")  # and of Rread and Rreaddir
 
 
 def cut(views: Views, start: int, count: int) -> list[memoryview]:
@@ -830,6 +864,12 @@ def cut(views: Views, start: int, count: int) -> list[memoryview]:
     return pieces
 
 
+def room(reply: Views, kind: type[Message], count: int) -> list[memoryview]:
+    """Where the data of a reply of this kind belongs: `count` bytes, fewer if the views end."""
+    assert kind is Rread or kind is Rreaddir  # noqa: S101 - nothing else carries data
+    return cut(reply, RREAD.size, count)
+
+
 def scatter(views: Views, data: bytes) -> int:
     """Copy `data` into the views, from their first byte on; ProtocolError if it does not fit."""
     size = len(data)
@@ -846,73 +886,39 @@ def scatter(views: Views, data: bytes) -> int:
     return done
 
 
-def decode_views(views: Views, limit: int) -> tuple[int, Message]:
-    """Decode one request of `limit` bytes at most; the data of a Twrite is left in the views."""
-    head: memoryview | bytes = views[0] if views else b""
-    total = len(head) if len(views) < 2 else sum([len(view) for view in views])
-    if total > limit:
-        raise ProtocolError(f"{total} bytes where {limit} were agreed")
-    if len(head) < HEADER.size:
-        head = b"".join(cut(views, 0, HEADER.size))
-    if len(head) < HEADER.size or head[4] != Twrite.number:
-        return decode(b"".join(views))
-    twrite = codec_of(Twrite).head
-    try:
-        size, _, tag, fid, offset, count = twrite.unpack(b"".join(cut(views, 0, twrite.size)))
-    except struct.error as error:
-        raise ProtocolError(str(error)) from None
-    if size != total or count != size - twrite.size:
-        raise ProtocolError(f"Twrite: size {size}, count {count} in {total} bytes")
-    return tag, Twrite(fid, offset, cut(views, twrite.size, count))
+class Framer:
+    """Finds the messages in a stream of bytes, however they are cut.
 
-
-def room(reply: Views, kind: type[Message], count: int) -> list[memoryview]:
-    """Where the data of a reply of this kind belongs: `count` bytes, fewer if the views end."""
-    return cut(reply, codec_of(kind).head.size, count)
-
-
-def encode_views(reply: Views, message: Message, tag: int, limit: int) -> int:
-    """Write a reply of `limit` bytes at most, give its size; ProtocolError if it does not fit.
-
-    Data given as views is in its place already, where `room` said.
+    Set `msize` once it is agreed; it holds for every message not yet given out.
     """
-    kind = type(message)
-    if (kind is Rread or kind is Rreaddir) and isinstance(message[0], list):
-        head = codec_of(kind).head
-        count = sum([len(view) for view in message[0]])
-        size = head.size + count
-        data = head.pack(size, kind.number, tag, count)
-    else:
-        data = encode(message, tag)
-        size = len(data)
-    if size > limit:
-        raise ProtocolError(f"{kind.__name__} of {size} bytes where {limit} were agreed")
-    scatter(reply, data)
-    return size
 
+    def __init__(self, msize: int) -> None:
+        """Refuse messages of more than `msize` bytes."""
+        self.msize = msize
+        self._buffer = bytearray()
 
-_pack_dirent = struct.Struct("<BIQQBH").pack
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[bytes]:
+        """Take bytes in; give the messages that are whole now, one at a time.
 
+        ProtocolError where a size cannot be right: nothing after it can be understood either, so
+        every later call says the same. Until then no more is kept than one message and `data`.
+        """
+        self._buffer += data
+        return self._messages()
 
-def encode_dirent(qid: Qid, offset: int, dtype: int, name: bytes) -> bytes:
-    """Give the bytes of one Dirent, in the quick way a long directory needs."""
-    return _pack_dirent(*qid, offset, dtype, len(name)) + name
+    def _messages(self) -> Iterator[bytes]:
+        buffer = self._buffer
+        while len(buffer) >= 4:
+            size = int.from_bytes(buffer[:4], "little")
+            if not HEADER.size <= size <= self.msize:
+                raise ProtocolError(f"a message of {size} bytes where {self.msize} were agreed")
+            if len(buffer) < size:
+                return
+            message = bytes(buffer[:size])
+            del buffer[:size]
+            yield message
 
-
-def encode_records(records: Sequence[Record]) -> bytes:
-    """Give the bytes of several records, as Rreaddir carries them."""
-    return b"".join([codec_of(type(record)).put(record) for record in records])
-
-
-def decode_records(record: type[R], data: bytes) -> list[R]:
-    """Take records until the bytes end; ProtocolError if they end in the midst of one."""
-    codec = codec_of(record)
-    records = []
-    at = 0
-    while at < len(data):
-        try:
-            values, at = codec.take(data, at)
-        except struct.error as error:
-            raise ProtocolError(str(error)) from None
-        records.append(_new(record, values))
-    return records
+    @property
+    def pending(self) -> int:
+        """Bytes of a message that is not whole yet: a stream must not end while there are some."""
+        return len(self._buffer)

@@ -38,6 +38,7 @@ EM_X86_64 = 62
 PT_LOAD = 1
 EHDR_LEN = 64
 PHDR_LEN = 56
+PHDRS_END_MAX = 16 << 20  # linkers put them behind the ELF header; the most there can be is 3.5 MiB
 
 
 class Segment(NamedTuple):
@@ -134,7 +135,7 @@ def open_kernel(path: str) -> tuple[int, os.stat_result]:
 
 def open_image(path: str, fd: int, file_len: int) -> Image:
     """Understand the open kernel file `fd`; ConfigError for anything we could not boot."""
-    from tinyvmm.kernel_payload import find_decoder
+    from tinyvmm.kernel_payload import VMLINUX_SIZE_MAX, find_decoder
 
     head = _pread(path, fd, min(PAGE_SIZE, file_len), 0)
     if head[:4] == ELF_MAGIC:
@@ -150,6 +151,8 @@ def open_image(path: str, fd: int, file_len: int) -> Image:
     offset, length = params["payload_offset"], params["payload_length"]
     if offset + length > protected_len:
         raise damaged(path, "its payload reaches past its end")
+    if length > VMLINUX_SIZE_MAX:
+        raise damaged(path, f"its payload has {length >> 20} MiB")
     payload = _pread(path, fd, length, setup_len + offset)
     if find_decoder(payload):
         return Image(None, payload, params.setup_header, version)
@@ -310,6 +313,8 @@ def _with_program_headers(path: str, fd: int, head: bytes) -> bytes:
         return head
     if end > os.fstat(fd).st_size:
         raise truncated(path)
+    if end > PHDRS_END_MAX:
+        raise damaged(path, f"its program headers are at {e_phoff:#x}")
     return _pread(path, fd, end, 0)
 
 

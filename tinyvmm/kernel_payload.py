@@ -80,8 +80,8 @@ def unpack(payload: bytes) -> bytes:
     """Return the vmlinux in `payload`, for which there is a decoder; PayloadError if damaged."""
     decoder = find_decoder(payload)
     size = int.from_bytes(payload[-4:], "little")
-    if decoder is None or size > VMLINUX_SIZE_MAX:
-        raise PayloadError(f"announces {size >> 20} MiB")
+    if decoder is None or not 0 < size <= VMLINUX_SIZE_MAX:  # to zlib, 0 is no limit
+        raise PayloadError(f"announces {size} bytes")
     try:
         vmlinux = decoder(payload, size)
     except Exception as error:

@@ -1,11 +1,14 @@
 """What of the lab can be shown without booting it."""
 
 import base64
+import io
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,8 @@ def ask(*requests: tuple[dict[str, Any], bytes]) -> list[tuple[dict[str, Any], b
     answers, rest = [], done.stdout
     while rest:
         line, _, rest = rest.partition(b"\n")
+        if not line:
+            continue  # a sign of life
         answer = json.loads(line)
         out, err = answer.pop("stdout"), answer.pop("stderr")
         answers.append((answer, rest[:out], rest[out : out + err]))
@@ -193,3 +198,74 @@ def test_the_agent_ends_a_terminal_program_that_takes_too_long() -> None:
     )
     assert answer["timed_out"]
     assert shown == b"up\r\n"
+
+
+def test_the_agent_gives_signs_of_life_until_the_command_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lab_agent, "HEARTBEAT", 0.01)
+    beats = threading.Event()
+
+    class Answers(io.BytesIO):
+        def flush(self) -> None:
+            beats.set()
+
+    answers = Answers()
+    with lab_agent.heartbeat(answers):
+        assert beats.wait(20)
+    said = answers.getvalue()
+    assert set(said) == set(b"\n")
+
+
+# --- a lab that fails, played by this side -------------------------------------------------------
+
+
+class FakeQemu:
+    """A lab that is up, whose agent says what the test wants, and then nothing."""
+
+    def __init__(self, says: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        self.sockets = (ours, ours)
+        self.theirs = theirs
+        self.closed = False
+        theirs.sendall(says)
+
+    def last_words(self) -> str:
+        return "soft lockup"
+
+    def close(self) -> None:
+        self.closed = True
+        self.sockets[0].close()
+        self.theirs.close()
+
+
+def fake_lab(monkeypatch: pytest.MonkeyPatch, says: bytes) -> tuple[lab.Lab, FakeQemu]:
+    qemu = FakeQemu(says)
+    monkeypatch.setattr(lab, "SILENCE_MAX", 0.1)
+    fake = lab.Lab()
+    monkeypatch.setattr(fake, "_qemu", qemu)
+    return fake, qemu
+
+
+def test_signs_of_life_are_not_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = b'{"status": 3, "timed_out": false, "stdout": 1, "stderr": 0}'
+    fake, qemu = fake_lab(monkeypatch, b"\n\n" + answer + b"\no")
+    assert fake.run(["x"]) == lab.Completed(3, b"o", b"", timed_out=False)
+    qemu.close()
+
+
+def test_a_lab_that_gives_no_sign_of_life_is_ended_and_said_to_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake, qemu = fake_lab(monkeypatch, b"\n")
+    with pytest.raises(lab.LabHungError, match="soft lockup"):
+        fake.run(["x"])
+    assert qemu.closed
+
+
+def test_a_lab_that_dies_is_no_lab_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, qemu = fake_lab(monkeypatch, b"")
+    qemu.theirs.close()
+    with pytest.raises(lab.LabError) as caught:
+        fake.run(["x"])
+    assert not isinstance(caught.value, lab.LabHungError)

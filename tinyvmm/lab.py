@@ -43,6 +43,7 @@ MEMORY = 4096 * MIB
 MEMORY_MIN = 256 * MIB
 CPUS_MAX = 64  # more than any computer can emulate side by side
 BOOT_TIMEOUT = 120.0  # seconds to STARTED; a few are usual
+SILENCE_MAX = 90.0  # seconds without a sign of life; lab_agent.py sends one every few
 POWER_OFF_TIMEOUT = 10.0  # seconds from GOODBYE to the end of QEMU
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -60,7 +61,11 @@ SHARE_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap"
 
 
 class LabError(TinyvmmError):
-    """The lab itself failed: it did not come up, died, or no longer answers."""
+    """The lab itself failed: it did not come up, died, or could not run the command."""
+
+
+class LabHungError(LabError):
+    """The lab as a whole no longer answers."""
 
 
 def default_cpus() -> int:
@@ -324,8 +329,8 @@ class Lab:
     ) -> Completed:
         """Run a command and return what it did.
 
-        `env` adds to our environment. `timeout` is in seconds, and kept from outside as well: a
-        lab that does not answer is killed. With `pty` (rows, columns) the command has a terminal,
+        `env` adds to our environment. `timeout` is in seconds. A lab that gives no sign of life is
+        killed: LabHungError. With `pty` (rows, columns) the command has a terminal,
         where `stdin` is typed and stdout is what it shows. LabError if the lab failed, naming the
         command; FileNotFoundError and the like are LabErrors too.
         """
@@ -340,11 +345,13 @@ class Lab:
         qemu = self._qemu or self._boot()
         to_agent, from_agent = qemu.sockets[0], qemu.sockets[1]
         for sock in (to_agent, from_agent):
-            sock.settimeout(timeout + 30)
+            sock.settimeout(SILENCE_MAX)
         try:
             to_agent.sendall(json.dumps(request).encode() + b"\n" + stdin)
             with from_agent.makefile("rb") as answers:
-                line = answers.readline()
+                line = b"\n"
+                while line == b"\n":  # a sign of life
+                    line = answers.readline()
                 if not line:
                     raise ConnectionError("it ended")
                 answer = json.loads(line)
@@ -353,7 +360,8 @@ class Lab:
         except (OSError, ValueError) as error:
             words = qemu.last_words()
             self.close()
-            raise LabError(
+            kind = LabHungError if isinstance(error, TimeoutError) else LabError
+            raise kind(
                 f"the lab failed ({error}) while it ran {argv}; its console:\n{words}"
             ) from error
         if "error" in answer:

@@ -6,6 +6,9 @@ JSON followed by the command's stdin; an answer is a line of JSON followed by it
     {"argv": [...], "env": {...}, "cwd": "/", "timeout": 60, "pty": null, "stdin": 5}\nhello
     {"status": 0, "timed_out": false, "stdout": 5, "stderr": 0}\nhello
 
+While the command runs an empty line is sent every HEARTBEAT seconds: a lab may hang as a whole,
+under a command that would be right to take its time.
+
 `status` is as subprocess gives it: -N for signal N; `error` in its place says why there was no
 command to run. `pty` may be [rows, columns]: then the command has a terminal of its own, what it
 shows is stdout, and stdin is typed into it.
@@ -19,10 +22,14 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from time import monotonic
-from typing import Any
+from typing import IO, Any
 
 Json = dict[str, Any]
+
+HEARTBEAT = 5.0  # seconds
 
 
 def main() -> None:
@@ -32,12 +39,32 @@ def main() -> None:
         request = json.loads(line)
         stdin = requests.read(request["stdin"])
         try:
-            answer, stdout, stderr = run(request, stdin)
+            with heartbeat(answers):
+                answer, stdout, stderr = run(request, stdin)
         except OSError as error:
             answer, stdout, stderr = {"error": str(error)}, b"", b""
         answer |= {"stdout": len(stdout), "stderr": len(stderr)}
         answers.write(json.dumps(answer).encode() + b"\n" + stdout + stderr)
         answers.flush()
+
+
+@contextlib.contextmanager
+def heartbeat(answers: IO[bytes]) -> Iterator[None]:
+    """Send a sign of life from time to time."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            answers.write(b"\n")
+            answers.flush()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def run(request: Json, stdin: bytes) -> tuple[Json, bytes, bytes]:

@@ -52,6 +52,10 @@ STATUS_NOT_FOUND = 127
 STATUS_SIGNAL = 128  # plus the signal's number
 STATUS_MACHINE_FAILED = 255
 
+# A guest may send records faster than they can be looked at: then its port waits.
+RECORDS_AT_ONCE = 256
+BATCHES_WAITING = 2
+
 
 class Result(NamedTuple):
     """How a session ended.
@@ -150,6 +154,7 @@ class Session:
         self._records = threading.Condition()  # guards _to_send
         self._to_send: deque[bytes] = deque()
         self._sender: threading.Thread | None = None
+        self._room_for_records = threading.Semaphore(BATCHES_WAITING)
 
         self._started = False
         self._interrupts = 0
@@ -195,7 +200,9 @@ class Session:
             self._start(self._relay_input)
             while not self._done():
                 self._sleep(begin)
-                while self._events and not self._abandon:
+                for _ in range(len(self._events)):  # no more: the next deadline may be due
+                    if self._abandon:
+                        break
                     kind, value = self._events.popleft()
                     getattr(self, "_on_" + kind)(value)
         finally:
@@ -215,6 +222,8 @@ class Session:
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
         wait_ms = None if deadline is None else max(0, 1000 * (begin + deadline[0] - monotonic()))
+        if self._events:
+            wait_ms = 0
         if poller.poll(wait_ms):
             os.read(self._wake_read, 4096)
         if deadline is not None and monotonic() - begin >= deadline[0]:
@@ -265,11 +274,16 @@ class Session:
         with self._records:
             self._to_send.append(b"")
             self._records.notify()
+        self._room_for_records.release()
 
     # --- events ------------------------------------------------------------------------------
 
-    def _on_record(self, record: tuple[int, int]) -> None:
-        kind, value = record
+    def _on_records(self, records: bytes) -> None:
+        for kind, value in RECORD.iter_unpack(records):
+            self._on_record(kind, value)
+        self._room_for_records.release()
+
+    def _on_record(self, kind: int, value: int) -> None:
         if kind == STARTED:
             self._started = True
             if self._terminal is not None:
@@ -293,7 +307,7 @@ class Session:
         if number == errno.ENOENT:
             text = f"{self._command}: command not found in the guest"
             return Result(STATUS_NOT_FOUND, "exec", text)
-        text = f"{self._command}: {os.strerror(number)}, in the guest"
+        text = f"{self._command}: {os.strerror(number & 0xFFFF)}, in the guest"
         return Result(STATUS_NOT_EXECUTABLE, "exec", text)
 
     def _on_control_closed(self, _: None) -> None:
@@ -405,8 +419,12 @@ class Session:
         while data := self._ports.control.read():
             pending += data
             whole = len(pending) - len(pending) % RECORD.size
-            for record in RECORD.iter_unpack(pending[:whole]):
-                self._post("record", record)
+            batch = RECORDS_AT_ONCE * RECORD.size
+            for start in range(0, whole, batch):
+                self._room_for_records.acquire()
+                if self._wake_write < 0:
+                    return  # the session is over
+                self._post("records", pending[start : min(start + batch, whole)])
             pending = pending[whole:]
         self._post("control_closed")
 

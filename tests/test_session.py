@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import ninep
+from tinyvmm import ninep, trace
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.fileserver.locks import LOCKS_MAX, Lock, LockTable
 from tinyvmm.fileserver.session import MSIZE_MIN, Session
@@ -795,14 +795,21 @@ def test_a_request_larger_than_msize_is_refused_unread(client: Client) -> None:
     assert client.getattr(1).size == 5
 
 
-def test_the_observer_sees_requests_and_replies(client: Client) -> None:
-    seen: list[tuple[int, Message | None, Message]] = []
-    client.session.observer = lambda *event: seen.append(event)
+def test_a_trace_shows_requests_and_replies(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(trace, "hook", seen.append)
     client.walk(0, 1)
     client.fails(ninep.Tclunk(9), errno.EBADF)
-    assert seen == [
-        (3, ninep.Twalk(0, 1, ()), ninep.Rwalk(())),
-        (4, ninep.Tclunk(9), ninep.Rlerror(errno.EBADF)),
+    synced = client.raw(ninep.Tfsync(0, 0))
+    assert [record[1:] for record in seen if isinstance(record, trace.NineP)] == [
+        (3, ninep.Twalk(0, 1, ())),
+        (3, ninep.Rwalk(())),
+        (4, ninep.Tclunk(9)),
+        (4, ninep.Rlerror(errno.EBADF)),
+        (5, ninep.Tfsync(0, 0)),
+        (5, synced),
     ]
 
 

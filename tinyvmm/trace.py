@@ -6,12 +6,12 @@ Whoever wants to watch sets `hook` to a function of one record. A place worth wa
         trace.hook(trace.Access("port", "write", 0x3F8, 1, 0x41))
 
 so that a machine nobody watches pays one attribute load. Records are tuples with a name and named
-fields: `text` renders one for people, `_asdict()` for programs. The hook is called on the thread
-where the event happened, vCPU threads included, and must not raise.
+fields: `text` renders one for people, `fields` for programs. The hook is called on the thread where
+the event happened, vCPU threads included, and must not raise.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Access(NamedTuple):
@@ -41,7 +41,23 @@ class Message(NamedTuple):
     message: str
 
 
-Record = Access | Unclaimed | Message
+class NineP(NamedTuple):
+    """A 9P message as it is taken or sent: a request, or the reply of the same tag."""
+
+    session: str
+    tag: int
+    message: object
+
+
+Record = Access | Unclaimed | Message | NineP
+
+KINDS: dict[str, Callable[[Record], bool]] = {
+    "9p": lambda record: isinstance(record, NineP),
+    "port": lambda record: isinstance(record, Access | Unclaimed) and record.space == "port",
+    "mmio": lambda record: isinstance(record, Access | Unclaimed) and record.space == "mmio",
+    "device": lambda record: isinstance(record, Message),
+}
+"""What can be asked for by name."""
 
 hook: Callable[[Record], None] | None = None
 
@@ -50,7 +66,17 @@ def text(record: Record) -> str:
     """Render one record as a line for people."""
     if isinstance(record, Message):
         return f"{record.device}: {record.message}"
+    if isinstance(record, NineP):
+        return f"9p {record.session} {record.tag:5} {record.message!r}"
     kind = "" if isinstance(record, Access) else " (nobody's)"
     arrow = "->" if record.direction == "read" else "<-"
     digits = record.size * 2
     return f"{record.space} {record.address:#06x} {arrow} {record.value:#0{digits + 2}x}{kind}"
+
+
+def fields(record: Record) -> dict[str, Any]:
+    """Give a record as a dictionary of plain JSON types, `record` being what it is."""
+    plain: dict[str, Any] = {"record": type(record).__name__, **record._asdict()}
+    if isinstance(record, NineP):
+        plain["message"] = repr(record.message)
+    return plain

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tinyvmm.cli import tracing
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--append", default="", metavar="ARGS", help="more of the kernel's command line")
     add("--timeout", type=parse_seconds, metavar="S", help="end it after S seconds, status 124")
     add("--console", metavar="FILE|-", help="the kernel's own console, to FILE or stderr")
+    tracing.add_options(parser)
     add(
         "--no-lab",
         action="store_true",
@@ -217,6 +219,8 @@ def main(args: argparse.Namespace) -> int:
         return run_in_lab(args, problem)
     from tinyvmm.command import RunOptions, run_command
     from tinyvmm.terminal import is_terminal_session
+
+    tracing.start(args.trace, args.trace_file)
 
     options = RunOptions(
         argv=argv,
@@ -271,8 +275,9 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
     shares = [host for _, host in args.write]
     # The lab has all of / for reading; but what changes there it need not see.
     shares += [item.host for item in shared if item.host != "/" or not item.readonly]
-    if args.console not in {None, "-"}:
-        shares.append(os.path.dirname(os.path.abspath(args.console)))
+    for path in (args.console, args.trace_file):
+        if path not in {None, "-"}:
+            shares.append(os.path.dirname(os.path.abspath(path)))
     warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
     own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
     # The limit is kept in there; out here only a lab that hangs is in question.

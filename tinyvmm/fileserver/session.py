@@ -39,7 +39,7 @@ from errno import (
 from threading import Event
 from typing import Any
 
-from tinyvmm import ninep
+from tinyvmm import ninep, trace
 from tinyvmm.fileserver import linux
 from tinyvmm.fileserver.fid import Answer, Fid, Slow, failure, offset_of
 from tinyvmm.fileserver.locks import LockTable
@@ -63,12 +63,11 @@ Later = Callable[[Finish], None]
 class Waiting:
     """A request in flight that may have to wait, until `start` has had it answered."""
 
-    __slots__ = ("_later", "_session", "_slow", "_value", "message", "retired", "tag")
+    __slots__ = ("_later", "_session", "_slow", "_value", "retired", "tag")
 
-    def __init__(self, session: "Session", tag: int, message: Message, slow: Slow) -> None:
+    def __init__(self, session: "Session", tag: int, slow: Slow) -> None:
         self._session = session
         self.tag = tag
-        self.message = message
         self._slow = slow
         self._value: Any = None
         self.retired = False
@@ -122,15 +121,16 @@ class Session:
         msize_max: int = MSIZE_MAX,
         fids_max: int = FIDS_MAX,
         lock_table: LockTable | None = None,
+        name: str = "9p",
     ) -> None:
         """Serve `tree`, which stays the caller's; sessions of one server share `lock_table`.
 
-        `observer`, if set, is called with every tag, request (None if it was no message) and reply.
+        `name` is the session's in traces.
         """
         self.tree = tree
         self.msize_max = msize_max
         self.fids_max = fids_max
-        self.observer: Callable[[int, Message | None, Message], None] | None = None
+        self.name = name
         self.locks = lock_table or LockTable()
         self.msize = msize_max
         self.fids: dict[int, Fid] = {}
@@ -146,15 +146,16 @@ class Session:
 
         The size is 0 if not even an error fits `reply`.
         """
-        message = None
         tag = ninep.NOTAG
         self._reply = reply
         answer: Message
         try:
             tag, message = ninep.decode_views(request, self.msize)
+            if trace.hook is not None:
+                trace.hook(trace.NineP(self.name, tag, message))
             result = _METHODS.get(message.number, Session.unsupported)(self, message)
             if isinstance(result, Slow):
-                return self._wait(tag, message, result)
+                return self._wait(tag, result)
             answer = result
         except OSError as error:
             answer = ninep.Rlerror(error.errno or EIO)
@@ -162,8 +163,8 @@ class Session:
             tag, answer = self._refuse(request)
         finally:
             self._reply = ()  # nobody may hold on to guest memory
-        if self.observer is not None:
-            self.observer(tag, message, answer)
+        if trace.hook is not None:
+            trace.hook(trace.NineP(self.name, tag, answer))
         try:
             return ninep.encode_views(reply, answer, tag, self.msize)
         except ninep.ProtocolError:
@@ -200,13 +201,13 @@ class Session:
             self._pool.close()
             self._pool = None
 
-    def _wait(self, tag: int, message: Message, slow: Slow) -> Waiting:
+    def _wait(self, tag: int, slow: Slow) -> Waiting:
         """Note a request in flight; its tag may not be used again until it has been answered."""
         if tag in self._in_flight:
             raise failure(EPROTO)
         if len(self._in_flight) >= IN_FLIGHT_MAX:
             raise failure(ENOMEM)
-        waiting = self._in_flight[tag] = Waiting(self, tag, message, slow)
+        waiting = self._in_flight[tag] = Waiting(self, tag, slow)
         return waiting
 
     def pool(self) -> Pool:
@@ -225,8 +226,8 @@ class Session:
         if waited.retired or answer is None:
             return None
         del self._in_flight[waited.tag]
-        if self.observer is not None:
-            self.observer(waited.tag, waited.message, answer)
+        if trace.hook is not None:
+            trace.hook(trace.NineP(self.name, waited.tag, answer))
         return ninep.encode(answer, waited.tag)
 
     def _refuse(self, request: Sequence[memoryview]) -> tuple[int, Message]:

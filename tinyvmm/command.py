@@ -137,7 +137,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         machine.add_virtio(VirtioConsole(ports))  # the first: its index is in the ports' names
         machine.add_virtio(VirtioRng())
         for tag, tree in trees:
-            machine.add_virtio(Virtio9P(tag, FileSession(tree)))
+            machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         machine.boot_linux(
             kernel,
             initrd=[modules.archive, init_archive(config)],

@@ -313,12 +313,17 @@ class Session:
         self.msize = min(m.msize, self.msize_max)
         return ninep.Rversion(self.msize, ninep.VERSION if self._agreed else b"unknown")
 
+    def Tauth(self, m: ninep.Tauth) -> Message:
+        """Say that nobody needs to authenticate: diod's clients take ENOENT alone for that."""
+        del m
+        raise failure(ENOENT)
+
     def Tattach(self, m: ninep.Tattach) -> Message:
         """Give a user the root, or the directory `aname` says, as a path from there."""
         if not self._agreed:
             raise failure(EPROTO)
         if m.afid != ninep.NOFID:
-            raise failure(EBADF)  # Tauth is not answered, so there is no such fid
+            raise failure(EBADF)  # Tauth makes none
         self.check_new(m.fid)
         node = self.tree.root()
         for name in m.aname.split(b"/"):
@@ -438,7 +443,7 @@ class Session:
         return ninep.room(self._reply, kind, min(count, self.msize - READ_HEAD))
 
     def unsupported(self, m: Message) -> Message:
-        """Tauth, since nobody needs to authenticate, and what is no request."""
+        """Refuse what is no request, or none we know."""
         del m
         raise failure(EOPNOTSUPP)
 

@@ -67,6 +67,7 @@ class Machine:
         self.mmio = Bus("mmio")
         self.vcpus: list[Vcpu] = []
         self.virtio: list[tuple[int, int]] = []  # (gpa, gsi) of each virtio-mmio device
+        self._virtio_devices: list[VirtioDevice] = []
         self.uart: Uart | None = None
         self.power: PowerControl | None = None
         self.cause = ""
@@ -150,6 +151,7 @@ class Machine:
         transport = VirtioMmio(device, self.memory, self.irq_line(gsi))
         self.mmio.add(gpa, layout.VIRTIO_MMIO_STRIDE, transport)
         self.virtio.append((gpa, gsi))
+        self._virtio_devices.append(device)
 
     # --- booting ----------------------------------------------------------------------------
 
@@ -213,6 +215,8 @@ class Machine:
             if self.cause:
                 return
             self.cause, self._error = cause, error
+        for device in self._virtio_devices:
+            device.halt()
         for vcpu in self.vcpus:
             vcpu.kick()
         self._stopped.set()
@@ -235,6 +239,9 @@ class Machine:
         self.stop(StopCause.STOPPED)
         for vcpu in self.vcpus:
             vcpu.join()
+        for device in self._virtio_devices:
+            device.detach()
+        self._virtio_devices = []
         for vcpu in self.vcpus:
             vcpu.close()
         self.vcpus = []

@@ -125,6 +125,9 @@ class VirtioConsole(VirtioDevice):
                     self._keep_output(port)
             super().set_status(value)
 
+    def halt(self) -> None:
+        """Go on: what the guest has sent is still to be taken, and nothing here repeats itself."""
+
     def reset(self) -> None:
         """Forget what the driver knew and had open; what the host closed stays closed."""
         super().reset()

@@ -80,6 +80,23 @@ class VirtioDevice:
         for queue in self.queues:
             queue.on_used = partial(interrupt, USED_BUFFER)
 
+    def halt(self) -> None:
+        """Let vCPU threads out of `handle`: the machine stops; from any thread, without the lock.
+
+        A ring may fill itself for ever: a chain may ask for what moves its own available idx.
+        """
+        for queue in self.queues:
+            queue.halted = True
+
+    def detach(self) -> None:
+        """Leave the transport, forgetting the driver: the machine is being taken apart."""
+        with self.lock:
+            self.reset()
+            self._memory = None
+            self._interrupt = _nobody
+            for queue in self.queues:
+                queue.on_used = _nobody_used
+
     # --- what the transport calls -----------------------------------------------------------
 
     def notify(self, index: int) -> None:
@@ -180,4 +197,8 @@ class VirtioDevice:
 
 
 def _nobody(_bits: int) -> None:
-    """Interrupt nobody: there is no transport yet."""
+    """Interrupt nobody: there is no transport."""
+
+
+def _nobody_used() -> None:
+    """Interrupt nobody: there is no transport."""

@@ -79,6 +79,8 @@ class Virtqueue:
         self.size_max = size_max
         self.on_used: Callable[[], None] = _nobody
         """Interrupts the driver."""
+        self.halted = False
+        """Set from any thread, without the lock, to have `pop` find nothing any more."""
         self._on_error = on_error
         self._fence = threading.Lock()
         self.reset()
@@ -134,9 +136,9 @@ class Virtqueue:
         """Take the next available chain.
 
         None if there is none, and then the driver will kick for the next; None also if the queue is
-        not enabled, or the driver broke a rule and `on_error` has been told.
+        halted or not enabled, or the driver broke a rule and `on_error` has been told.
         """
-        if not self.ready:
+        if not self.ready or self.halted:
             return None
         last = self.last_avail
         avail = self._avail
@@ -200,8 +202,11 @@ class Virtqueue:
     def push(self, chain: Chain, written: int) -> None:
         """Give `chain` back with the first `written` bytes of its writable part filled.
 
-        Interrupts the driver if it asked to be told of this one.
+        Interrupts the driver if it asked to be told of this one. A driver that has disabled the
+        queue since `pop` gets nothing.
         """
+        if not self.ready:
+            return
         idx = self.used_idx
         avail = self._avail
         self._used_ring[idx & self._mask] = chain.head | written << 32

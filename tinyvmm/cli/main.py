@@ -17,7 +17,7 @@ from tinyvmm.errors import TinyvmmError
 
 STATUS_FAILED = 125
 
-COMMANDS = ("run", "kernel", "doctor", "lab", "demo")
+COMMANDS = ("run", "serve", "kernel", "doctor", "lab", "demo")
 
 
 class CommandModule(Protocol):

@@ -1,0 +1,183 @@
+"""`tinyvmm serve`: directories of this computer for other 9P clients than our own machines."""
+
+import argparse
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from tinyvmm.cli.run import parse_map, parse_shared
+from tinyvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from tinyvmm.fileserver.tree import Tree
+
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
+_EPILOG = """\
+An ADDRESS is unix:PATH or tcp:HOST:PORT; port 0 is any that is free. Nobody is asked who he is:
+whoever can connect can do, in what is served, all that you can. A Unix socket is its owner's alone,
+unless --mode says otherwise; keep TCP to 127.0.0.1, or to a network that you trust.
+
+What is served is one tree: either the directory of --shared, live on both sides, or the union of
+the --read trees with the changes in the --write trees, as for tinyvmm run; without --write nothing
+can be changed.
+
+It serves until SIGINT or SIGTERM, with exit status 0.
+
+examples:
+  tinyvmm serve --listen unix:/run/user/1000/9p --shared .
+  tinyvmm serve --listen tcp:127.0.0.1:5640 --read /srv/data
+  mount -t 9p -o trans=unix,version=9p2000.L /run/user/1000/9p /mnt
+"""
+
+
+def parse_count(text: str) -> int:
+    """Parse a number, 1 or more."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number, 1 or more")
+    return int(text)
+
+
+def parse_mode(text: str) -> int:
+    """Parse the permissions of a file, in octal."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is no mode: give e.g. 600 or 660")
+    return mode
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve directories to 9P clients",
+        usage="tinyvmm serve --listen ADDRESS [OPTION]...",
+        description="Serve directories of this computer, over 9P2000.L, .u or plain 9P2000.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(main=main)
+    add = parser.add_argument
+    add(
+        "--listen",
+        action="append",
+        required=True,
+        metavar="ADDRESS",
+        help="where clients connect; may be given more than once",
+    )
+    add(
+        "--read",
+        type=parse_map,
+        action="append",
+        default=[],
+        metavar="MAP",
+        help="a read-only tree, [PLACE=]DIR",
+    )
+    add(
+        "--write",
+        type=parse_map,
+        action="append",
+        default=[],
+        metavar="MAP",
+        help="a directory that keeps what clients write, [PLACE=]DIR",
+    )
+    add(
+        "--shared",
+        type=parse_shared,
+        action="append",
+        default=[],
+        metavar="DIR[,ro]",
+        help="a directory, live on both sides",
+    )
+    add("--mode", type=parse_mode, default=0o600, help="of a Unix socket (default 600)")
+    add(
+        "--connections",
+        type=parse_count,
+        default=64,
+        metavar="N",
+        help="clients served at once (default 64); others wait",
+    )
+    add(
+        "--idle",
+        type=parse_count,
+        default=0,
+        metavar="S",
+        help="hang up on clients silent for S seconds (default: never)",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    from tinyvmm import trace
+    from tinyvmm.fileserver.address import parse_address
+    from tinyvmm.fileserver.descriptors import raise_nofile_limit
+    from tinyvmm.fileserver.server import Server
+
+    if args.guest_argv:
+        raise ConfigError("serve runs no command: leave out what is behind --")
+    addresses = [parse_address(text) for text in args.listen]
+    raise_nofile_limit()
+    tree = open_served(args)
+    try:
+        with Server(
+            tree,
+            addresses,
+            connections_max=args.connections,
+            idle=args.idle,
+            socket_mode=args.mode,
+        ) as server:
+
+            def stop(number: int, frame: "FrameType | None") -> None:
+                del number, frame
+                server.stop()
+
+            before = {number: signal.signal(number, stop) for number in _STOP}
+            trace.hook = tell
+            try:
+                where = " and ".join(map(str, server.addresses))
+                print(f"tinyvmm: 9P at {where}", flush=True)
+                server.serve()
+            finally:
+                trace.hook = None
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+    finally:
+        tree.close()
+    return 0
+
+
+def open_served(args: argparse.Namespace) -> "Tree":
+    """Open what is to be served; ConfigError if it cannot be."""
+    from tinyvmm.fileserver.union import open_tree
+    from tinyvmm.mounts import open_shared
+
+    if not args.shared:
+        if not args.read and not args.write:
+            raise ConfigError("nothing to serve: name a directory with --shared DIR or --read DIR")
+        return open_tree(args.read, args.write)
+    if args.read or args.write or len(args.shared) > 1:
+        raise ConfigError(
+            "one server has one tree: give one --shared, or --read and --write, "
+            "and serve the others by servers of their own"
+        )
+    (shared,) = args.shared
+    if shared.guest != shared.host or shared.cache is not None:
+        raise ConfigError(
+            f"--shared {shared.host}: give DIR or DIR,ro; where it is mounted and what is cached "
+            "there is for the client to say"
+        )
+    return open_shared(shared)
+
+
+def tell(record: object) -> None:
+    """Tell whoever runs the server what happened to a client."""
+    from tinyvmm import trace
+
+    if isinstance(record, trace.Message):
+        print(f"tinyvmm: {trace.text(record)}", file=sys.stderr, flush=True)

@@ -2,17 +2,25 @@
 
 import copy
 import pickle
-import re
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ninep_messages import (
+    DIALECTS,
+    every_dialect,
+    every_message,
+    messages,
+    pieces,
+    spoken,
+    tags,
+    values_of,
+)
 from tinyvmm import ninep
 from tinyvmm.ninep import (
     NINEP2000_L,
@@ -32,72 +40,6 @@ from tinyvmm.ninep import (
     Twalk,
     Twrite,
 )
-
-DIALECTS = list(ninep.DIALECTS.values())
-FORMS = [
-    pytest.param(kind, dialect, id=f"{kind.__name__}-{dialect.version.decode()}")
-    for dialect in DIALECTS
-    for kind in sorted(dialect.messages.values(), key=lambda kind: kind.number)
-]
-every_message = pytest.mark.parametrize(("kind", "dialect"), FORMS)
-every_dialect = pytest.mark.parametrize(
-    "dialect", DIALECTS, ids=lambda dialect: dialect.version.decode()
-)
-
-qids = st.builds(
-    Qid, st.integers(0, 255), st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
-)
-tags = st.integers(0, 0xFFFF)
-
-
-def values_of(record: type[Record], dialect: Dialect) -> st.SearchStrategy[Any]:
-    """Any record of this kind, from its grammar as a reader sees it, not as the codec parses it."""
-    grammar = (record.__doc__ or "").split("\n\n")[0]
-    widths = {"1": 8, "2": 16, "4": 32, "8": 64}
-    fields = {}
-    for name in record.fields:
-        marks = re.search(rf"\b{name}\[\w+\]\{{(.*?)\}}", grammar)
-        if marks and dialect.version[6:].decode() not in marks[1].split(","):
-            continue  # has its default
-        if re.search(rf"\*\({name}\[s\]\)", grammar):
-            strategy: st.SearchStrategy[Any] = st.lists(st.binary(max_size=20), max_size=20).map(
-                tuple
-            )
-        elif re.search(rf"\*\({name}\[13\]\)", grammar):
-            strategy = st.lists(qids, max_size=20).map(tuple)
-        elif re.search(rf"\b{name}\[13\]", grammar):
-            strategy = qids
-        elif re.search(rf"\b{name}\[s\]", grammar):
-            strategy = st.binary(max_size=300)
-        elif re.search(rf"\b{name}\[n\]", grammar):
-            strategy = values_of(Stat, dialect)
-        elif width := re.search(rf"\b{name}\[([1248])\]", grammar):
-            strategy = st.integers(0, (1 << widths[width[1]]) - 1)
-        else:
-            assert re.search(rf"count\[4\] {name}\[count\]", grammar), name
-            strategy = st.binary(max_size=300)
-        fields[name] = strategy
-    return st.fixed_dictionaries(fields).map(lambda named: record(**named))
-
-
-messages = st.one_of([values_of(kind, NINEP2000_L) for kind in NINEP2000_L.messages.values()])
-spoken = st.sampled_from(DIALECTS).flatmap(
-    lambda dialect: st.tuples(
-        st.just(dialect),
-        st.one_of([values_of(kind, dialect) for kind in dialect.messages.values()]),
-    )
-)
-"""A dialect and a message in it."""
-
-
-def pieces(data: bytes, cuts: Sequence[int]) -> list[memoryview]:
-    """The bytes as a descriptor chain would hold them: writable memory, cut anywhere."""
-    ends = sorted({min(cut, len(data)) for cut in cuts} | {len(data)})
-    starts = [0, *ends]
-    return [
-        memoryview(bytearray(data[start:end])) for start, end in zip(starts, ends, strict=False)
-    ]
-
 
 # --- every message --------------------------------------------------------------------------
 
@@ -165,7 +107,7 @@ def test_any_body_is_a_message_that_encodes_to_the_same_bytes_or_a_protocol_erro
 
 
 @given(spoken, st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_message_with_bytes_changed_is_a_message_or_a_protocol_error(
     said: tuple[Dialect, Message], data: st.DataObject
 ) -> None:
@@ -181,6 +123,7 @@ def test_a_message_with_bytes_changed_is_a_message_or_a_protocol_error(
 
 
 @given(st.sampled_from(DIALECTS), st.binary(max_size=100))
+@settings(deadline=None)
 def test_any_bytes_are_a_message_or_a_protocol_error(dialect: Dialect, data: bytes) -> None:
     try:
         tag, message = dialect.decode(data)
@@ -279,6 +222,7 @@ def test_numbers_are_those_of_the_kernel_header() -> None:
 
 @every_dialect
 @given(st.sampled_from([Dirent, Stat]), st.binary(max_size=100))
+@settings(deadline=None)
 def test_any_bytes_are_directory_entries_or_a_protocol_error(
     dialect: Dialect, record: type[Record], data: bytes
 ) -> None:
@@ -290,6 +234,7 @@ def test_any_bytes_are_directory_entries_or_a_protocol_error(
 
 
 @given(st.lists(values_of(Dirent, NINEP2000_L), max_size=10))
+@settings(deadline=None)
 def test_directory_entries_decode_to_themselves(entries: list[Dirent]) -> None:
     wire = ninep.encode_records(entries)
     assert ninep.decode_records(Dirent, wire) == entries
@@ -298,6 +243,7 @@ def test_directory_entries_decode_to_themselves(entries: list[Dirent]) -> None:
 
 @pytest.mark.parametrize("dialect", [ninep.NINEP2000, ninep.NINEP2000_U], ids=["9P2000", ".u"])
 @given(st.data())
+@settings(deadline=None)
 def test_a_directory_of_stat_records_decodes_to_itself_and_no_part_of_it_does(
     dialect: Dialect, data: st.DataObject
 ) -> None:
@@ -339,6 +285,7 @@ def test_what_follows_a_message_in_a_stream_is_not_part_of_it(
 
 
 @given(st.lists(st.binary(max_size=30), max_size=10), st.integers(7, 100))
+@settings(deadline=None)
 def test_any_stream_gives_messages_no_larger_than_msize_or_a_protocol_error(
     parts: list[bytes], msize: int
 ) -> None:
@@ -388,6 +335,7 @@ def test_a_message_cut_into_views_anywhere_decodes_as_when_whole(
 
 
 @given(st.binary(min_size=1, max_size=100), st.lists(st.integers(0, 80), max_size=6))
+@settings(deadline=None)
 def test_the_data_of_a_write_stays_in_its_memory(data: bytes, cuts: list[int]) -> None:
     views = pieces(ninep.encode(Twrite(1, 2, data), 3), cuts)
     _, message = ninep.decode_views(views, 1000)
@@ -421,12 +369,14 @@ def test_no_views_at_all_are_a_protocol_error() -> None:
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.lists(st.integers(0, 50), max_size=5))
+@settings(deadline=None)
 def test_cut_gives_the_same_bytes_as_a_slice(start: int, count: int, cuts: list[int]) -> None:
     data = bytes(range(50))
     assert b"".join(ninep.cut(pieces(data, cuts), start, count)) == data[start : start + count]
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 50), max_size=5))
+@settings(deadline=None)
 def test_scatter_fills_the_first_bytes_and_no_others(data: bytes, cuts: list[int]) -> None:
     views = pieces(bytes(50), cuts)
     if len(data) > 50:
@@ -438,6 +388,7 @@ def test_scatter_fills_the_first_bytes_and_no_others(data: bytes, cuts: list[int
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 80), max_size=5))
+@settings(deadline=None)
 def test_a_reply_finished_around_its_data_is_the_reply_encoded(
     data: bytes, cuts: list[int]
 ) -> None:

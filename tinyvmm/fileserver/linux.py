@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 U64 = (1 << 64) - 1
 NSEC = 1_000_000_000
+CLIENT_ID_MAX = 255  # kept with each lock; Linux sends its host name, of 64 bytes at most
 V9FS_MAGIC = 0x01021997  # <linux/magic.h>, statfs(2)'s f_type
 
 # The rest concerns the client (O_CLOEXEC, O_NONBLOCK, O_DIRECT, O_NOATIME...), or asks the server
@@ -285,7 +286,7 @@ def _lock(session: "Session", m: ninep.Tlock | ninep.Tgetlock) -> tuple[Fid, Loc
     end = m.start + m.length if m.length else locks.END
     if m.type > ninep.P9_LOCK_TYPE_UNLCK or (m.length and end - 1 > OFFSET_MAX):
         raise failure(EINVAL)
-    if m.start > OFFSET_MAX:
+    if m.start > OFFSET_MAX or len(m.client_id) > CLIENT_ID_MAX:
         raise failure(EINVAL)
     return fid, Lock(m.start, end, m.type, (m.client_id, m.proc_id), fid)
 

@@ -58,11 +58,8 @@ class LockTable:
     def set(self, path: int, lock: Lock) -> int:
         """Set or, with P9_LOCK_TYPE_UNLCK, remove; gives a P9_LOCK_* status, at once."""
         held = self._files.get(path, [])
-        if lock.type != P9_LOCK_TYPE_UNLCK:
-            if any(other.stands_against(lock) for other in held):
-                return P9_LOCK_BLOCKED
-            if self._count >= LOCKS_MAX:
-                return P9_LOCK_ERROR
+        if self.test(path, lock) is not None:
+            return P9_LOCK_BLOCKED
         kept = []
         for other in held:
             if other.owner != lock.owner and other.fid is not lock.fid:
@@ -74,6 +71,9 @@ class LockTable:
                 kept.append(other._replace(start=max(other.start, lock.end)))
         if lock.type != P9_LOCK_TYPE_UNLCK:
             kept.append(lock)
+        more = len(kept) - len(held)  # an unlock in the middle of a lock leaves two
+        if more > 0 and self._count + more > LOCKS_MAX:
+            return P9_LOCK_ERROR
         self._put(path, kept)
         return P9_LOCK_SUCCESS
 

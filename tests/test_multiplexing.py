@@ -45,7 +45,7 @@ class GatedFile(HostFile):
     """A file that reads, writes and syncs only when the gate opens."""
 
     def __init__(self, fd: int, gate: Gate) -> None:
-        super().__init__(fd, lambda: None)
+        super().__init__(fd, 0, lambda: None)
         self.gate = gate
 
     def readv_now(self, buffers: Sequence[memoryview], offset: int) -> None:

@@ -224,7 +224,7 @@ class HostNode:
             fd = open_contents(self.path_fd(), self.kind, flags, ours=True)
         if self.kind == stat.S_IFDIR:
             return OpenDirectory(fd, self.tree.lock, lambda: self._scan(fd))
-        return HostFile(fd, self.tree.no_space)
+        return HostFile(fd, self.key[0], self.tree.no_space)
 
     def _scan(self, fd: int) -> Iterator[tuple[Qid, int, bytes]]:
         dev, path = self.key[0], self.tree.qid_paths.path

@@ -272,14 +272,14 @@ class Mutation:
 class HostFile:
     """A regular file open on the host."""
 
-    __slots__ = ("_no_space", "_nowait", "_stalls", "fd")
+    __slots__ = ("_dev", "_no_space", "_nowait", "fd")
 
-    def __init__(self, fd: int, no_space: Callable[[], None]) -> None:
-        """Take over descriptor `fd`; `no_space` is called when a write finds the disk full."""
+    def __init__(self, fd: int, dev: int, no_space: Callable[[], None]) -> None:
+        """Take over `fd`, of a file on `dev`; `no_space` is called if a write finds it full."""
         self.fd: int | None = fd
+        self._dev = dev
         self._no_space = no_space
         self._nowait = True  # until the file system says it knows no RWF_NOWAIT
-        self._stalls: bool | None = None  # not asked yet
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` from `offset` on."""
@@ -290,7 +290,7 @@ class HostFile:
     def readv_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Fill `buffers` with what is in the host's page cache; None if some of it is not there."""
         if not self._nowait:
-            return None if self._may_stall() else self.readv(buffers, offset)
+            return None if may_stall(self._dev) else self.readv(buffers, offset)
         if offset > _OFFSET_MAX:
             raise os_error(EINVAL)
         fd = _opened(self.fd)
@@ -310,12 +310,7 @@ class HostFile:
 
     def writev_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """Write into the host's page cache; None where the file system may stall."""
-        return None if self._may_stall() else self.writev(buffers, offset)
-
-    def _may_stall(self) -> bool:
-        if self._stalls is None:
-            self._stalls = may_stall(_opened(self.fd))
-        return self._stalls
+        return None if may_stall(self._dev) else self.writev(buffers, offset)
 
     def writev(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write `buffers` at `offset`."""

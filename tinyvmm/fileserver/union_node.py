@@ -306,7 +306,7 @@ class UnionFile(UnionNode):
             upper = self.layer == UPPER
             fd = open_contents(self.path_fd(), self.kind, flags, ours=upper)
             if upper:
-                return HostFile(fd, tree.no_space)
+                return HostFile(fd, self.dev, tree.no_space)
             reader = _LowerReader(fd, self)
             if self._readers is None:
                 self._readers = []
@@ -368,7 +368,7 @@ class _LowerReader(HostFile):
 
     def __init__(self, fd: int, node: UnionFile) -> None:
         """Take over `fd` and keep `node`, which finds us through its list of readers."""
-        super().__init__(fd, node.tree.no_space)
+        super().__init__(fd, node.dev, node.tree.no_space)
         node.refs += 1
         self._node = node
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 
 from tests.test_session import Client, connect
 from tinyvmm import ninep
-from tinyvmm.fileserver import locks
-from tinyvmm.fileserver.host import HostTree
+from tinyvmm.fileserver import locks, session
+from tinyvmm.fileserver.host import HostNode, HostTree
+from tinyvmm.fileserver.hostfile import HostFile
 from tinyvmm.fileserver.locks import Lock, LockTable
+from tinyvmm.fileserver.session import Finish, Session, Waiting
 
 RD, UN = ninep.P9_LOCK_TYPE_RDLCK, ninep.P9_LOCK_TYPE_UNLCK
 
@@ -51,3 +55,104 @@ def test_a_lock_keeps_no_more_of_its_client_than_a_host_name(client: Client) -> 
     assert client.ask(ninep.Tlock(1, RD, 0, 0, 1, 1, name), ninep.Rlock).status == 0
     client.fails(ninep.Tlock(1, RD, 0, 0, 1, 1, name + b"n"), errno.EINVAL)
     client.fails(ninep.Tgetlock(1, RD, 0, 1, 1, name + b"n"), errno.EINVAL)
+
+
+# --- what a client can make us keep ---------------------------------------------------------
+
+
+def test_attributes_open_at_once_are_limited_and_closing_them_makes_room(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "XATTRS_MAX", 4)
+    client.walk(0, 1, b"file")
+    for number in range(2, 5):
+        client.ask(ninep.Txattrwalk(1, number, b""), ninep.Rxattrwalk)
+    client.ask(ninep.Txattrcreate(1, b"user.x", 10, 0), ninep.Rxattrcreate)
+    client.fails(ninep.Txattrwalk(0, 9, b""), errno.EMFILE)
+    client.fails(ninep.Txattrcreate(0, b"user.y", 10, 0), errno.EMFILE)
+    client.fails(ninep.Tclunk(1), errno.EINVAL)  # less was written than announced
+    client.ask(ninep.Txattrwalk(0, 9, b""), ninep.Rxattrwalk)
+    client.fails(ninep.Txattrwalk(0, 10, b""), errno.EMFILE)
+    client.ask(ninep.Tversion(8192, ninep.VERSION), ninep.Rversion)
+    assert client.session._xattrs == 0
+
+
+@pytest.mark.parametrize("give_up", ["flush", "version"])
+def test_giving_up_requests_that_hang_makes_neither_threads_nor_work_without_end(
+    client: Client, monkeypatch: pytest.MonkeyPatch, give_up: str
+) -> None:
+    monkeypatch.setattr(session, "IN_FLIGHT_MAX", 20)
+    gate = threading.Event()
+    monkeypatch.setattr(HostFile, "readv_now", lambda *_: None)
+    monkeypatch.setattr(HostFile, "readv", lambda *_: gate.wait(20) and 0)
+
+    def submit(tag: int, message: ninep.Message) -> int | Waiting:
+        request = memoryview(bytearray(ninep.encode(message, tag)))
+        return client.session.submit([request], [memoryview(reply)])
+
+    reply = bytearray(8192)
+    lock = threading.RLock()
+    finished = threading.Semaphore(0)
+
+    def later(finish: Finish) -> None:
+        with lock:
+            finish()
+        finished.release()
+
+    threads = threading.active_count()
+    hanging = refused = 0
+    for tag in range(60):
+        client.walk(0, 1, b"file")
+        client.open(1)
+        waiting = submit(tag, ninep.Tread(1, 0, 100))
+        if isinstance(waiting, Waiting):
+            waiting.start(later)
+            hanging += 1
+        else:
+            assert ninep.decode(bytes(reply[:waiting])) == (tag, ninep.Rlerror(errno.ENOMEM))
+            refused += 1
+        if give_up == "flush":
+            submit(0xFFF0, ninep.Tflush(tag))
+            client.clunk(1)
+        else:
+            client.ask(ninep.Tversion(8192, ninep.VERSION), ninep.Rversion)
+            client.attach()
+    assert (hanging, refused) == (20, 40)
+    assert threading.active_count() - threads <= 20
+    gate.set()
+    for _ in range(2 * hanging):  # each was retired, and then finished
+        assert finished.acquire(timeout=20)
+    client.walk(0, 1, b"file")
+    client.open(1)
+    assert client.read(1) == b""
+    client.clunk(1)
+
+
+def test_a_late_reply_is_within_msize_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("x" * 1000)
+    monkeypatch.setattr(HostNode, "waits", True)
+    tree = HostTree(str(tmp_path))
+    client = Client(Session(tree))
+    client.ask(ninep.Tversion(300, ninep.VERSION), ninep.Rversion)
+    client.attach()
+    client.walk(0, 1, b"link")
+    client.fails(ninep.Treadlink(1), errno.EMSGSIZE)
+    client.session.close()
+    tree.close()
+
+
+def test_what_a_setattr_does_not_mean_may_hold_anything(client: Client, tmp_path: Path) -> None:
+    client.walk(0, 1, b"file")
+    most = (1 << 64) - 1
+    garbage = {
+        "uid": 5,
+        "gid": 5,
+        "size": most,
+        "atime_sec": most,
+        "atime_nsec": most,
+        "mtime_sec": most,
+        "mtime_nsec": most,
+    }
+    client.ask(ninep.Tsetattr(fid=1, valid=1, mode=0o640, **garbage), ninep.Rsetattr)
+    st = (tmp_path / "file").stat()
+    assert (stat.S_IMODE(st.st_mode), st.st_size, st.st_uid) == (0o640, 5, os.getuid())

@@ -23,7 +23,17 @@ from tinyvmm.fileserver.fid import (
     offset_of,
 )
 from tinyvmm.fileserver.locks import Lock
-from tinyvmm.fileserver.tree import AT_REMOVEDIR, NO_ID, SETATTR_GID, SETATTR_UID, Node, OpenFile
+from tinyvmm.fileserver.tree import (
+    AT_REMOVEDIR,
+    NO_ID,
+    SETATTR_ATIME_SET,
+    SETATTR_GID,
+    SETATTR_MTIME_SET,
+    SETATTR_SIZE,
+    SETATTR_UID,
+    Node,
+    OpenFile,
+)
 from tinyvmm.fileserver.xattr import XATTR_SIZE_MAX, XattrReader, XattrWriter
 from tinyvmm.ninep import Message, Qid
 
@@ -229,9 +239,11 @@ def Tsetattr(session: "Session", m: ninep.Tsetattr) -> Message:
         valid &= ~SETATTR_UID
     if m.gid == NO_ID:
         valid &= ~SETATTR_GID
-    atime_ns = _nanoseconds(m.atime_sec, m.atime_nsec)
-    mtime_ns = _nanoseconds(m.mtime_sec, m.mtime_nsec)
-    node.setattr(valid, m.mode & 0o7777, m.uid, m.gid, offset_of(m.size), atime_ns, mtime_ns)
+    # What is not valid may be anything: older kernels send what was on their stack.
+    size = offset_of(m.size) if valid & SETATTR_SIZE else 0
+    atime_ns = _nanoseconds(m.atime_sec, m.atime_nsec) if valid & SETATTR_ATIME_SET else 0
+    mtime_ns = _nanoseconds(m.mtime_sec, m.mtime_nsec) if valid & SETATTR_MTIME_SET else 0
+    node.setattr(valid, m.mode & 0o7777, m.uid, m.gid, size, atime_ns, mtime_ns)
     return ninep.Rsetattr()
 
 
@@ -243,8 +255,9 @@ def Txattrwalk(session: "Session", m: ninep.Txattrwalk) -> Message:
         value = fid.node.getxattr(_xattr_name(m.name))
     else:
         value = b"".join([name + b"\0" for name in fid.node.listxattr()])
-    walked = Fid(fid.node.retain(), fid.uid, None, b"")
-    walked.file = XattrReader(value)
+    walked = Fid(fid.node, fid.uid, None, b"")
+    session.open_xattr(walked, XattrReader(value))
+    fid.node.retain()
     session.fids[m.newfid] = walked
     return ninep.Rxattrwalk(len(value))
 
@@ -257,7 +270,7 @@ def Txattrcreate(session: "Session", m: ninep.Txattrcreate) -> Message:
         raise failure(E2BIG)
     if m.flags not in {0, os.XATTR_CREATE, os.XATTR_REPLACE}:
         raise failure(EINVAL)
-    fid.file = XattrWriter(fid.node, name, m.attr_size, m.flags)
+    session.open_xattr(fid, XattrWriter(fid.node, name, m.attr_size, m.flags))
     return ninep.Rxattrcreate()
 
 

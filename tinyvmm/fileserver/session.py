@@ -49,7 +49,8 @@ from tinyvmm.fileserver.xattr import XattrReader
 from tinyvmm.ninep import Message, Qid
 
 FIDS_MAX = 1 << 20  # v9fs keeps one for every name it has cached
-IN_FLIGHT_MAX = 256  # requests that wait, each with up to msize bytes
+IN_FLIGHT_MAX = 256  # requests that wait, each with up to msize bytes; flushed ones wait as well
+XATTRS_MAX = 1024  # attributes open at once, each with up to 64 KiB
 MSIZE_MIN = 256  # room for every reply of fixed size
 MSIZE_MAX = 512 * 1024
 READ_HEAD = 7 + 4  # size[4] Rread tag[2] count[4]
@@ -137,6 +138,8 @@ class Session:
         self._agreed = False  # on a version: nothing can be attached before
         self._reply: Sequence[memoryview] = ()
         self._in_flight: dict[int, Waiting] = {}
+        self._unfinished = 0  # those in flight, and those retired whose work still goes on
+        self._xattrs = 0  # fids that stand for an extended attribute
         self._pool: Pool | None = None
 
     # --- requests and replies ---------------------------------------------------------------------
@@ -205,8 +208,9 @@ class Session:
         """Note a request in flight; its tag may not be used again until it has been answered."""
         if tag in self._in_flight:
             raise failure(EPROTO)
-        if len(self._in_flight) >= IN_FLIGHT_MAX:
+        if self._unfinished >= IN_FLIGHT_MAX:
             raise failure(ENOMEM)
+        self._unfinished += 1
         waiting = self._in_flight[tag] = Waiting(self, tag, slow)
         return waiting
 
@@ -218,6 +222,7 @@ class Session:
 
     def finish(self, waited: Waiting, fid: Fid, answer: Message | None) -> bytes | None:
         """Take a request off the list; gives its reply's bytes, None if it was retired."""
+        self._unfinished -= 1
         if fid.gone and not fid.busy:
             try:
                 fid.close()
@@ -228,7 +233,10 @@ class Session:
         del self._in_flight[waited.tag]
         if trace.hook is not None:
             trace.hook(trace.NineP(self.name, waited.tag, answer))
-        return ninep.encode(answer, waited.tag)
+        data = ninep.encode(answer, waited.tag)
+        if len(data) > self.msize:
+            data = ninep.encode(ninep.Rlerror(EMSGSIZE), waited.tag)
+        return data
 
     def _refuse(self, request: Sequence[memoryview]) -> tuple[int, Message]:
         """Answer what is no message, under its tag if it got that far."""
@@ -291,6 +299,13 @@ class Session:
             found.close()
         return fid.parent
 
+    def open_xattr(self, fid: Fid, file: XattrReader) -> None:
+        """Let the fid stand for an extended attribute; EMFILE if there are too many that do."""
+        if self._xattrs >= XATTRS_MAX:
+            raise failure(EMFILE)
+        self._xattrs += 1
+        fid.file = file
+
     def _forget(self, number: int) -> Fid:
         fid = self.fid(number)
         del self.fids[number]
@@ -299,6 +314,8 @@ class Session:
     def _release(self, fid: Fid) -> None:
         if fid.locked:
             self.locks.drop(fid.node.qid().path, fid)
+        if isinstance(fid.file, XattrReader):
+            self._xattrs -= 1
         fid.close()
 
     # --- beginning and end ----------------------------------------------------------------------

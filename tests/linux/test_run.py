@@ -369,3 +369,16 @@ def test_the_demo_and_the_examples_run_on_this_kvm_too(guest: Runner) -> None:
     doctor = guest.tinyvmm("doctor")
     assert b"linux on kvm  guests run directly" in doctor.stdout
     assert ROOT.is_dir()
+
+
+def test_a_trace_shows_the_messages_that_the_guide_says(guest: Runner) -> None:
+    page = (ROOT / "docs/guide/05-ninep.md").read_text()
+    capture = page.partition("<!-- capture: cat /etc/hostname -->")[2].partition("\n```\n")[0]
+    done = guest.run("--trace", "9p", "--", "cat", "/etc/hostname")
+    assert done.stdout == Path("/etc/hostname").read_bytes()
+    messages = re.compile(r"^9p root +\d+ (\w+)", re.MULTILINE)
+    said, seen = messages.findall(capture), done.stderr.decode()
+    assert len(said) == 12
+    begin = seen.index("wname=(b'hostname',)")
+    after = messages.findall(seen[seen.rindex("\n", 0, begin) + 1 :])
+    assert after[: len(said)] == said

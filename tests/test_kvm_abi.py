@@ -1,6 +1,8 @@
 """kvm.py against the C compiler and <linux/kvm.h>: every struct, field and number."""
 
 import ctypes
+import errno
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tinyvmm import kvm
+from tinyvmm.machine import Machine
 
 STRUCTS = [
     value
@@ -94,3 +97,34 @@ def test_a_missing_kvm_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="is not KVM: KVM_GET_API_VERSION"):
         kvm.System(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "no permission to open /dev/kvm: join its group"),
+        (errno.EPERM, "no permission to open /dev/kvm: join its group"),
+        (errno.ENOENT, "/dev/kvm does not exist: .*modprobe"),
+        (errno.ENODEV, "cannot open /dev/kvm: No such device"),
+    ],
+)
+def test_a_kvm_that_cannot_be_opened_is_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    from tinyvmm.errors import ConfigError
+
+    before = os.listdir("/proc/self/fd")
+    opened = os.open
+
+    def refuse(path: str, flags: int, *arguments: int) -> int:
+        if path == "/dev/kvm":
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        kvm.System()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=remedy):
+        Machine(memory=1 << 20)
+    assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -432,18 +432,19 @@ def test_loading_a_state_touches_neither_the_rings_nor_what_they_hold() -> None:
     assert guest.ports[0].take_output() == b"unsent"
 
 
+@pytest.mark.parametrize("size", [1, 30])
 def test_resets_do_not_make_the_host_keep_more_than_its_limit(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(console, "OUTPUT_MAX", 100)
+    monkeypatch.setattr(console, "OUTPUT_MAX", 3 * (console.KEPT_COST + size) + 10)
     guest = plugged("a")
     for _ in range(5):
         for _ in range(3):
-            guest.transmitq(1).send([bytes(30)], [])
+            guest.transmitq(1).send([bytes(size)], [])
         guest.start()
         guest.plug()
     assert guest.driver.status & NEEDS_RESET == 0
-    assert list(iter(guest.ports[0].take_output, b"")) == [bytes(30)] * 3
+    assert list(iter(guest.ports[0].take_output, b"")) == [bytes(size)] * 3
 
 
 def test_messages_for_a_driver_that_is_gone_are_not_for_the_next() -> None:

@@ -56,6 +56,7 @@ UNUSED_QUEUE_SIZE = 2
 # Of a port, in one chain and kept over resets. Far above what a driver sends, but descriptors may
 # name the same RAM again and again.
 OUTPUT_MAX = 16 << 20
+KEPT_COST = 64  # what keeping a chain's data takes besides the data
 
 
 class ConsolePort:
@@ -208,9 +209,9 @@ class VirtioConsole(VirtioDevice):
         return data
 
     def _keep_output(self, port: ConsolePort) -> None:
-        room = OUTPUT_MAX - sum(map(len, port.kept))
-        while (data := self._next_output(port)) and len(data) <= room:
-            room -= len(data)
+        room = OUTPUT_MAX - sum(map(len, port.kept)) - KEPT_COST * len(port.kept)
+        while (data := self._next_output(port)) and len(data) + KEPT_COST <= room:
+            room -= len(data) + KEPT_COST
             port.kept.append(data)
         if port.kept:
             port.on_output()

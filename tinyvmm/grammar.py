@@ -28,6 +28,7 @@ No I/O, no policy, and nothing but functions of their arguments: any thread may 
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
 
@@ -186,7 +187,7 @@ class Grammar:
 Encode = Callable[[Any, int], bytes]  # message, tag
 Decode = Callable[[bytes], tuple[int, Any]]  # gives tag, message
 Put = Callable[[Any], bytes]  # record
-Take = Callable[[bytes, int], tuple[Any, int]]  # bytes, where; gives record, where it ends
+Take = Callable[[bytes], list[Any]]  # gives records
 
 _SHORT = [length.to_bytes(2, "little") for length in range(256)]
 
@@ -214,7 +215,9 @@ def encoder_text(grammar: Grammar) -> str:
             lines.append("        _n = len(_item)")
             lines.append("        _list += (short[_n] if _n < 256 else long(_n)) + _item")
         elif kind == "qids":
-            lines.append(f"    _list = b''.join([pack_qid(*_item) for _item in {name}])")
+            lines.append("    _list = b''")
+            lines.append(f"    for _item in {name}:")
+            lines.append("        _list += pack_qid(*_item)")
 
     total = HEADER.size if grammar.message else 0
     sizes: list[str] = []
@@ -236,12 +239,19 @@ def encoder_text(grammar: Grammar) -> str:
 
 
 def decoder_text(grammar: Grammar) -> str:
-    """The function that reads a message (or a record, from a place on)."""
-    message = grammar.message
-    head = ["_size", "_number", "_tag"] if message else ["_size"] * grammar.sized
-    lines = ["def decode(_wire):"] if message else ["def decode(_wire, _at):", "    _begin = _at"]
-    end = str(HEADER.size) if message else "_at"  # where reading goes on, as text
-    runs = grammar.runs()
+    """The function that reads a message, or all records of the bytes it is given."""
+    message, runs = grammar.message, grammar.runs()
+    if message:
+        lines, indent, end = ["def decode(_wire):"], "    ", str(HEADER.size)
+        head = ["_size", "_tag"]
+    else:
+        lines = ["def decode(_wire):", "    _records = []", "    _at = 0"]
+        lines.append("    while _at < len(_wire):")
+        indent, end = " " * 8, "_at"  # `end` is where reading goes on, as text
+        head = ["_size"] * grammar.sized
+    body: list[str] = []
+    if grammar.sized:
+        body.append("_begin = _at + 2")
     for place, (code, names, counted) in enumerate(runs):
         size = struct.calcsize(code)
         taken = names + ["_n"] * (counted is not None)
@@ -250,47 +260,38 @@ def decoder_text(grammar: Grammar) -> str:
             size += 2 * grammar.sized
         at = "" if message and not place else f", {end}"
         if taken:
-            lines.append(f"    {', '.join(taken)}, = unpack{place}(_wire{at})")
+            body.append(f"{', '.join(taken)}, = unpack{place}(_wire{at})")
         if message and not place:
             start = end = str(HEADER.size + size)
         else:
-            lines.append(f"    _start = _at + {size}")
+            body.append(f"_start = _at + {size}")
             start = end = "_start"
         if counted is None:
             continue
         name, kind = counted
         end = "_at"
         if kind == "strings":
-            lines += [
-                f"    _at = {start}",
-                f"    {name} = []",
-                "    while _at < _size:",
-                "        _start = _at + 2",
-                "        _at = _start + _wire[_at] + (_wire[_at + 1] << 8)",
-                f"        {name}.append(_wire[_start:_at])",
-                f"    if len({name}) != _n:",
-                f"        raise ProtocolError('{grammar.name}: miscounted')",
-                f"    {name} = tuple({name})",
+            body += [
+                f"_at = {start}",
+                f"{name} = []",
+                "while _at < _size:",
+                "    _start = _at + 2",
+                "    _at = _start + _wire[_at] + (_wire[_at + 1] << 8)",
+                f"    {name}.append(_wire[_start:_at])",
+                f"if len({name}) != _n:",
+                f"    raise ProtocolError('{grammar.name}: miscounted')",
+                f"{name} = tuple({name})",
             ]
         elif kind == "qids":
-            lines.append(f"    _at = {start} + _n * {QID.size}")
-            items = f"unpack_qids(_wire[{start}:_at])"
-            lines.append(f"    {name} = tuple([new(Qid, _item) for _item in {items}])")
+            body.append(f"_at = {start} + _n * {QID.size}")
+            body.append(f"{name} = tuple(map(make_qid, unpack_qids(_wire[{start}:_at])))")
         elif kind == "record":
-            lines.append(f"    {name}, _at = take_{name}(_wire, {start})")
-            lines.append(f"    if _at != {start} + _n:")
-            lines.append(f"        raise ProtocolError('{grammar.name}: {name} miscounted')")
+            body.append(f"_at = {start} + _n")
+            body.append(f"{name} = one_{name}(_wire[{start}:_at])")
         else:
-            lines.append(f"    _at = {start} + _n")
-            lines.append(f"    {name} = _wire[{start}:_at]")
+            body.append(f"_at = {start} + _n")
+            body.append(f"{name} = _wire[{start}:_at]")
 
-    if message:
-        whole = len(runs) == 1 and runs[0][2] is None  # unpack0 has seen to the length
-        wrong = f"_size != {end}" if whole else f"not {end} == _size == len(_wire)"
-    else:
-        wrong = f"{end} > len(_wire)" + f" or {end} != _begin + 2 + _size" * grammar.sized
-    lines.append(f"    if {wrong}:")
-    lines.append(f"        raise ProtocolError('{grammar.name}: lengths that do not agree')")
     values = []
     qids = {field.name for field in grammar.present if field.kind == "qid"}
     for name in grammar.record.fields:
@@ -302,8 +303,20 @@ def decoder_text(grammar: Grammar) -> str:
         else:
             values.append(name)
     record = f"new(record, ({', '.join(values)}{',' * bool(values)}))"
-    lines.append(f"    return _tag, {record}" if message else f"    return {record}, {end}")
-    return "\n".join(lines)
+    wrong = f"raise ProtocolError('{grammar.name}: lengths that do not agree')"
+    if message:
+        whole = len(runs) == 1 and runs[0][2] is None  # unpack0 has seen to the length
+        body.append(f"if _size != {end}:" if whole else f"if not {end} == _size == len(_wire):")
+        body += [f"    {wrong}", f"return _tag, {record}"]
+        return "\n".join([*lines, *[indent + line for line in body]])
+    if grammar.sized:
+        body += [f"if {end} != _begin + _size:", f"    {wrong}"]
+    body += [f"_at = {end}"] * (end != "_at")
+    body.append(f"_records.append({record})")
+    lines += [indent + line for line in body]
+    return "\n".join(
+        [*lines, "    if _at != len(_wire):", f"        {wrong}", "    return _records"]
+    )
 
 
 def _namespace(grammar: Grammar) -> dict[str, Any]:
@@ -311,6 +324,7 @@ def _namespace(grammar: Grammar) -> dict[str, Any]:
         "ProtocolError": ProtocolError,
         "Qid": Qid,
         "long": _long,
+        "make_qid": partial(tuple.__new__, Qid),
         "new": tuple.__new__,
         "number": getattr(grammar.record, "number", 0),
         "pack_qid": QID.pack,
@@ -319,17 +333,29 @@ def _namespace(grammar: Grammar) -> dict[str, Any]:
         "unpack_qids": QID.iter_unpack,
     }
     runs = grammar.runs()
+    whole = grammar.message and len(runs) == 1 and runs[0][2] is None
     head = HEADER.format if grammar.message else "<" + "H" * grammar.sized
-    for place, (code, _, counted) in enumerate(runs):
-        compiled = struct.Struct(code if place else head + code[1:])
-        whole = grammar.message and len(runs) == 1 and counted is None
-        names[f"pack{place}"] = compiled.pack
-        names[f"unpack{place}"] = compiled.unpack if whole else compiled.unpack_from
+    for place, (code, _, _) in enumerate(runs):
+        writing = reading = struct.Struct(code if place else head + code[1:])
+        if grammar.message and not place:
+            reading = struct.Struct("<IxH" + code[1:])  # the type is known by now
+        names[f"pack{place}"] = writing.pack
+        names[f"unpack{place}"] = reading.unpack if whole else reading.unpack_from
     return names
 
 
 def _long(length: int) -> bytes:
     return length.to_bytes(2, "little")
+
+
+def _one(take: Take) -> Callable[[bytes], Any]:
+    def one(wire: bytes) -> Any:
+        records = take(wire)
+        if len(records) != 1:
+            raise ProtocolError(f"{len(records)} records where one belongs")
+        return records[0]
+
+    return one
 
 
 def encoder(record: type[Record], suffix: str) -> Any:
@@ -349,6 +375,6 @@ def decoder(record: type[Record], suffix: str) -> Any:
     names = _namespace(grammar)
     for name, kind in grammar.present:
         if kind == "record":
-            names[f"take_{name}"] = decoder(record.__annotations__[name], suffix)
+            names[f"one_{name}"] = _one(decoder(record.__annotations__[name], suffix))
     exec(decoder_text(grammar), names)
     return names["decode"]

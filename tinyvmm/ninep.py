@@ -22,13 +22,13 @@ Read `Twalk` and `Tcreate` first, then `Dialect` at the end.
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from tinyvmm.grammar import HEADER as HEADER
+from tinyvmm.grammar import Decode, Take, decoder, encoder
 from tinyvmm.grammar import ProtocolError as ProtocolError
 from tinyvmm.grammar import Qid as Qid
 from tinyvmm.grammar import Record as Record
-from tinyvmm.grammar import decoder, encoder
 
 Views = Sequence[memoryview]
 Data = bytes | list[memoryview]  # counted bytes; views when decoded in place
@@ -714,41 +714,43 @@ class Dialect:
             number: kind for number, kind in MESSAGES.items() if self.suffix in kind.dialects
         }
         self._encoders: dict[type[Record], Callable[..., bytes]] = {}
-        self._decoders: dict[int, Callable[[bytes], tuple[int, Any]]] = {}
-        self._takers: dict[type[Record], Callable[[bytes, int], tuple[Any, int]]] = {}
+        self._decoders: dict[int, Decode] = {}
+        self._takers: dict[type[Record], Take] = {}
 
     def __repr__(self) -> str:
         return f"<Dialect {self.version.decode()}>"
 
     def encode(self, message: Message, tag: int) -> bytes:
         """Give the message's bytes; ProtocolError if a field does not fit its place."""
-        kind = type(message)
         try:
-            return (self._encoders.get(kind) or self._encoder(kind))(message, tag)
+            return self._encoders[type(message)](message, tag)
+        except KeyError:
+            self._encoder(type(message))
+            return self.encode(message, tag)
         except (struct.error, OverflowError) as error:
-            raise ProtocolError(f"{kind.__name__}: {error}") from None
+            raise ProtocolError(f"{type(message).__name__}: {error}") from None
 
     def decode(self, data: bytes | bytearray | memoryview) -> tuple[int, Message]:
         """Give tag and message of exactly one message's bytes; ProtocolError otherwise."""
         if not isinstance(data, bytes):
             data = bytes(data)
         try:
-            number = data[4]
-            return (self._decoders.get(number) or self._decoder(number))(data)
+            return self._decoders[data[4]](data)
+        except KeyError:
+            self._decoder(data[4])
+            return self.decode(data)
         except (struct.error, IndexError) as error:
             raise ProtocolError(f"{len(data)} bytes: {error}") from None
 
-    def _encoder(self, kind: type[Record]) -> Callable[..., bytes]:
+    def _encoder(self, kind: type[Record]) -> None:
         if issubclass(kind, Message) and self.suffix not in kind.dialects:
             raise ProtocolError(f"{kind.__name__} is not in {self.version.decode()}")
-        made: Callable[..., bytes] = encoder(kind, self.suffix)
-        return self._encoders.setdefault(kind, made)
+        self._encoders.setdefault(kind, encoder(kind, self.suffix))
 
-    def _decoder(self, number: int) -> Callable[[bytes], tuple[int, Any]]:
-        kind = self.messages.get(number)
-        if kind is None:
+    def _decoder(self, number: int) -> None:
+        if number not in self.messages:
             raise ProtocolError(f"type {number} is not in {self.version.decode()}")
-        return self._decoders.setdefault(number, decoder(kind, self.suffix))
+        self._decoders.setdefault(number, decoder(self.messages[number], self.suffix))
 
     # A request or reply may lie in several views, cut anywhere. What is short is copied out or in;
     # the payload of Twrite, Rread and Rreaddir stays where it is.
@@ -794,31 +796,22 @@ class Dialect:
 
     def encode_records(self, records: Sequence[Record]) -> bytes:
         """Give the bytes of several records, as Rread or Rreaddir carry them from a directory."""
+        for kind in {type(record) for record in records} - self._encoders.keys():
+            self._encoder(kind)
         try:
-            return b"".join(
-                [
-                    (self._encoders.get(type(record)) or self._encoder(type(record)))(record)
-                    for record in records
-                ]
-            )
+            return b"".join([self._encoders[type(record)](record) for record in records])
         except (struct.error, OverflowError) as error:
             raise ProtocolError(str(error)) from None
 
-    def decode_records(self, record: type[R], data: bytes) -> list[R]:
+    def decode_records(self, record: type[R], data: bytes | bytearray | memoryview) -> list[R]:
         """Take records until the bytes end; ProtocolError if they end in the midst of one."""
         take = self._takers.get(record)
         if take is None:
             take = self._takers.setdefault(record, decoder(record, self.suffix))
-        records: list[R] = []
-        end = len(data)
-        at = 0
         try:
-            while at < end:
-                taken, at = take(data, at)
-                records.append(taken)
-        except (struct.error, IndexError) as error:
+            return take(bytes(data))
+        except struct.error as error:
             raise ProtocolError(str(error)) from None
-        return records
 
 
 NINEP2000 = Dialect(b"9P2000")

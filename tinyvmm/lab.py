@@ -18,17 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 from tinyvmm.errors import ConfigError, TinyvmmError
-from tinyvmm.guest import abi
 from tinyvmm.guest.init import (
-    NEW_ROOT,
     ROOT_9P_OPTIONS,
     STANDARD_MOUNTS,
-    Filesystem,
     InitConfig,
-    Mkdir,
     Mount,
     build_init,
     describe_step,
+    overlay_root,
     search_path,
 )
 from tinyvmm.guest.initramfs import Archive
@@ -47,15 +44,7 @@ SILENCE_MAX = 90.0  # seconds without a sign of life; lab_agent.py sends one eve
 POWER_OFF_TIMEOUT = 10.0  # seconds from GOODBYE to the end of QEMU
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-LOWER, SCRATCH = "/lower", "/scratch"  # in the initramfs: the host's files, and what forgets
-OVERLAY = f"lowerdir={LOWER},upperdir={SCRATCH}/upper,workdir={SCRATCH}/work"
-ROOT: tuple[Filesystem, ...] = (
-    Mount(ROOT_TAG, LOWER, "9p", abi.MS_RDONLY, ROOT_9P_OPTIONS),
-    Mount("tmpfs", SCRATCH, "tmpfs"),
-    Mkdir(f"{SCRATCH}/upper"),
-    Mkdir(f"{SCRATCH}/work"),
-    Mount("overlay", NEW_ROOT, "overlay", data=OVERLAY),
-)
+ROOT = overlay_root(ROOT_TAG, ROOT_9P_OPTIONS)
 # Not cache=loose: the host changes these files as well. mmap: or a shared mapping would fail.
 SHARE_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap"
 

@@ -70,7 +70,7 @@ ROOT_OVER_9P = (Mount(ROOT_TAG, NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
 
 
 def overlay_root(tag: str, options: str) -> tuple[Filesystem, ...]:
-    """Return how to mount `tag` read-only as the root, what is written being kept in RAM.
+    """Return how to mount `tag` read-only as the root, with all writes going to RAM.
 
     Half of the RAM at most: the other half is for programs.
     """

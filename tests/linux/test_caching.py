@@ -132,7 +132,7 @@ def test_private_writes_in_the_guest_leave_the_host_alone_and_carry_real_work(
 ) -> None:
     project = guest.directory("work")
     (project / "main.c").write_text('#include <stdio.h>\nint main(void) { return !puts("built"); }')
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], cwd=project, check=True)
     before = sorted(project.rglob("*"))
@@ -145,6 +145,7 @@ def test_private_writes_in_the_guest_leave_the_host_alone_and_carry_real_work(
         "cd /srv/clone; gcc -o built main.c; ./built; git status --short",
         f"cd {project}; gcc -o built main.c; echo '// more' >> main.c; git status --short",
         f"mv built other; rm main.c; {mapped} mapped",
+        "perl -e 'rename(qw(.git renamed)) or die qq($!)'; cat renamed/HEAD; ls .git 2>&1 | wc -l",
         "stat -fc %T /; grep -c '^root /lower' /proc/mounts || true",
         "rm /etc/passwd; ls /etc/passwd 2>&1 | wc -l",
         # It may fill half of the RAM, and is then full, which harms nobody.
@@ -159,6 +160,8 @@ def test_private_writes_in_the_guest_leave_the_host_alone_and_carry_real_work(
         " M main.c",
         "?? built",
         "agreed",
+        "ref: refs/heads/main",
+        "1",
         "overlayfs",
         "0",
         "1",

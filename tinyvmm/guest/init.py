@@ -74,7 +74,8 @@ def overlay_root(tag: str, options: str) -> tuple[Filesystem, ...]:
 
     Half of the RAM at most: the other half is for programs.
     """
-    layers = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work"
+    # With redirect_dir a directory from below can be renamed; without, that is EXDEV.
+    layers = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work,redirect_dir=on"
     return (
         Mount(tag, "/lower", "9p", abi.MS_RDONLY, options),
         Mount("tmpfs", "/scratch", "tmpfs", data="size=50%,mode=0755"),

@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, lint, unit, unit-others, linux, clean.
+# Others: bench, fuzz, lint, unit, unit-others, linux, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench clean packages kernel
+.PHONY: demo test lint unit unit-others linux bench fuzz clean packages kernel
 .DEFAULT_GOAL := demo
 
 demo:
@@ -50,6 +50,17 @@ linux: $(BIN)/pytest
 
 bench: $(BIN)/pytest
 	$(BIN)/python -m bench
+
+# Look for inputs that do harm: FUZZ is what to fuzz, ninep or virtio. What an input did is told, and
+# `python -m tests.fuzz $(FUZZ) FILE` does it again; tests/fuzz/__main__.py says how to keep some.
+FUZZ ?= ninep
+FUZZ_SECONDS ?= 600
+fuzz: $(BIN)/pytest
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	mkdir -p .cache/fuzz/$(FUZZ)
+	$(BIN)/python -m tests.fuzz $(FUZZ) .cache/fuzz/$(FUZZ) tests/fuzz/$(FUZZ)_corpus \
+	  -max_len=400 -len_control=0 -timeout=60 -max_total_time=$(FUZZ_SECONDS) \
+	  -artifact_prefix=.cache/fuzz/
 
 clean:
 	rm -rf .venv .venv-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

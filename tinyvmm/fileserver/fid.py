@@ -38,7 +38,7 @@ def offset_of(number: int) -> int:
 class Fid:
     """A client's file. Owns one reference to `node` and one to `parent`."""
 
-    __slots__ = ("busy", "file", "gone", "locked", "name", "node", "parent", "uid")
+    __slots__ = ("busy", "doomed", "file", "gone", "locked", "name", "node", "parent", "uid")
 
     def __init__(self, node: Node, uid: int, parent: Node | None, name: bytes) -> None:
         self.node = node
@@ -48,7 +48,14 @@ class Fid:
         self.file: OpenFile | None = None
         self.locked = False  # may hold locks
         self.busy = 0  # requests that use it on other threads
+        self.doomed = False  # to be removed when clunked (Tremove, ORCLOSE)
         self.gone = False  # clunked; the last of those requests closes it
+
+    def move(self, node: Node, name: bytes, file: OpenFile | None) -> None:
+        """Stand for a file just made in the directory it stood for; takes what it is given."""
+        if self.parent is not None:
+            self.parent.close()
+        self.parent, self.node, self.name, self.file = self.node, node, name, file
 
     def close(self) -> None:
         """Give everything back; raises what closing the file has to say."""

@@ -139,9 +139,7 @@ def Tlcreate(session: "Session", m: ninep.Tlcreate) -> Message:
     name = entry_name(m.name)
     flags = _open_flags(m.flags) & CREATE_FLAGS
     node, file = fid.node.create(name, flags, m.mode & 0o7777, fid.uid, m.gid)
-    if fid.parent is not None:
-        fid.parent.close()
-    fid.parent, fid.node, fid.name, fid.file = fid.node, node, name, file
+    fid.move(node, name, file)
     return ninep.Rlcreate(node.qid(), 0)
 
 

@@ -1,7 +1,8 @@
 """One client's session: requests in, replies out, files of a tree in between.
 
 Follows intro(5) and the pages after it in section 5 of Plan 9's manual. This file has what every
-dialect shares, the session itself and its common messages; what only 9P2000.L says is in linux.py.
+dialect shares, the session itself and its common messages; what only 9P2000.L says is in linux.py,
+what only 9P2000 and 9P2000.u say in plan9.py. Tversion settles which it is.
 One method answers one message and has its name; read `submit`, then `Twalk`, then what you like.
 `msize` limits every message of a session; `iounit` is left at 0, as much as msize allows.
 
@@ -23,6 +24,7 @@ Threads: the session has no lock. Its transport has one, and holds it around `su
 `finish` it is handed by `later` until that reply is sent, and around `close`.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from errno import (
     EBADF,
@@ -40,13 +42,13 @@ from threading import Event
 from typing import Any
 
 from tinyvmm import ninep, trace
-from tinyvmm.fileserver import linux
+from tinyvmm.fileserver import linux, users
 from tinyvmm.fileserver.fid import Answer, Fid, Slow, failure, offset_of
 from tinyvmm.fileserver.locks import LockTable
 from tinyvmm.fileserver.pool import Pool
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, Node, OpenFile, Tree
 from tinyvmm.fileserver.xattr import XattrReader
-from tinyvmm.ninep import Message, Qid
+from tinyvmm.ninep import Dialect, Message, Qid
 
 FIDS_MAX = 1 << 20  # v9fs keeps one for every name it has cached
 IN_FLIGHT_MAX = 256  # requests that wait, each with up to msize bytes; flushed ones wait as well
@@ -107,7 +109,7 @@ class Waiting:
             elif slow.drop is not None:
                 slow.drop(value)
         except OSError as error:
-            answer = ninep.Rlerror(error.errno or EIO)
+            answer = self._session.error(error.errno or EIO)
         slow.fid.busy -= 1
         return self._session.finish(self, slow.fid, answer)
 
@@ -134,6 +136,8 @@ class Session:
         self.name = name
         self.locks = lock_table or LockTable()
         self.msize = msize_max
+        self.dialect = ninep.NINEP2000_L
+        self._methods = METHODS | linux.METHODS
         self.fids: dict[int, Fid] = {}
         self._agreed = False  # on a version: nothing can be attached before
         self._reply: Sequence[memoryview] = ()
@@ -153,15 +157,15 @@ class Session:
         self._reply = reply
         answer: Message
         try:
-            tag, message = ninep.decode_views(request, self.msize)
+            tag, message = self.dialect.decode_views(request, self.msize)
             if trace.hook is not None:
                 trace.hook(trace.NineP(self.name, tag, message))
-            result = _METHODS.get(message.number, Session.unsupported)(self, message)
+            result = self._methods.get(message.number, Session.unsupported)(self, message)
             if isinstance(result, Slow):
                 return self._wait(tag, result)
             answer = result
         except OSError as error:
-            answer = ninep.Rlerror(error.errno or EIO)
+            answer = self.error(error.errno or EIO)
         except ninep.ProtocolError:
             tag, answer = self._refuse(request)
         finally:
@@ -169,7 +173,7 @@ class Session:
         if trace.hook is not None:
             trace.hook(trace.NineP(self.name, tag, answer))
         try:
-            return ninep.encode_views(reply, answer, tag, self.msize)
+            return self.dialect.encode_views(reply, answer, tag, self.msize)
         except ninep.ProtocolError:
             return self._too_big(reply, tag)
 
@@ -227,29 +231,36 @@ class Session:
             try:
                 fid.close()
             except OSError as error:
-                answer = ninep.Rlerror(error.errno or EIO)
+                answer = self.error(error.errno or EIO)
         if waited.retired or answer is None:
             return None
         del self._in_flight[waited.tag]
         if trace.hook is not None:
             trace.hook(trace.NineP(self.name, waited.tag, answer))
-        data = ninep.encode(answer, waited.tag)
+        data = self.dialect.encode(answer, waited.tag)
         if len(data) > self.msize:
-            data = ninep.encode(ninep.Rlerror(EMSGSIZE), waited.tag)
+            data = self.dialect.encode(self.error(EMSGSIZE), waited.tag)
         return data
+
+    def error(self, number: int) -> Message:
+        """How this dialect says that a request has failed."""
+        if self.dialect is ninep.NINEP2000_L:
+            return ninep.Rlerror(number)
+        text = os.strerror(number).encode()
+        return ninep.Rerror(text, number if self.dialect is ninep.NINEP2000_U else 0)
 
     def _refuse(self, request: Sequence[memoryview]) -> tuple[int, Message]:
         """Answer what is no message, under its tag if it got that far."""
         head = b"".join(ninep.cut(request, 0, ninep.HEADER.size))
         if len(head) < ninep.HEADER.size:
-            return ninep.NOTAG, ninep.Rlerror(EPROTO)
+            return ninep.NOTAG, self.error(EPROTO)
         _, number, tag = ninep.HEADER.unpack(head)
-        return tag, ninep.Rlerror(EPROTO if number in ninep.MESSAGES else EOPNOTSUPP)
+        return tag, self.error(EPROTO if number in self.dialect.messages else EOPNOTSUPP)
 
     def _too_big(self, reply: Sequence[memoryview], tag: int) -> int:
         """Answer that the answer does not fit, if at least that fits."""
         try:
-            return ninep.encode_views(reply, ninep.Rlerror(EMSGSIZE), tag, self.msize)
+            return self.dialect.encode_views(reply, self.error(EMSGSIZE), tag, self.msize)
         except ninep.ProtocolError:
             return 0
 
@@ -316,19 +327,36 @@ class Session:
             self.locks.drop(fid.node.qid().path, fid)
         if isinstance(fid.file, XattrReader):
             self._xattrs -= 1
-        fid.close()
+        try:
+            if fid.doomed:
+                is_directory = fid.node.qid().type & ninep.QTDIR
+                self.parent_of(fid).unlink(fid.name, AT_REMOVEDIR if is_directory else 0)
+        finally:
+            fid.close()
 
     # --- beginning and end ----------------------------------------------------------------------
 
     def Tversion(self, m: ninep.Tversion) -> Message:
         """Begin anew, whatever was before."""
         self.close()
-        self._agreed = m.version == ninep.VERSION
+        dialect = understood(m.version)
+        self._agreed = False
+        if dialect is not None:
+            self._speak(dialect)
         if m.msize < MSIZE_MIN:
-            self._agreed = False
             raise failure(EMSGSIZE)
+        self._agreed = dialect is not None
         self.msize = min(m.msize, self.msize_max)
-        return ninep.Rversion(self.msize, ninep.VERSION if self._agreed else b"unknown")
+        return ninep.Rversion(self.msize, dialect.version if dialect else b"unknown")
+
+    def _speak(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        if dialect is ninep.NINEP2000_L:
+            self._methods = METHODS | linux.METHODS
+        else:
+            from tinyvmm.fileserver import plan9  # no guest that boots from us needs it
+
+            self._methods = METHODS | plan9.METHODS
 
     def Tauth(self, m: ninep.Tauth) -> Message:
         """Say that nobody needs to authenticate: diod's clients take ENOENT alone for that."""
@@ -350,7 +378,10 @@ class Session:
                     node = above.walk(name)
                 finally:
                     above.close()
-        self.fids[m.fid] = Fid(node, m.n_uname, None, b"")
+        uid = m.n_uname
+        if uid == ninep.NONUNAME and self.dialect is not ninep.NINEP2000_L:
+            uid = users.user_of(m.uname)
+        self.fids[m.fid] = Fid(node, uid, None, b"")
         return ninep.Rattach(node.qid())
 
     def Tflush(self, m: ninep.Tflush) -> Message:
@@ -371,12 +402,8 @@ class Session:
     def Tremove(self, m: ninep.Tremove) -> Message:
         """Remove the file by the name it was walked to, and clunk the fid in any case."""
         fid = self._forget(m.fid)
-        try:
-            parent = self.parent_of(fid)
-            is_directory = fid.node.qid().type & ninep.QTDIR
-            parent.unlink(fid.name, AT_REMOVEDIR if is_directory else 0)
-        finally:
-            self._release(fid)
+        fid.doomed = True
+        self._release(fid)
         return ninep.Rremove()
 
     # --- finding --------------------------------------------------------------------------------
@@ -465,8 +492,22 @@ class Session:
         raise failure(EOPNOTSUPP)
 
 
-_METHODS: dict[int, Callable[[Session, Any], Answer]] = {
+METHODS: dict[int, Callable[[Session, Any], Answer]] = {
     number: getattr(Session, kind.__name__)
     for number, kind in ninep.MESSAGES.items()
     if hasattr(Session, kind.__name__)
-} | linux.METHODS
+}
+
+
+def understood(version: bytes) -> Dialect | None:
+    """The dialect to answer a Tversion with, as version(5) says; None if we know none.
+
+    What follows a period is an extension we may leave out, the last first; and of 9Pnnnn we may
+    answer any that is earlier.
+    """
+    for dialect in (ninep.NINEP2000_L, ninep.NINEP2000_U, ninep.NINEP2000):
+        if (version + b".").startswith(dialect.version + b"."):
+            return dialect
+    number = version.partition(b".")[0]
+    later = len(number) == 6 and number[2:].isdigit() and number > b"9P2000"
+    return ninep.NINEP2000 if later and number[:2] == b"9P" else None

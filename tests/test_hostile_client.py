@@ -16,6 +16,7 @@ from tinyvmm.fileserver.host import HostNode, HostTree
 from tinyvmm.fileserver.hostfile import HostFile
 from tinyvmm.fileserver.locks import Lock, LockTable
 from tinyvmm.fileserver.session import Finish, Session, Waiting
+from tinyvmm.fileserver.union import open_tree
 
 RD, UN = ninep.P9_LOCK_TYPE_RDLCK, ninep.P9_LOCK_TYPE_UNLCK
 
@@ -156,3 +157,33 @@ def test_what_a_setattr_does_not_mean_may_hold_anything(client: Client, tmp_path
     client.ask(ninep.Tsetattr(fid=1, valid=1, mode=0o640, **garbage), ninep.Rsetattr)
     st = (tmp_path / "file").stat()
     assert (stat.S_IMODE(st.st_mode), st.st_size, st.st_uid) == (0o640, 5, os.getuid())
+
+
+# --- what is no file ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [(b"version",), (b"self", b"mem"), (b"kmsg",)])
+def test_the_hosts_kernel_is_not_read_through_its_files(
+    names: tuple[bytes, ...], tmp_path: Path
+) -> None:
+    pid = str(os.getpid()).encode()
+    names = tuple(pid if name == b"self" else name for name in names)
+    for tree in (HostTree("/proc"), open_tree([("/", "/proc")], [("/", str(tmp_path))])):
+        client = connect(tree)
+        client.walk(0, 1, *names)
+        assert stat.S_ISREG(client.getattr(1).mode)
+        client.fails(ninep.Tlopen(1, os.O_RDONLY), errno.EOPNOTSUPP)
+        client.session.close()
+        tree.close()
+
+
+def test_a_kernels_file_is_not_copied_into_a_write_tree(tmp_path: Path) -> None:
+    assert os.stat("/sys/kernel/uevent_seqnum").st_size  # else there is nothing to copy
+    tree = open_tree([("/", "/sys")], [("/", str(tmp_path))])
+    client = connect(tree)
+    client.walk(0, 1, b"kernel", b"uevent_seqnum")
+    client.fails(ninep.Tlopen(1, os.O_RDWR), errno.EOPNOTSUPP)
+    client.fails(ninep.Tsetattr(1, 1, 0o644, 0, 0, 0, 0, 0, 0, 0), errno.EOPNOTSUPP)
+    client.session.close()
+    tree.close()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -27,6 +27,7 @@ from tinyvmm.fileserver.tree import (
     SETATTR_MTIME_SET,
     SETATTR_SIZE,
     SETATTR_UID,
+    Tree,
 )
 from tinyvmm.ninep import NOFID, Message
 
@@ -99,7 +100,7 @@ class Client:
         return self.ask(lock, ninep.Rlock).status
 
 
-def connect(tree: HostTree, **options: Any) -> Client:
+def connect(tree: Tree, **options: Any) -> Client:
     client = Client(Session(tree, **options))
     version = client.ask(ninep.Tversion(8192, b"9P2000.L"), ninep.Rversion)
     assert version.version == b"9P2000.L"

@@ -3,7 +3,8 @@
 A node's descriptor is O_PATH: it pins the inode, reads nothing and needs no permission on it. All
 else goes through /proc/self/fd/N, a link to the inode itself that no rename, replacement or symlink
 can redirect (it ends *at* a symlink, without following it; see proc(5)). Only regular files and
-directories are ever opened for their contents: a fifo could block us and a device could act.
+directories are ever opened for their contents: a fifo could block us and a device could act. So
+could the kernel's own files (stalling.KERNELS_OWN), which only look regular.
 
 `HostFile` and `OpenDirectory` are the `OpenFile`s of every tree that serves host files. A HostFile
 has no lock: its calls go straight to preadv/pwritev, which release the interpreter's. An
@@ -29,7 +30,7 @@ from errno import (
 from types import TracebackType
 from typing import Protocol
 
-from tinyvmm.fileserver.stalling import may_stall
+from tinyvmm.fileserver.stalling import is_kernels_own, may_stall
 from tinyvmm.fileserver.tree import (
     NO_ID,
     SETATTR_ATIME,
@@ -102,6 +103,8 @@ def open_contents(fd: int, kind: int, flags: int, *, ours: bool) -> int:
     more). In one that is not, we leave no trace in the access times, if we may.
     """
     if kind == stat.S_IFREG:
+        if is_kernels_own(os.fstat(fd).st_dev):
+            raise os_error(EOPNOTSUPP)
         flags &= _KEPT_FLAGS
     elif kind == stat.S_IFDIR:
         if flags & (os.O_ACCMODE | os.O_TRUNC):

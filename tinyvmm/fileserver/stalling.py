@@ -1,9 +1,13 @@
-"""Which host file systems may keep a system call waiting for somebody else.
+"""Which host file systems may keep a system call waiting, and which are no files at all.
 
 A local file system answers when its disk does. One that asks another computer or another program
 may answer tomorrow, and nothing that must go on may wait for it. The mount table says which is
 which without asking any of them: proc_pid_mountinfo(5), of which we take st_dev (`major:minor`) and
 the type behind the ` - `. A device not in it (a subvolume's) is local.
+
+What the kernel shows as regular files in proc, sysfs and their like are its own functions: to read
+one may wait for ever (kmsg, trace_pipe), or be somebody's memory (kcore, PID/mem); to write one
+acts on the host. A guest has its own, so ours are as special to it as a device is.
 
 Any thread may call.
 """
@@ -28,29 +32,59 @@ STALLING = {
     "smb3",
     "virtiofs",
 }
+KERNELS_OWN = {
+    "binfmt_misc",
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "efivarfs",
+    "fusectl",
+    "nfsd",
+    "proc",
+    "pstore",
+    "resctrl",
+    "rpc_pipefs",
+    "securityfs",
+    "selinuxfs",
+    "smackfs",
+    "sysfs",
+    "tracefs",
+}
 _GOOD_FOR = 2.0  # seconds; device numbers are used again
 
-_devices: frozenset[int] = frozenset()
+_devices: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 _good_until = 0.0
 
 
 def may_stall(dev: int) -> bool:
     """Whether `dev`, a file's st_dev, is of a file system of one of the STALLING types."""
+    return dev in _known()[0]
+
+
+def is_kernels_own(dev: int) -> bool:
+    """Whether `dev`, a file's st_dev, is of a file system of one of the KERNELS_OWN types."""
+    return dev in _known()[1]
+
+
+def _known() -> tuple[frozenset[int], frozenset[int]]:
     global _devices, _good_until
     now = monotonic()
     if now >= _good_until:
-        _devices = stalling_devices()
+        _devices = devices()
         _good_until = now + _GOOD_FOR
-    return dev in _devices
+    return _devices
 
 
-def stalling_devices() -> frozenset[int]:
-    """The st_dev of every mount here that may stall."""
+def devices() -> tuple[frozenset[int], frozenset[int]]:
+    """The st_dev of every mount here that may stall, and of every one that is the kernel's own."""
+    stalling: set[int] = set()
+    kernels: set[int] = set()
     with open("/proc/self/mountinfo") as table:
-        return frozenset(
-            [
-                os.makedev(*map(int, line.split(" ", 3)[2].split(":")))
-                for line in table
-                if line.rpartition(" - ")[2].split(" ", 1)[0].partition(".")[0] in STALLING
-            ]
-        )
+        for line in table:
+            kind = line.rpartition(" - ")[2].split(" ", 1)[0].partition(".")[0]
+            if kind in STALLING or kind in KERNELS_OWN:
+                dev = os.makedev(*map(int, line.split(" ", 3)[2].split(":")))
+                (stalling if kind in STALLING else kernels).add(dev)
+    return frozenset(stalling), frozenset(kernels)

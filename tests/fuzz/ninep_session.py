@@ -212,8 +212,15 @@ class Place:
         """Do to the shared tree what a host may do at any time; what fails, fails."""
         tree, name = self.tree, ("dir", "file", "new", "dir/sub", "empty", "hard")[choice % 6]
         path = os.path.join(tree, name)
+        act = choice // 6 % 5
+        # It, or the client, may have made a way out, which the host must not take itself.
+        if os.path.islink(os.path.join(tree, "dir")) and (act == 4 or name == "dir/sub"):
+            return
         with contextlib.suppress(OSError):
-            match choice // 6 % 5:
+            if os.path.islink(path):
+                os.unlink(path)
+                act = 1
+            match act:
                 case 0:  # swap it for a way out
                     os.rename(path, os.path.join(tree, "aside"))
                     os.symlink(self.canary, path)

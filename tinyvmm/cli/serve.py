@@ -2,9 +2,9 @@
 
 import argparse
 import signal
-import sys
 from typing import TYPE_CHECKING
 
+from tinyvmm.cli import tracing
 from tinyvmm.cli.run import parse_map, parse_shared
 from tinyvmm.errors import ConfigError
 
@@ -110,17 +110,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="S",
         help="hang up on clients silent for S seconds (default: never)",
     )
+    tracing.add_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
-    from tinyvmm import trace
     from tinyvmm.fileserver.address import parse_address
     from tinyvmm.fileserver.descriptors import raise_nofile_limit
     from tinyvmm.fileserver.server import Server
 
     if args.guest_argv:
         raise ConfigError("serve runs no command: leave out what is behind --")
+    tracing.start(args.trace, args.trace_file)
     addresses = [parse_address(text) for text in args.listen]
     raise_nofile_limit()
     tree = open_served(args)
@@ -138,13 +139,11 @@ def main(args: argparse.Namespace) -> int:
                 server.stop()
 
             before = {number: signal.signal(number, stop) for number in _STOP}
-            trace.hook = tell
             try:
                 where = " and ".join(map(str, server.addresses))
                 print(f"tinyvmm: 9P at {where}", flush=True)
                 server.serve()
             finally:
-                trace.hook = None
                 for number, handler in before.items():
                     signal.signal(number, handler)
     finally:
@@ -173,11 +172,3 @@ def open_served(args: argparse.Namespace) -> "Tree":
             "there is for the client to say"
         )
     return open_shared(shared)
-
-
-def tell(record: object) -> None:
-    """Tell whoever runs the server what happened to a client."""
-    from tinyvmm import trace
-
-    if isinstance(record, trace.Message):
-        print(f"tinyvmm: {trace.text(record)}", file=sys.stderr, flush=True)

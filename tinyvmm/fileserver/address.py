@@ -4,6 +4,7 @@
 stands in brackets: `tcp:[::1]:5640`.
 """
 
+import re
 import socket
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from tinyvmm.errors import ConfigError
 
 PORT = 564
 UNIX_PATH_MAX = 108  # sun_path of <linux/un.h>, its NUL included
+
+_TCP = re.compile(r"tcp:(?P<host>[^:\[\]]+|\[[^\[\]]+\])(:(?P<port>[0-9]{1,5}))?")
 
 
 class Address(NamedTuple):
@@ -47,15 +50,7 @@ def parse_address(text: str) -> Address:
                 f"{text}: too long for a socket; give a path of less than {UNIX_PATH_MAX} bytes"
             )
         return Address(rest)
-    if kind == "tcp" and rest:
-        host, port = rest, ""
-        if rest.startswith("["):
-            host, _, port = rest[1:].partition("]")
-            port = port.removeprefix(":")
-        elif ":" in rest:
-            host, _, port = rest.rpartition(":")
-        if host and not port:
-            return Address("", host, PORT)
-        if host and port.isascii() and port.isdigit() and int(port) < 1 << 16:
-            return Address("", host, int(port))
+    found = _TCP.fullmatch(text)
+    if found is not None and (port := int(found["port"] or PORT)) < 1 << 16:
+        return Address("", found["host"].strip("[]"), port)
     raise ConfigError(f"{text!r} is no address: give unix:PATH or tcp:HOST:PORT")

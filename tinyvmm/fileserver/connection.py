@@ -21,6 +21,7 @@ the order of bytes on the stream, and everything below it.
 import socket
 import struct
 from collections import deque
+from contextlib import suppress
 from errno import EAGAIN
 from threading import Condition, RLock
 
@@ -40,14 +41,10 @@ _SIZE = struct.Struct("<I")
 class Connection:
     """A client and its session, which the connection closes."""
 
-    def __init__(self, sock: socket.socket, session: Session, name: str, idle: int = 0) -> None:
-        """Take over `sock`, a blocking stream; after `idle` seconds of silence it ends, if not 0.
-
-        `name` is who that is, for traces.
-        """
+    def __init__(self, sock: socket.socket, session: Session, idle: int = 0) -> None:
+        """Take over `sock`, a blocking stream; `idle` seconds of silence, if not 0, end it."""
         self._sock = sock
         self._session = session
-        self.name = name
         self._idle = idle
         self._lock = RLock()
         self._changed = Condition(self._lock)  # fewer waiting, fewer held, or broken
@@ -73,16 +70,17 @@ class Connection:
         finally:
             self.end()
             with self._lock:
-                self._broken = True
                 self._session.close()
             self._sock.close()
 
     def end(self) -> None:
         """Have `serve` return soon, whatever it is waiting for; any thread may call."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # the client was quicker
+        self._broken = True
+        with suppress(OSError):  # the client was quicker
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes who reads or sends, and has the lock
+        if self._lock.acquire(timeout=1):
+            self._changed.notify_all()
+            self._lock.release()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -218,13 +216,11 @@ class Connection:
         try:
             self._sock.sendall(data)
         except OSError:
-            self._broken = True
-            self._changed.notify_all()
             self.end()
 
     def _say(self, what: str) -> None:
         if trace.hook is not None:
-            trace.hook(trace.Message(f"9P client {self.name}", what))
+            trace.hook(trace.Message(f"9P {self._session.name}", what))
 
 
 def _time_out(sock: socket.socket, seconds: int) -> None:

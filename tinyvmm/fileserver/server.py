@@ -185,8 +185,13 @@ class Server:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._count += 1
-        session = Session(self._tree, msize_max=self._msize_max, lock_table=self._locks)
-        connection = Connection(sock, session, str(self._count), self._idle)
+        session = Session(
+            self._tree,
+            msize_max=self._msize_max,
+            lock_table=self._locks,
+            name=f"client {self._count}",
+        )
+        connection = Connection(sock, session, self._idle)
         thread = threading.Thread(
             target=self._run, args=(connection,), name=f"9P client {self._count}", daemon=True
         )
@@ -212,7 +217,7 @@ class SharedLockTable(LockTable):
 
     def __init__(self) -> None:
         super().__init__()
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # one method may use another
 
     def set(self, path: int, lock: Lock) -> int:
         """As LockTable's."""

@@ -121,7 +121,7 @@ class Directory:
             for _, after, _, name in self._file.readdir(cookie):
                 record = self._record(name)
                 if size + len(record) > room:
-                    if not records:
+                    if not size:
                         raise failure(EINVAL)
                     break
                 records.append(record)

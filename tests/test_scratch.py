@@ -51,3 +51,22 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_a_live_one_is_not(
 def test_no_place_for_it_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^cannot make a directory .* set TMPDIR"):
         ScratchDirectory(str(tmp_path / "missing"))
+
+
+def test_it_goes_however_deep_a_guest_has_dug(tmp_path: Path) -> None:
+    scratch = ScratchDirectory(str(tmp_path))
+    limit = len(os.listdir("/proc/self/fd"))
+    fd = os.open(scratch.path, os.O_PATH)
+    for depth in range(3000):
+        os.mkdir("d", dir_fd=fd)
+        if not depth % 100:  # names that are in the way of whoever flattens it
+            os.mkdir(f".removed-{depth}", dir_fd=fd)
+            os.symlink("/", "link", dir_fd=fd)
+            os.close(os.open(f".removed-{depth + 1}", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        below = os.open("d", os.O_PATH, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    scratch.close()
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) < limit

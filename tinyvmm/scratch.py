@@ -6,8 +6,10 @@ killed outright could not remove its own; the lock died with it, so the next run
 
 import fcntl
 import os
+from contextlib import suppress
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver.removal import remove_whole
 
 _PREFIX = "tinyvmm-scratch-"
 
@@ -69,6 +71,9 @@ def _remove(path: str) -> None:
         os.rmdir(os.path.join(path, "writes"))  # the common case: nothing was written
         os.rmdir(path)
     except OSError:
-        from shutil import rmtree
-
-        rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            fd = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                remove_whole(os.fsencode(os.path.basename(path)), fd)
+            finally:
+                os.close(fd)

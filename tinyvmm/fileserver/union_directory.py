@@ -30,10 +30,11 @@ from tinyvmm.fileserver.hostfile import (
     os_error,
 )
 from tinyvmm.fileserver.maps import UPPER, Layers
+from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, Node, OpenFile
 from tinyvmm.fileserver.union_node import UnionFile, UnionNode
 from tinyvmm.fileserver.union_view import MergedDirectory
-from tinyvmm.fileserver.writetree import WriteTree, remove_whole
+from tinyvmm.fileserver.writetree import WriteTree
 
 
 class UnionDirectory(MergedDirectory):

@@ -18,6 +18,7 @@ from errno import EAGAIN
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.hostfile import fd_path, open_path
 from tinyvmm.fileserver.ownership import Owners
+from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.fileserver.whiteout import (
     NAME_MARK,
     NAME_OPAQUE,
@@ -219,20 +220,3 @@ def _exists(name: bytes, dir_fd: int) -> bool:
 
 def _touch(name: bytes, dir_fd: int) -> None:
     os.close(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=dir_fd))
-
-
-def remove_whole(name: bytes, dir_fd: int) -> None:
-    """Remove a file, or a directory with all that is in it, following no symlink."""
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-    except IsADirectoryError:
-        pass
-    else:
-        return
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        for entry in os.listdir(fd_path(fd)):
-            remove_whole(entry, fd)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=dir_fd)

@@ -15,6 +15,7 @@ from tinyvmm.fileserver import locks, session
 from tinyvmm.fileserver.host import HostNode, HostTree
 from tinyvmm.fileserver.hostfile import HostFile
 from tinyvmm.fileserver.locks import Lock, LockTable
+from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.fileserver.session import Finish, Session, Waiting
 from tinyvmm.fileserver.union import open_tree
 
@@ -187,3 +188,55 @@ def test_a_kernels_file_is_not_copied_into_a_write_tree(tmp_path: Path) -> None:
     client.session.close()
     tree.close()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# --- depth ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["host", "union"])
+def test_a_directory_deeper_than_our_stack_is_found_again(kind: str, tmp_path: Path) -> None:
+    path = str(tmp_path)
+    tree = HostTree(path) if kind == "host" else open_tree([], [("/", path)])
+    tree.descriptors.limit = 64
+    client = connect(tree)
+    client.walk(0, 1)
+    for _ in range(2000):
+        client.ask(ninep.Tmkdir(1, b"d", 0o755, 0), ninep.Rmkdir)
+        client.walk(1, 2, b"d")
+        client.clunk(1)
+        client.walk(2, 1)
+        client.clunk(2)
+    for number in range(100):  # so that those above lose their descriptors
+        client.ask(ninep.Tmkdir(0, b"%d" % number, 0o755, 0), ninep.Rmkdir)
+        client.walk(0, 10 + number, b"%d" % number)
+    assert len(tree.descriptors) <= 64
+    assert stat.S_ISDIR(client.getattr(1).mode)
+    assert len(client.walk(1, 2, *[b".."] * 16).wqid) == 16
+    client.session.close()
+    tree.close()
+    descriptor = os.open(path, os.O_PATH)
+    for name in os.listdir(path):  # pytest would follow it down
+        remove_whole(os.fsencode(name), descriptor)
+    os.close(descriptor)
+
+
+def test_directories_that_the_host_has_put_into_each_other_are_stale(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    tree = HostTree(str(tmp_path))
+    client = connect(tree)
+    client.walk(0, 1, b"a")
+    client.walk(0, 2, b"b")
+    os.rename(tmp_path / "a", tmp_path / "b" / "a")
+    client.walk(2, 3, b"a")
+    os.rename(tmp_path / "b" / "a", tmp_path / "a")
+    os.rename(tmp_path / "b", tmp_path / "a" / "b")
+    client.walk(1, 4, b"b")
+    for node in tree.nodes.values():
+        node.give_up()
+    client.fails(ninep.Tgetattr(1, 0), errno.ESTALE)
+    client.fails(ninep.Tgetattr(2, 0), errno.ESTALE)
+    client.walk(0, 5, b"a", b"b")
+    assert stat.S_ISDIR(client.getattr(2).mode)
+    client.session.close()
+    tree.close()

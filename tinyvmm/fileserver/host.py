@@ -161,18 +161,27 @@ class HostNode:
 
     def path_fd(self) -> int:
         """The O_PATH descriptor, opened again if it was given up."""
-        if self.fd >= 0:
-            return self.fd
+        if self.fd < 0:
+            closed = [self]  # and those above: a guest may dig deeper than our stack is
+            while (above := closed[-1].parent) is not None and above.fd < 0:
+                closed.append(above)
+                if len(closed) > len(self.tree.nodes):  # the host has put one into the other
+                    raise os_error(ESTALE)
+            for node in reversed(closed):
+                node.reopen()
+        return self.fd
+
+    def reopen(self) -> None:
+        """Open the descriptor again; the parent's is open."""
         if self.parent is None:
             raise os_error(ESTALE)  # the tree is closed
-        fd = open_path(self.name, self.parent.path_fd())
+        fd = open_path(self.name, self.parent.fd)
         st = os.fstat(fd)
         if (st.st_dev, st.st_ino) != self.key:
             os.close(fd)
             raise os_error(ESTALE)  # the host moved it where we cannot know
         self.fd = fd
         self.tree.descriptors.hold(self)
-        return fd
 
     def keep_descriptor(self) -> None:
         """Pin: its name is about to go: hold on to the inode itself."""

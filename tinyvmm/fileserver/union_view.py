@@ -107,10 +107,19 @@ class MergedDirectory(UnionNode):
     def layers(self) -> Layers:
         """The layers, opened again if they were given up."""
         if not self._open:
-            self._reopen()
+            closed = [self]  # and those above: a guest may dig deeper than our stack is
+            while (above := closed[-1].parent) is not None and not above.is_open():
+                closed.append(above)
+            for directory in reversed(closed):
+                directory.reopen()
         return self._layers
 
-    def _reopen(self) -> None:
+    def is_open(self) -> bool:
+        """Whether the layers have their descriptors."""
+        return self._open
+
+    def reopen(self) -> None:
+        """Open the layers again; the parent's are open."""
         parent = self.parent
         if parent is None or self.refs <= 0:
             raise os_error(ESTALE)  # the tree is closed

@@ -34,7 +34,7 @@ def test_a_9p_conversation_of_the_corpus_does_no_harm(
 
 
 @settings(deadline=None, max_examples=100)
-@given(head=st.integers(0, 31), script=st.binary(max_size=200))
+@given(head=st.integers(0, 63), script=st.binary(max_size=200))
 def test_any_9p_conversation_does_no_harm(
     head: int, script: bytes, place: ninep_session.Place
 ) -> None:

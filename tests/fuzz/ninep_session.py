@@ -33,6 +33,7 @@ HANG = 60  # seconds until a request that waits is taken for lost
 
 # The head byte.
 HEAD_UNION, HEAD_DIALECT, HEAD_RAW, HEAD_SMALL = 1 << 0, 3 << 1, 1 << 3, 1 << 4
+HEAD_FEW = 1 << 5  # descriptors: those not in use are given up all the time
 VERSIONS = (b"9P2000.L", b"9P2000.L", b"9P2000.u", b"9P2000")
 
 # Steps that are no message.
@@ -360,6 +361,8 @@ def play(data: bytes, place: Place) -> None:
     before = [snapshot(top) for top in kept]
     descriptors = len(os.listdir("/proc/self/fd"))
     tree = place.open(union=bool(head & HEAD_UNION))
+    if head & HEAD_FEW:
+        tree.descriptors.limit = 2
     version = VERSIONS[(head & HEAD_DIALECT) >> 1]
     suffix = version.removeprefix(b"9P2000").decode()
     session = Session(tree, msize_max=300 if head & HEAD_SMALL else 8192)

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.served import CONTENT, HANG, Service
 from tinyvmm import ninep, trace
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver import client as client_module
@@ -26,44 +27,10 @@ from tinyvmm.fileserver import connection
 from tinyvmm.fileserver.address import Address, parse_address
 from tinyvmm.fileserver.client import Client
 from tinyvmm.fileserver.connection import FIRST_MAX, HELD_MAX, IN_FLIGHT_MAX
-from tinyvmm.fileserver.host import HostNode, HostTree
+from tinyvmm.fileserver.host import HostNode
 from tinyvmm.fileserver.hostfile import HostFile
 from tinyvmm.fileserver.server import Server
 from tinyvmm.ninep import NINEP2000_L, NOFID, NOTAG, Message
-
-HANG = 30.0  # seconds; nothing here takes one
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
-
-
-class Service:
-    """A server on a thread, its tree, and its clients to be."""
-
-    def __init__(self, directory: Path, **options: int) -> None:
-        self.files = directory / "files"
-        self.files.mkdir()
-        (self.files / "motd").write_bytes(b"hello\n")
-        (self.files / "slow").write_bytes(b"slow and steady")
-        (self.files / "big").write_bytes(CONTENT)
-        self.tree = HostTree(str(self.files))
-        self.path = f"{directory}/socket"
-        addresses = [Address(self.path), Address("", "127.0.0.1", 0)]
-        self.server = Server(self.tree, addresses, **options)
-        self.unix, self.tcp = map(str, self.server.addresses)
-        self.thread = threading.Thread(target=self.server.serve)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.stop()
-        self.thread.join(HANG)
-        assert not self.thread.is_alive()
-        self.server.close()
-        self.tree.close()
-
-    def socket(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(HANG)
-        sock.connect(self.path)
-        return sock
 
 
 @pytest.fixture

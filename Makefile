@@ -27,7 +27,7 @@ $(BIN)/pytest: pyproject.toml
 
 packages:
 	@tools/need-packages qemu-system-x86_64:qemu-system-x86 iasl:acpica-tools gcc:gcc \
-	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils
+	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils diod:diod
 
 kernel: $(BIN)/pytest
 	@$(BIN)/python -m tinyvmm kernel list --json | grep -q version || \

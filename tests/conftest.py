@@ -1,8 +1,12 @@
 """What every test may ask for, and why a test may be skipped."""
 
+import faulthandler
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
@@ -38,3 +42,30 @@ def nothing_leaks_descriptors(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     sys.setswitchinterval(interval)
     assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+THREADS_END = 10.0  # seconds
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A thread that a test has left behind fails the run, which it would else keep from ending."""
+    left = [
+        thread
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread() and not thread.daemon
+    ]
+    end = time.monotonic() + THREADS_END
+    for thread in left:
+        thread.join(max(0, end - time.monotonic()))
+    left = [thread for thread in left if thread.is_alive()]
+    if left:
+        sys.stderr.write(f"\nthreads that tests left behind: {left}\n")
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.add_cleanup(lambda: _leave(pytest.ExitCode.TESTS_FAILED))
+
+
+def _leave(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

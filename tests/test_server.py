@@ -255,10 +255,10 @@ def conversation() -> bytes:
 def test_replies_do_not_depend_on_how_the_requests_were_cut(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    service = Service(tmp_path_factory.mktemp("cut"))
     sent = conversation()
     cuts = data.draw(st.sets(st.integers(1, len(sent) - 1), max_size=20))
     edges = [0, *sorted(cuts), len(sent)]
+    service = Service(tmp_path_factory.mktemp("cut"))
     try:
         with service.socket() as sock:
             for start, end in pairwise(edges):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyvmm import ninep, trace
@@ -872,6 +872,7 @@ requests = st.one_of(
 
 
 @given(st.lists(requests, max_size=30), st.sampled_from([0, 10, 11, 64, 300, 5000]))
+@example([ninep.Tlopen(0, os.O_RDONLY), ninep.Tfsync(0, 0)], 0)  # a late reply has no room either
 @settings(max_examples=300, deadline=None)
 def test_no_sequence_of_requests_raises_leaks_or_escapes(script: list[Message], room: int) -> None:
     with tempfile.TemporaryDirectory() as outer:

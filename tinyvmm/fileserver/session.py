@@ -191,7 +191,10 @@ class Session:
 
         size.start(later)
         ready.wait()
-        return ninep.scatter(reply, finishes[0]() or b"")
+        try:
+            return ninep.scatter(reply, finishes[0]() or b"")
+        except ninep.ProtocolError:
+            return self._too_big(reply, size.tag)
 
     def close(self) -> None:
         """End the session: forget every request and every fid, close every file."""

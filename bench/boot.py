@@ -68,7 +68,7 @@ def boot_ours(initrd: str) -> None:
         archive = file.read()
     with Machine(memory=512 << 20) as machine, load_kernel(kernels.find().vmlinuz) as kernel:
         machine.add_board(console=show)
-        machine.boot_linux(kernel, initrd=[archive], cmdline=f"{COMMON} pci=off reboot=a")
+        machine.boot_linux(kernel, initrd=[archive], cmdline=f"{COMMON} pci=noearly reboot=a")
         os.write(2, b"start\n")
         machine.start()
         machine.wait(LIMIT)

@@ -51,7 +51,7 @@ def follow(blob: bytes, gpa: int = GPA) -> Tables:
 MACHINES = {
     "one processor, nothing else": build_tables(GPA, cpus=1, virtio=[], uart=False),
     "a usual one": build_tables(GPA, cpus=2, virtio=nodes(3), uart=True),
-    "all there can be": build_tables(GPA, cpus=255, virtio=nodes(14), uart=True),
+    "all there can be": build_tables(GPA, cpus=255, virtio=nodes(14), uart=True, pci=True),
 }
 machines = pytest.mark.parametrize("blob", MACHINES.values(), ids=MACHINES)
 
@@ -96,11 +96,15 @@ def iasl(directory: Path, *arguments: str) -> str:
 
 @needs_iasl
 @machines
-@pytest.mark.parametrize("signature", ["XSDT", "FACP", "APIC", "DSDT"])
+@pytest.mark.parametrize("signature", ["XSDT", "FACP", "APIC", "DSDT", "MCFG"])
 def test_iasl_reads_each_table_and_writes_it_again(
     blob: bytes, signature: str, tmp_path: Path
 ) -> None:
-    table = follow(blob).by_signature[signature]
+    tables = follow(blob).by_signature
+    if signature == "MCFG" and blob is not MACHINES["all there can be"]:
+        assert "MCFG" not in tables
+        return
+    table = tables[signature]
     (tmp_path / "ours.dat").write_bytes(table)
     assert "Warning" not in iasl(tmp_path, "-d", "ours.dat")
     # -oa: no optimisation, so that the same source gives the same bytes
@@ -131,6 +135,31 @@ ASL_VIRTIO = """
                 Memory32Fixed (ReadWrite, %(gpa)#x, %(length)#x)
                 Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive) { %(gsi)d }
             })
+        }
+"""
+ASL_PCI = """
+        Device (PCI0)
+        {
+            Name (_HID, EisaId ("PNP0A08"))
+            Name (_CID, EisaId ("PNP0A03"))
+            Name (_UID, Zero)
+            Name (_SEG, Zero)
+            Name (_BBN, Zero)
+            Name (_CCA, One)
+            Name (_CRS, ResourceTemplate ()
+            {
+                WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode,
+                    0, 0, 0, 0, 1)
+                IO (Decode16, 0xCF8, 0xCF8, 1, 8)
+                DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed,
+                    NonCacheable, ReadWrite, 0, 0xE1000000, 0xEFFFFFFF, 0, 0x0F000000)
+            })
+        }
+        Device (MRES)
+        {
+            Name (_HID, EisaId ("PNP0C02"))
+            Name (_UID, Zero)
+            Name (_CRS, ResourceTemplate () { Memory32Fixed (ReadWrite, 0xE0000000, 0x100000) })
         }
 """
 ASL_UART = """
@@ -184,17 +213,21 @@ def asl_integer(value: int) -> str:
 
 
 @needs_iasl
-@pytest.mark.parametrize(("virtio", "uart"), [(0, False), (1, True), (14, True)])
+@pytest.mark.parametrize(
+    ("virtio", "uart", "pci"),
+    [(0, False, False), (1, True, False), (0, True, True), (14, True, True)],
+)
 def test_the_dsdt_is_what_iasl_compiles_from_the_source_we_mean(
-    virtio: int, uart: bool, tmp_path: Path
+    virtio: int, uart: bool, pci: bool, tmp_path: Path
 ) -> None:
     devices = "".join(
         ASL_VIRTIO % {"index": index, "uid": asl_integer(index), **node._asdict()}
         for index, node in enumerate(nodes(virtio))
     )
-    (tmp_path / "dsdt.asl").write_text(ASL_START + devices + (ASL_UART if uart else "") + ASL_END)
+    devices += (ASL_PCI if pci else "") + (ASL_UART if uart else "")
+    (tmp_path / "dsdt.asl").write_text(ASL_START + devices + ASL_END)
     iasl(tmp_path, "-oa", "-p", "theirs", "dsdt.asl")
-    blob = build_tables(GPA, cpus=1, virtio=nodes(virtio), uart=uart)
+    blob = build_tables(GPA, cpus=1, virtio=nodes(virtio), uart=uart, pci=pci)
     assert (tmp_path / "theirs.aml").read_bytes()[36:] == follow(blob).by_signature["DSDT"][36:]
 
 
@@ -256,3 +289,12 @@ def test_the_madt_lists_every_processor_and_the_ioapic(tmp_path: Path) -> None:
     assert ids == list(range(255))
     assert len(re.findall(r"Processor Enabled : 1", text)) == 255
     assert text.count("[I/O APIC]") == 1
+
+
+@needs_iasl
+def test_the_mcfg_says_where_the_configuration_space_of_bus_0_is(tmp_path: Path) -> None:
+    read = fields(tmp_path, follow(MACHINES["all there can be"]).by_signature["MCFG"])
+    assert int(read["Base Address"], 16) == layout.PCI_ECAM_GPA
+    assert (read["Segment Group Number"], read["Start Bus Number"]) == ("0000", "00")
+    buses = int(read["End Bus Number"], 16) + 1
+    assert buses << 20 == layout.PCI_ECAM_LEN  # 1 MiB a bus

@@ -5,6 +5,7 @@ reduced" (4.1): no fixed registers, no system-management mode, no legacy timers 
 
     RSDP -> XSDT -> FADT -> DSDT     sleep, reset; the devices, in AML
                  -> MADT             processors and the IOAPIC
+                 -> MCFG             where PCI configuration space is, if there is PCI
 
 The DSDT says where each virtio-mmio device is ("LNRO0005", by which Linux's virtio_mmio driver
 finds them), and describes the UART, the clock, and a power button that a Generic Event Device
@@ -24,6 +25,11 @@ from tinyvmm.layout import (
     COM1_PORT,
     IOAPIC_GPA,
     LOCAL_APIC_GPA,
+    PCI_CONFIG_PORT,
+    PCI_ECAM_GPA,
+    PCI_ECAM_LEN,
+    PCI_WINDOW_END,
+    PCI_WINDOW_GPA,
     POWER_GSI,
     POWER_PORT,
     RTC_PORT,
@@ -43,7 +49,12 @@ class VirtioMmioNode(NamedTuple):
 
 
 def build_tables(
-    gpa: int, *, cpus: int, virtio: Sequence[VirtioMmioNode] = (), uart: bool = True
+    gpa: int,
+    *,
+    cpus: int,
+    virtio: Sequence[VirtioMmioNode] = (),
+    uart: bool = True,
+    pci: bool = False,
 ) -> bytes:
     """Return all tables, to be put at `gpa` (a multiple of 16), where the RSDP then is.
 
@@ -56,10 +67,11 @@ def build_tables(
         out.extend(table.ljust(_align(len(table)), b"\0"))
         return where
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt_aml(virtio, uart=uart)))
-    fadt = place(_fadt(dsdt, uart=uart))
-    madt = place(_madt(cpus))
-    xsdt = place(_table(b"XSDT", 1, struct.pack("<2Q", fadt, madt)))
+    dsdt = place(_table(b"DSDT", 2, _dsdt_aml(virtio, uart=uart, pci=pci)))
+    tables = [place(_fadt(dsdt, uart=uart)), place(_madt(cpus))]
+    if pci:
+        tables.append(place(_mcfg()))
+    xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     out[:_RSDP_LEN] = _rsdp(xsdt)
     return bytes(out)
 
@@ -148,6 +160,11 @@ def _madt(cpus: int) -> bytes:
     body += struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_GPA, 0)
     body += struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1)  # NMI on LINT1 of every processor
     return _table(b"APIC", 5, body)
+
+
+def _mcfg() -> bytes:
+    """Memory-mapped configuration space (PCI Firmware Specification 3.2, table 4-2): bus 0."""
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", PCI_ECAM_GPA, 0, 0, 0))
 
 
 # --- AML terms (20.2) -------------------------------------------------------------------------
@@ -250,6 +267,17 @@ def _memory(gpa: int, length: int) -> bytes:
     return struct.pack("<BHBII", 0x86, 9, 1, gpa, length)
 
 
+def _bus_numbers(first: int, last: int) -> bytes:
+    """Word address space: the buses behind a bridge, which it produces (6.4.3.5.3)."""
+    count = last - first + 1
+    return struct.pack("<BHBBBHHHHH", 0x88, 13, 2, 0x0C, 0, 0, first, last, 0, count)
+
+
+def _memory_window(gpa: int, end: int) -> bytes:
+    """DWord address space: memory that a bridge passes on, read and write (6.4.3.5.2)."""
+    return struct.pack("<BHBBBIIIII", 0x87, 23, 0, 0x0C, 1, 0, gpa, end - 1, 0, end - gpa)
+
+
 def _ports(base: int, length: int) -> bytes:
     """I/O ports, 16-bit decode."""
     return struct.pack("<BBHHBB", 0x47, 1, base, base, 1, length)
@@ -263,8 +291,10 @@ def _interrupt(gsi: int, *, edge: bool = False) -> bytes:
 # --- the DSDT ---------------------------------------------------------------------------------
 
 
-def _dsdt_aml(virtio: Sequence[VirtioMmioNode], *, uart: bool) -> bytes:
+def _dsdt_aml(virtio: Sequence[VirtioMmioNode], *, uart: bool, pci: bool) -> bytes:
     devices = [_virtio_device(index, node) for index, node in enumerate(virtio)]
+    if pci:
+        devices += _pci_host_bridge()
     if uart:
         edge = _interrupt(COM1_GSI, edge=True)
         devices.append(_isa_device(b"COM1", "PNP0501", _ports(COM1_PORT, 8), edge))
@@ -282,6 +312,35 @@ def _virtio_device(index: int, node: VirtioMmioNode) -> bytes:
         _name(b"_CCA", _ONE),
         _crs(_memory(node.gpa, node.length), _interrupt(node.gsi)),
     )
+
+
+def _pci_host_bridge() -> list[bytes]:
+    """A PCI Express root with one bus, and what reserves its configuration space.
+
+    Linux believes MCFG only if the space it names is a motherboard resource as well.
+    """
+    return [
+        _device(
+            b"PCI0",
+            _name(b"_HID", _eisa_id("PNP0A08")),
+            _name(b"_CID", _eisa_id("PNP0A03")),
+            _name(b"_UID", _ZERO),
+            _name(b"_SEG", _ZERO),
+            _name(b"_BBN", _ZERO),
+            _name(b"_CCA", _ONE),
+            _crs(
+                _bus_numbers(0, 0),
+                _ports(PCI_CONFIG_PORT, 8),
+                _memory_window(PCI_WINDOW_GPA, PCI_WINDOW_END),
+            ),
+        ),
+        _device(
+            b"MRES",
+            _name(b"_HID", _eisa_id("PNP0C02")),
+            _name(b"_UID", _ZERO),
+            _crs(_memory(PCI_ECAM_GPA, PCI_ECAM_LEN)),
+        ),
+    ]
 
 
 def _isa_device(name: bytes, hid: str, *descriptors: bytes) -> bytes:

@@ -5,9 +5,11 @@ every device live here once: an address nobody claims reads as all-ones and swal
 the ISA and PCI buses; a device sees offsets into its own range; a value read is cut to the access's
 width, and an access that straddles the end of a range belongs to nobody.
 
-Ranges are added before the guest runs and do not change after, so look-ups need no lock.
+A range may move while the guest runs: a PCI function's BAR does. Look-ups need no lock, since the
+lists they read are replaced and never changed; those who add and remove hold `_lock`.
 """
 
+import threading
 from typing import Protocol
 
 from tinyvmm import trace
@@ -39,20 +41,32 @@ class Bus:
         self.ranges: list[tuple[int, int, BusDevice]] = []  # (base, end, device), by base
         # The ranges that touch each 4 KiB block: a look-up is one dict access, then a short scan.
         self._blocks: dict[int, list[tuple[int, int, BusDevice]]] = {}
+        self._lock = threading.Lock()
 
     def add(self, base: int, length: int, device: BusDevice) -> None:
         """Give `device` the addresses base..base+length-1; ConfigError if any is taken."""
         end = base + length
-        for other_base, other_end, other in self.ranges:
-            if base < other_end and other_base < end:
-                raise ConfigError(
-                    f"{device.name} at {self.name} {base:#x} overlaps {other.name} "
-                    f"at {other_base:#x}: give it another address"
-                )
-        self.ranges.append((base, end, device))
-        self.ranges.sort(key=lambda item: item[0])
-        for block in range(base >> _BLOCK_SHIFT, (end - 1 >> _BLOCK_SHIFT) + 1):
-            self._blocks.setdefault(block, []).append((base, end, device))
+        with self._lock:
+            for other_base, other_end, other in self.ranges:
+                if base < other_end and other_base < end:
+                    raise ConfigError(
+                        f"{device.name} at {self.name} {base:#x} overlaps {other.name} "
+                        f"at {other_base:#x}: give it another address"
+                    )
+            self.ranges = sorted([*self.ranges, (base, end, device)], key=lambda item: item[0])
+            for block in _blocks(base, end):
+                self._blocks[block] = [*self._blocks.get(block, ()), (base, end, device)]
+
+    def remove(self, device: BusDevice) -> None:
+        """Take away every range of `device`; harmless if it has none."""
+        with self._lock:
+            for base, end, owner in self.ranges:
+                if owner is device:
+                    for block in _blocks(base, end):
+                        self._blocks[block] = [
+                            item for item in self._blocks[block] if item[2] is not device
+                        ]
+            self.ranges = [item for item in self.ranges if item[2] is not device]
 
     def find(self, address: int, size: int) -> tuple[BusDevice, int] | None:
         """Return the device that owns the whole access and the offset it sees, or None."""
@@ -82,3 +96,7 @@ class Bus:
             trace.hook(kind(self.name, "write", address, size, value))
         if found is not None:
             found[0].write(found[1], size, value)
+
+
+def _blocks(base: int, end: int) -> range:
+    return range(base >> _BLOCK_SHIFT, (end - 1 >> _BLOCK_SHIFT) + 1)

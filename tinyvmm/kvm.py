@@ -83,6 +83,18 @@ class kvm_irq_level(Struct):
     level: u32 = 0
 
 
+@c_struct(size=32)
+class kvm_msi(Struct):
+    """A message-signalled interrupt: what a device would write, and where."""
+
+    address_lo: u32 = 0
+    address_hi: u32 = 0
+    data: u32 = 0
+    flags: u32 = 0
+    devid: u32 = 0
+    pad: Annotated[Sequence[int], c_uint8 * 12] = ()
+
+
 @c_struct(size=144)
 class kvm_regs(Struct):
     """General registers."""
@@ -335,6 +347,7 @@ KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
 KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQ_LINE = _iow(0x61, _sizeof(kvm_irq_level))
 KVM_CREATE_PIT2 = _iow(0x77, _sizeof(kvm_pit_config))
+KVM_SIGNAL_MSI = _iow(0xA5, _sizeof(kvm_msi))
 # vCPU: on what KVM_CREATE_VCPU returned
 KVM_RUN = _io(0x80)
 KVM_GET_REGS = _ior(0x81, _sizeof(kvm_regs))
@@ -481,6 +494,11 @@ class VM(Handle):
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drive interrupt line `gsi` of the in-kernel controllers."""
         self._ioctl("KVM_IRQ_LINE", kvm_irq_level(irq=gsi, level=int(level)))
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """Perform a device's write of `data` to a local APIC; a bad address interrupts nobody."""
+        message = kvm_msi(address_lo=address & 0xFFFF_FFFF, address_hi=address >> 32, data=data)
+        self._ioctl("KVM_SIGNAL_MSI", message)
 
     def create_vcpu(self, vcpu_id: int) -> "VCPU":
         """Return a new vCPU; on x86 its id is its local APIC id."""

@@ -13,7 +13,8 @@
                  | initramfs, at the top of RAM   |
     0xC000_0000  +--------------------------------+  MMIO_HOLE_GPA      3 GiB
     0xD000_0000  | virtio-mmio, one page a device |  VIRTIO_MMIO_GPA
-    0xE000_0000  | kept for PCI ECAM and BARs     |
+    0xE000_0000  | PCI configuration space (ECAM) |  PCI_ECAM_GPA       1 MiB: bus 0
+    0xE100_0000  | PCI BARs, 64 KiB a slot        |  PCI_WINDOW_GPA     to PCI_WINDOW_END
     0xFEC0_0000  | IOAPIC (in KVM)                |  IOAPIC_GPA
     0xFEE0_0000  | local APICs (in KVM)           |  LOCAL_APIC_GPA
     0xFFFB_C000  | KVM's identity map and TSS     |  IDENTITY_MAP_GPA, TSS_GPA (VMX only)
@@ -41,6 +42,11 @@ HIGH_RAM_GPA = 0x10_0000
 MMIO_HOLE_GPA = 0xC000_0000
 VIRTIO_MMIO_GPA = 0xD000_0000
 VIRTIO_MMIO_STRIDE = 0x1000
+PCI_ECAM_GPA = 0xE000_0000
+PCI_ECAM_LEN = 0x10_0000
+PCI_WINDOW_GPA = 0xE100_0000
+PCI_WINDOW_END = 0xF000_0000
+PCI_SLOT_STRIDE = 0x1_0000
 IOAPIC_GPA = 0xFEC0_0000
 LOCAL_APIC_GPA = 0xFEE0_0000
 IDENTITY_MAP_GPA = 0xFFFB_C000
@@ -51,6 +57,7 @@ RAM_ABOVE_4G_GPA = 0x1_0000_0000
 I8042_PORT = 0x60  # data 0x60, status and command 0x64
 RTC_PORT = 0x70  # index 0x70, data 0x71
 DEBUG_EXIT_PORT = 0xF4
+PCI_CONFIG_PORT = 0xCF8  # address 0xCF8, data 0xCFC
 COM1_PORT = 0x3F8
 POWER_PORT = 0x600  # ACPI sleep control, sleep status, reset, event status
 

@@ -22,14 +22,15 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tinyvmm import cpuid, kvm, layout
+from tinyvmm import cpuid, kvm, layout, trace
 from tinyvmm.bus import Bus
-from tinyvmm.errors import ConfigError
+from tinyvmm.errors import ConfigError, KvmError
 from tinyvmm.memory import GuestMemory
 from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
 
 if TYPE_CHECKING:
     from tinyvmm.boot import Entry, Kernel
+    from tinyvmm.devices.pci import PciBus
     from tinyvmm.devices.power import PowerControl
     from tinyvmm.devices.uart import Uart
     from tinyvmm.devices.virtio.device import VirtioDevice
@@ -57,16 +58,21 @@ class KvmIrqLine:
 class Machine:
     """A virtual machine; a context manager that leaves nothing behind."""
 
-    def __init__(self, *, memory: int, cpus: int = 1, irqchip: bool = True) -> None:
+    def __init__(
+        self, *, memory: int, cpus: int = 1, irqchip: bool = True, transport: str = "pci"
+    ) -> None:
         """Make the bare board: `memory` bytes of RAM and `cpus` vCPUs.
 
-        Without `irqchip` there are no interrupts or timers, and HLT ends the run: enough for a tiny
-        guest. ConfigError where this computer cannot give what is asked.
+        Virtio devices are on a PCI bus, or each on a page of MMIO (`transport` "mmio"). Without
+        `irqchip` there are no interrupts or timers, and HLT ends the run: enough for a tiny guest.
+        ConfigError where this computer cannot give what is asked.
         """
         self.ports = Bus("port")
         self.mmio = Bus("mmio")
         self.vcpus: list[Vcpu] = []
-        self.virtio: list[tuple[int, int]] = []  # (gpa, gsi) of each virtio-mmio device
+        self.transport = transport
+        self.pci: PciBus | None = None  # there is one as soon as something is on it
+        self.virtio_mmio: list[tuple[int, int]] = []  # (gpa, gsi) of each virtio-mmio device
         self._virtio_devices: list[VirtioDevice] = []
         self.uart: Uart | None = None
         self.power: PowerControl | None = None
@@ -140,18 +146,68 @@ class Machine:
         self.ports.add(layout.POWER_PORT, self.power.length, self.power)
 
     def add_virtio(self, device: "VirtioDevice") -> None:
-        """Put a virtio device on the next free page of the MMIO area and the next GSI."""
+        """Put a virtio device on the bus that `transport` says."""
+        if self.transport == "pci":
+            self._add_virtio_pci(device)
+        else:
+            self._add_virtio_mmio(device)
+        self._virtio_devices.append(device)
+
+    def _add_virtio_mmio(self, device: "VirtioDevice") -> None:
+        """Take the next free page of the MMIO area and the next GSI."""
         from tinyvmm.devices.virtio.mmio import VirtioMmio
 
-        index = len(self.virtio)
+        index = len(self.virtio_mmio)
         if index >= layout.VIRTIO_MAX:
             raise ConfigError(f"more than {layout.VIRTIO_MAX} virtio devices: leave one out")
         gpa = layout.VIRTIO_MMIO_GPA + index * layout.VIRTIO_MMIO_STRIDE
         gsi = layout.VIRTIO_GSI + index
         transport = VirtioMmio(device, self.memory, self.irq_line(gsi))
         self.mmio.add(gpa, layout.VIRTIO_MMIO_STRIDE, transport)
-        self.virtio.append((gpa, gsi))
-        self._virtio_devices.append(device)
+        self.virtio_mmio.append((gpa, gsi))
+
+    def _add_virtio_pci(self, device: "VirtioDevice") -> None:
+        """Take the next PCI slot, with its BAR where firmware would put it."""
+        from tinyvmm.devices.virtio.pci import VirtioPci
+
+        transport = VirtioPci(device, self.memory, self._send_msi)
+        try:
+            slot = self._pci_bus().add(transport.function)
+        except IndexError:
+            raise ConfigError("more virtio devices than PCI slots: leave one out") from None
+
+        def remap(gpa: int | None) -> None:
+            self.mmio.remove(transport)
+            if gpa is None:
+                return
+            try:
+                self.mmio.add(gpa, transport.function.bar_len, transport)
+            except ConfigError as error:  # the guest put it where something else is
+                if trace.hook is not None:
+                    trace.hook(trace.Message(device.name, str(error)))
+
+        transport.function.on_map = remap
+        transport.function.place(layout.PCI_WINDOW_GPA + slot * layout.PCI_SLOT_STRIDE)
+
+    def _pci_bus(self) -> "PciBus":
+        if self.pci is None:
+            from tinyvmm.devices.pci import ConfigPorts, Ecam, PciBus
+
+            self.pci = PciBus()
+            self.mmio.add(layout.PCI_ECAM_GPA, layout.PCI_ECAM_LEN, Ecam(self.pci))
+            self.ports.add(layout.PCI_CONFIG_PORT, 8, ConfigPorts(self.pci))
+        return self.pci
+
+    def _send_msi(self, address: int, data: int) -> None:
+        """Perform a device's message; KVM refuses one that is to no local APIC."""
+        vm = self._vm
+        if vm is None:
+            return
+        try:
+            vm.signal_msi(address, data)
+        except KvmError as error:
+            if trace.hook is not None:
+                trace.hook(trace.Message("msi", f"{data:#x} to {address:#x}: {error}"))
 
     # --- booting ----------------------------------------------------------------------------
 
@@ -171,10 +227,15 @@ class Machine:
         from tinyvmm import acpi, boot
 
         nodes = [
-            acpi.VirtioMmioNode(gpa, layout.VIRTIO_MMIO_STRIDE, gsi) for gpa, gsi in self.virtio
+            acpi.VirtioMmioNode(gpa, layout.VIRTIO_MMIO_STRIDE, gsi)
+            for gpa, gsi in self.virtio_mmio
         ]
         tables = acpi.build_tables(
-            layout.ACPI_GPA, cpus=len(self.vcpus), virtio=nodes, uart=self.uart is not None
+            layout.ACPI_GPA,
+            cpus=len(self.vcpus),
+            virtio=nodes,
+            uart=self.uart is not None,
+            pci=self.pci is not None,
         )
         self.memory.write(layout.ACPI_GPA, tables)
         entry = boot.load(

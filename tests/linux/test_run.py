@@ -198,7 +198,7 @@ def test_a_panic_is_255_with_its_last_lines(guest: Runner) -> None:
 
 
 def test_poweroff_reboot_and_triple_fault_are_told_apart(guest: Runner) -> None:
-    off = guest.run(*script("echo o > /proc/sysrq-trigger; sleep 100"))
+    off = guest.run(*script("echo o > /proc/sysrq-trigger; while :; do :; done"))
     assert off.status == 0
     assert off.stderr == b"tinyvmm: the guest powered off before the command ended\n"
     reboot = guest.run(*script("echo b > /proc/sysrq-trigger; sleep 100"))
@@ -382,3 +382,14 @@ def test_a_trace_shows_the_messages_that_the_guide_says(guest: Runner) -> None:
     begin = seen.index("wname=(b'hostname',)")
     after = messages.findall(seen[seen.rindex("\n", 0, begin) + 1 :])
     assert after[: len(said)] == said
+
+
+def test_virtio_works_over_mmio_as_well_as_over_pci(guest: Runner) -> None:
+    command = script("cat", "cat /proc/interrupts >&2", "ls /sys/bus/pci/devices >&2")
+    for transport, interrupts in (
+        ("mmio", "IO-APIC.*virtio"),
+        ("pci", "PCI-MSI.*virtio.*requests"),
+    ):
+        done = guest.run("--transport", transport, *command, stdin=b"in and out")
+        assert (done.status, done.stdout) == (0, b"in and out")
+        assert re.search(interrupts, done.stderr.decode())

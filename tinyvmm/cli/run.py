@@ -173,6 +173,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--append", default="", metavar="ARGS", help="more of the kernel's command line")
     add("--timeout", type=parse_seconds, metavar="S", help="end it after S seconds, status 124")
     add("--console", metavar="FILE|-", help="the kernel's own console, to FILE or stderr")
+    add("--transport", choices=("pci", "mmio"), default="pci", help="of virtio (default pci)")
     tracing.add_options(parser)
     add(
         "--no-lab",
@@ -238,6 +239,7 @@ def main(args: argparse.Namespace) -> int:
         timeout=args.timeout,
         console=open_console(args.console),
         terminal=is_terminal_session(),
+        transport=args.transport,
     )
     result = run_command(options, warn)
     if result.message is not None:

@@ -43,6 +43,9 @@ RING_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_RING_EVENT_IDX | VIRTIO_F_RING_IND
 USED_BUFFER = 1 << 0
 CONFIGURATION_CHANGE = 1 << 1
 
+CONFIGURATION = -1
+"""The source of an interrupt that is not a queue's."""
+
 
 class VirtioDevice:
     """A virtio device without its transport."""
@@ -74,11 +77,11 @@ class VirtioDevice:
         raise NotImplementedError
 
     def attach(self, memory: GuestMemory, interrupt: Callable[[int], None]) -> None:
-        """Join a transport: `interrupt` takes USED_BUFFER or CONFIGURATION_CHANGE."""
+        """Join a transport: `interrupt` takes the index of a queue, or CONFIGURATION."""
         self._memory = memory
         self._interrupt = interrupt
         for queue in self.queues:
-            queue.on_used = partial(interrupt, USED_BUFFER)
+            queue.on_used = partial(interrupt, queue.index)
 
     def halt(self) -> None:
         """Let vCPU threads out of `handle`: the machine stops; from any thread, without the lock.
@@ -159,7 +162,7 @@ class VirtioDevice:
             trace.hook(trace.Message(self.name, f"needs a reset: {why}"))
         self.status |= DEVICE_NEEDS_RESET
         if self.status & DRIVER_OK:  # section 2.1.2
-            self._interrupt(CONFIGURATION_CHANGE)
+            self._interrupt(CONFIGURATION)
 
     def set_config(self, config: bytes) -> None:
         """Change the configuration space, and tell the driver; from any thread."""
@@ -167,7 +170,7 @@ class VirtioDevice:
             self.config = config
             self.config_generation = (self.config_generation + 1) & 0xFFFF_FFFF
             if self.running:
-                self._interrupt(CONFIGURATION_CHANGE)
+                self._interrupt(CONFIGURATION)
 
     # --- state ------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class VirtioDevice:
                 queue.load(queue_state, self._memory, self.driver_features)
 
 
-def _nobody(_bits: int) -> None:
+def _nobody(_source: int) -> None:
     """Interrupt nobody: there is no transport."""
 
 

@@ -22,7 +22,12 @@ from typing import Any
 
 from tinyvmm.devices.device import GuestMemory, IrqLine
 from tinyvmm.devices.register import Register, RegisterDevice
-from tinyvmm.devices.virtio.device import FEATURES_OK, VirtioDevice
+from tinyvmm.devices.virtio.device import (
+    CONFIGURATION_CHANGE,
+    FEATURES_OK,
+    USED_BUFFER,
+    VirtioDevice,
+)
 from tinyvmm.devices.virtio.queue import Virtqueue
 
 MAGIC = int.from_bytes(b"virt", "little")
@@ -200,7 +205,8 @@ class VirtioMmio(RegisterDevice):
             if before and not before & ~value:
                 self._irq.set(False)
 
-    def _interrupt(self, bits: int) -> None:
+    def _interrupt(self, source: int) -> None:
+        bits = USED_BUFFER if source >= 0 else CONFIGURATION_CHANGE
         with self._irq_lock:
             before = self._interrupt_status
             self._interrupt_status = before | bits

@@ -1,0 +1,116 @@
+"""MSI-X: interrupts as writes to memory, one for each of a function's vectors.
+
+PCI Local Bus Specification 3.0, section 6.8.2. The table, in the function's BAR, has 16 bytes a
+vector: where to write (low and high), what (data), and a word whose bit 0 masks it. A vector that
+fires while masked is remembered in the pending bit array and fires when it is unmasked. On x86 the
+write goes to the local APICs, and KVM performs it: `send` is handed the address and the data.
+
+Threads: vCPU threads write the table, any thread fires. `_lock` guards the table; what it guards is
+quick, and `send` is called with it held, so a vector once masked does not fire any more.
+"""
+
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from tinyvmm.devices.device import Device
+
+PCI_CAP_ID_MSIX = 0x11
+PCI_MSIX_FLAGS_ENABLE = 1 << 15
+PCI_MSIX_FLAGS_MASKALL = 1 << 14
+ENTRY_LEN = 16
+_MASKED = 1 << 0
+_RESET_ENTRY = struct.pack("<IIII", 0, 0, 0, _MASKED)
+
+SendMsi = Callable[[int, int], None]
+"""Takes address and data of a message."""
+
+
+class Msix(Device):
+    """The table of `vectors` vectors; as a device, the table's bytes."""
+
+    def __init__(self, name: str, vectors: int, send: SendMsi) -> None:
+        """Make `vectors` vectors, all masked and MSI-X itself disabled."""
+        self.name = f"{name} msi-x"
+        self.vectors = vectors
+        self._send = send
+        self._lock = threading.Lock()
+        self._table = bytearray(_RESET_ENTRY * vectors)
+        self._pending = [False] * vectors
+        self._flags = 0
+        # What a vector sends, None while it must not; the only thing looked at when one fires.
+        self._messages: list[tuple[int, int] | None] = [None] * vectors
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the driver has turned MSI-X on."""
+        return bool(self._flags & PCI_MSIX_FLAGS_ENABLE)
+
+    def set_flags(self, flags: int) -> None:
+        """Take the capability's Message Control."""
+        with self._lock:
+            self._flags = flags
+            for vector in range(self.vectors):
+                self._resolve(vector)
+
+    def fire(self, vector: int) -> None:
+        """Interrupt by `vector`, or note that it is to be when it may; others are ignored."""
+        with self._lock:
+            if not 0 <= vector < self.vectors:
+                return
+            message = self._messages[vector]
+            if message is not None:
+                self._send(*message)
+            elif self.enabled:
+                self._pending[vector] = True
+
+    def read(self, offset: int, size: int) -> int:
+        """Answer a read of the table; 0 past its end."""
+        with self._lock:
+            return int.from_bytes(self._table[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take aligned writes of 4 or 8 bytes, which are all that is allowed."""
+        if size not in {4, 8} or offset % size or offset + size > len(self._table):
+            return
+        with self._lock:
+            self._table[offset : offset + size] = value.to_bytes(size, "little")
+            self._resolve(offset // ENTRY_LEN)
+
+    def _resolve(self, vector: int) -> None:
+        low, high, data, control = struct.unpack_from("<IIII", self._table, ENTRY_LEN * vector)
+        off = not self.enabled or self._flags & PCI_MSIX_FLAGS_MASKALL or control & _MASKED
+        message = self._messages[vector] = None if off else (high << 32 | low, data)
+        if message is not None and self._pending[vector]:
+            self._pending[vector] = False
+            self._send(*message)
+
+    def pending(self, offset: int, size: int) -> int:
+        """Answer a read of the pending bit array."""
+        with self._lock:
+            bits = sum([1 << vector for vector, waits in enumerate(self._pending) if waits])
+        return bits >> 8 * offset & (1 << 8 * size) - 1
+
+    def reset(self) -> None:
+        """Forget what is pending; table and enable bit are the driver's."""
+        with self._lock:
+            self._pending = [False] * self.vectors
+
+    def save(self) -> dict[str, Any]:
+        """Return table, flags and pending bits."""
+        with self._lock:
+            return {
+                "table": self._table.hex(),
+                "flags": self._flags,
+                "pending": list(self._pending),
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `save` returned."""
+        with self._lock:
+            self._table[:] = bytes.fromhex(state["table"])
+            self._pending = list(state["pending"])
+            self._flags = state["flags"]
+            for vector in range(self.vectors):
+                self._resolve(vector)

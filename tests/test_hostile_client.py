@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_session import Client, connect
 from tinyvmm import ninep
-from tinyvmm.fileserver import locks, session
+from tinyvmm.fileserver import hostfile, locks, session
 from tinyvmm.fileserver.host import HostNode, HostTree
 from tinyvmm.fileserver.hostfile import HostFile
 from tinyvmm.fileserver.locks import Lock, LockTable
@@ -158,6 +158,27 @@ def test_what_a_setattr_does_not_mean_may_hold_anything(client: Client, tmp_path
     client.ask(ninep.Tsetattr(fid=1, valid=1, mode=0o640, **garbage), ninep.Rsetattr)
     st = (tmp_path / "file").stat()
     assert (stat.S_IMODE(st.st_mode), st.st_size, st.st_uid) == (0o640, 5, os.getuid())
+
+
+def test_directories_read_again_and_again_are_not_remembered_without_end(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = hostfile._remembered
+    monkeypatch.setattr(hostfile, "ENTRIES_MAX", before + 100)
+    monkeypatch.setattr(hostfile, "ENTRIES_STEP", 1)
+    for number in range(50):
+        client.ask(ninep.Tmkdir(0, b"%d" % number, 0o755, 0), ninep.Rmkdir)
+    for fid in (1, 2):
+        client.walk(0, fid)
+        client.open(fid)
+    assert len(client.entries(1)) == 53
+    first = client.entries(2, count=1000)
+    client.fails(ninep.Treaddir(2, first[-1].offset, 4096), errno.ENOMEM)
+    client.clunk(1)
+    assert len(first) + len(client.entries(2, first[-1].offset)) == 53
+    assert len(client.entries(2)) == 53
+    client.clunk(2)
+    assert hostfile._remembered == before
 
 
 # --- what is no file ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ OpenDirectory runs under the tree's lock.
 
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from errno import (
@@ -22,6 +23,7 @@ from errno import (
     EISDIR,
     ELOOP,
     ENAMETOOLONG,
+    ENOMEM,
     ENOSPC,
     ENOTDIR,
     EOPNOTSUPP,
@@ -50,6 +52,10 @@ _OFFSET_MAX = (1 << 63) - 1
 # O_NOATIME is for owners and root; to try and fail would cost every open of anybody else.
 _LEAVE_NO_TRACE = os.O_CLOEXEC | (os.O_NOATIME if os.geteuid() == 0 else 0)
 _NAME_MAX = 255  # <linux/limits.h>
+ENTRIES_MAX = 1 << 22  # of all open directories together; each takes 300 bytes
+ENTRIES_STEP = 256  # an open directory takes its share of them in steps
+_remembered = 0
+_remembered_lock = threading.Lock()
 NO_SPACE = {ENOSPC, EDQUOT}
 
 
@@ -346,10 +352,19 @@ def _opened(fd: int | None) -> int:
     return -1 if fd is None else fd
 
 
+def _take_share(count: int) -> None:
+    """Let a directory remember `count` more entries, fewer if negative; ENOMEM if it may not."""
+    global _remembered
+    with _remembered_lock:
+        if count > 0 and _remembered + count > ENTRIES_MAX:
+            raise os_error(ENOMEM)
+        _remembered += count
+
+
 class OpenDirectory:
     """An open directory: entries are taken from `scan` as they are asked for, and remembered."""
 
-    __slots__ = ("_entries", "_lock", "_scan", "_source", "fd")
+    __slots__ = ("_entries", "_lock", "_scan", "_share", "_source", "fd")
 
     def __init__(
         self, fd: int | None, lock: Lock, scan: Callable[[], Iterator[tuple[Qid, int, bytes]]]
@@ -360,6 +375,7 @@ class OpenDirectory:
         self._scan = scan
         self._source: Iterator[tuple[Qid, int, bytes]] | None = None
         self._entries: list[DirEntry] = []
+        self._share = 0  # how many it may remember so far
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:  # noqa: ARG002
         """Refuse: directories are read by entries."""
@@ -386,6 +402,9 @@ class OpenDirectory:
             if self._source is None:
                 self._source = self._scan()
             while len(entries) <= index:
+                if len(entries) == self._share:
+                    _take_share(ENTRIES_STEP)
+                    self._share += ENTRIES_STEP
                 found = next(self._source, None)
                 if found is None:
                     return None
@@ -399,6 +418,8 @@ class OpenDirectory:
                 close()  # a generator: lets go of its scandir now
             self._source = None
             self._entries = []
+            _take_share(-self._share)
+            self._share = 0
 
     def fsync(self, datasync: bool) -> None:
         """Wait for the host's disk."""

@@ -60,7 +60,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     left = [thread for thread in left if thread.is_alive()]
     if left:
         sys.stderr.write(f"\nthreads that tests left behind: {left}\n")
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(2, all_threads=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         session.config.add_cleanup(lambda: _leave(pytest.ExitCode.TESTS_FAILED))
 

@@ -120,10 +120,10 @@ class Virtqueue:
             raise VirtqueueError(f"queue {self.index}: {error}") from None
         self._view = memory.view
         self._table = table
-        self._avail = avail.cast(
-            "H"
-        )  # [0] flags, [1] idx, [2:2 + size] ring, [2 + size] used_event
-        self._used = used.cast("H")  # [0] flags, [1] idx, [2 + 4 * size] avail_event
+        # Of each: [0] flags, [1] idx; then [2:2 + size] ring, [2 + size] used_event here,
+        self._avail = avail.cast("H")
+        # and [2 + 4 * size] avail_event here.
+        self._used = used.cast("H")
         self._used_ring = used[4 : 4 + 8 * size].cast("Q")  # le32 id, le32 len
         self._mask = size - 1
         self._used_event = 2 + size

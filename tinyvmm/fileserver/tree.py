@@ -79,8 +79,9 @@ class OpenFile(Protocol):
 class Node(Protocol):
     """One file of a tree."""
 
-    waits: bool
-    """Whether `stat`, `open` and `readlink` may have to wait for somebody else."""
+    @property
+    def waits(self) -> bool:
+        """Whether `stat`, `open` and `readlink` may have to wait for somebody else."""
 
     def qid(self) -> Qid:
         """Its identity, with the version as of the latest `stat`; costs no system call.

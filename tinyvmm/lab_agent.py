@@ -6,8 +6,9 @@ JSON followed by the command's stdin; an answer is a line of JSON followed by it
     {"argv": [...], "env": {...}, "cwd": "/", "timeout": 60, "pty": null, "stdin": 5}\nhello
     {"status": 0, "timed_out": false, "stdout": 5, "stderr": 0}\nhello
 
-While the command runs an empty line is sent every HEARTBEAT seconds: a lab may hang as a whole,
-under a command that would be right to take its time.
+While the command runs an empty line is sent every HEARTBEAT seconds, by a thread that has just been
+on every processor: a lab may hang as a whole, or one processor of it, under a command that would be
+right to take its time.
 
 `status` is as subprocess gives it: -N for signal N; `error` in its place says why there was no
 command to run. `pty` may be [rows, columns]: then the command has a terminal of its own, what it
@@ -50,11 +51,14 @@ def main() -> None:
 
 @contextlib.contextmanager
 def heartbeat(answers: IO[bytes]) -> Iterator[None]:
-    """Send a sign of life from time to time."""
+    """Send a sign of life of all processors from time to time."""
     done = threading.Event()
+    processors = sorted(os.sched_getaffinity(0))
 
     def beat() -> None:
         while not done.wait(HEARTBEAT):
+            for processor in processors:
+                os.sched_setaffinity(0, {processor})  # of this thread alone
             answers.write(b"\n")
             answers.flush()
 

@@ -31,8 +31,11 @@ def main() -> None:
             )
             outputs.append(done.stdout.decode())
             continue
-        process.stdin.write(f"{{ {command}\n}} 2>&1; echo {MARK}\n".encode())
-        process.stdin.flush()
+        try:
+            process.stdin.write(f"{{ {command}\n}} 2>&1; echo {MARK}\n".encode())
+            process.stdin.flush()
+        except BrokenPipeError:
+            break  # it ended too early, and its last words are told below
         lines = []
         for line in process.stdout:
             if line.decode().endswith(MARK + "\n"):

@@ -1,0 +1,213 @@
+"""9P in a guest: our virtio-9p beside QEMU's, on the same files, kernel and mount options.
+
+The same stock kernel boots, by turns, in our VMM and in QEMU's (`-accel kvm`, q35 machine,
+virtio-9p-pci with a `local` file system, security model passthrough); its PID 1 is a C program that
+does each thing on a mount without a cache and on one with `cache=loose`, and says how long it took
+by the guest's own clock. Ours is a shared directory, which is what QEMU's is. Where this computer's
+KVM cannot run Linux all of it happens in one lab, where Python is slowed down more than C is.
+
+A first round only warms caches; in it our requests are counted, and our exits.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+ROOT = str(Path(__file__).parent.parent)
+C_PROGRAM = Path(__file__).with_suffix(".c")
+FILES, ENTRIES, MIB, ROUNDS = 100, 1000, 8, 3  # the program knows ENTRIES as well
+LIMIT = 600  # seconds for one guest
+MODULES = ("virtio_pci", "9pnet_virtio", "9p")
+COMMON = "console=ttyS0 quiet panic=-1 no_timer_check pci=noearly"
+
+
+class Entry(NamedTuple):
+    """One thing done: how often, and how long it took; requests and exits where they are known."""
+
+    vmm: str
+    turn: int
+    cache: str
+    what: str
+    often: int
+    ns: int
+    requests: int = 0
+    exits: int = 0
+
+
+def make_tree(where: str) -> None:
+    """Make what the guests work on: small files, many entries, a large file, a repository."""
+    for name, count, content in (("small", FILES, b"x" * 4096), ("many", ENTRIES, b"")):
+        directory = Path(where, name)
+        directory.mkdir(parents=True)
+        for number in range(count):
+            (directory / f"file{number}").write_bytes(content)
+    Path(where, "large").write_bytes(b"x" * (MIB << 20))
+    repository = Path(where, "repository")
+    for number in range(40):
+        path = repository / f"directory{number % 10}" / f"file{number}.c"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"int function{number}(void);\n" * 20)
+    git = ["git", "-C", str(repository), "-c", "user.name=b", "-c", "user.email=b@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+
+
+def initramfs(program: str) -> tuple[bytes, list[str]]:
+    """Return the archive with the modules and `program` as PID 1, and the modules' paths in it."""
+    import stat
+
+    from tinyvmm.command import prepare_kernel
+    from tinyvmm.guest.initramfs import Archive
+
+    kernel, modules = prepare_kernel(None, MODULES)
+    kernel.close()
+    own = Archive().add_device("/dev/console", stat.S_IFCHR | 0o600, 5, 1)
+    own.add_file("/init", Path(program).read_bytes(), mode=0o755)
+    return bytes(modules.archive) + own.finish(), list(modules.paths)
+
+
+def run_ours(tree_path: str, archive: bytes, cmdline: str, turn: int) -> list[Entry]:
+    """Boot our VMM, and return what the program said."""
+    from tinyvmm import trace
+    from tinyvmm.boot import load_kernel
+    from tinyvmm.devices.virtio.p9 import Virtio9P
+    from tinyvmm.fileserver.host import HostTree
+    from tinyvmm.fileserver.session import Session
+    from tinyvmm.fileserver.union import open_tree
+    from tinyvmm.images import kernels
+    from tinyvmm.machine import Machine
+
+    lines: list[tuple[str, int, int]] = []  # each with the requests and exits so far
+    shown = bytearray()
+    requests = exits = 0
+
+    def console(data: bytes) -> None:
+        shown.extend(data)
+        while b"\n" in shown:
+            line, _, rest = shown.partition(b"\n")
+            lines.append((line.decode(errors="replace").strip(), requests, exits))
+            shown[:] = rest
+
+    def count(record: trace.Record) -> None:
+        nonlocal requests, exits
+        if isinstance(record, trace.NineP):
+            requests += record.session == "bench" and type(record.message).__name__[0] == "T"
+        elif isinstance(record, trace.Access | trace.Unclaimed):
+            exits += 1
+
+    tree = HostTree(tree_path)
+    with Machine(memory=1 << 30) as machine, load_kernel(kernels.find().vmlinuz) as kernel:
+        machine.add_board(console=console)
+        machine.add_virtio(Virtio9P("root", Session(open_tree([("/", "/")], []), name="root")))
+        machine.add_virtio(Virtio9P("bench", Session(tree, name="bench")))
+        machine.boot_linux(kernel, initrd=[archive], cmdline=cmdline)
+        if not turn:
+            trace.hook = count
+        machine.start()
+        try:
+            machine.wait(LIMIT)
+        finally:
+            trace.hook = None
+    found = []
+    before = 0, 0
+    for line, *counts in lines:
+        word, *rest = line.split() or [""]
+        if word == "begin":
+            before = counts[0], counts[1]
+        elif word == "end":
+            cache, what, often, ns = rest
+            sent, left = counts[0] - before[0], counts[1] - before[1]
+            found.append(Entry("ours", turn, cache, what, int(often), int(ns), sent, left))
+    if "done" not in [line for line, *_ in lines]:
+        raise RuntimeError("\n".join(line for line, *_ in lines[-10:]))
+    return found
+
+
+def run_qemu(tree_path: str, vmlinuz: str, initrd: str, cmdline: str, turn: int) -> list[Entry]:
+    """Boot QEMU, and return what the program said."""
+    qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "1024", "-nodefaults"]
+    qemu += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-M", "q35"]
+    qemu += ["-kernel", vmlinuz, "-initrd", initrd, "-append", cmdline]
+    for tag, path, more in (("root", "/", ",readonly=on"), ("bench", tree_path, "")):
+        fs = f"local,id={tag},path={path},security_model=passthrough,multidevs=remap{more}"
+        qemu += ["-fsdev", fs, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    done = subprocess.run(
+        qemu, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False
+    )
+    lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines()]
+    if "done" not in lines:
+        raise RuntimeError("\n".join(lines[-10:]) + done.stderr.decode())
+    words = [line.split() for line in lines]
+    return [
+        Entry("QEMU", turn, cache, what, int(often), int(ns))
+        for cache, what, often, ns in [line[1:] for line in words if line[:1] == ["end"]]
+    ]
+
+
+def measure(source: str, program: str, count: int) -> list[Entry]:
+    """Run both `count` times in turn on a copy of `source`, after once to warm caches."""
+    from tinyvmm.fileserver.descriptors import raise_nofile_limit
+    from tinyvmm.images import kernels
+
+    raise_nofile_limit()
+    found = []
+    with tempfile.TemporaryDirectory() as work:
+        tree_path = os.path.join(work, "tree")
+        shutil.copytree(source, tree_path, symlinks=True)
+        archive, modules = initramfs(program)
+        initrd = os.path.join(work, "initrd")
+        Path(initrd).write_bytes(archive)
+        cmdline = f"{COMMON} -- {FILES} {MIB} {' '.join(modules)}"
+        for turn in range(count + 1):
+            found += run_ours(tree_path, archive, f"reboot=a {cmdline}", turn)
+            found += run_qemu(tree_path, kernels.find().vmlinuz, initrd, cmdline, turn)
+    return found
+
+
+def show(found: list[Entry]) -> None:
+    """Print one line for each thing done."""
+    columns = "ours", "QEMU", "ratio", "requests", "exits"
+    print(f"{'microseconds for each':28}" + "".join(f"{name:>9}" for name in columns))
+    for cache, what in dict.fromkeys((entry.cache, entry.what) for entry in found):
+        those = [entry for entry in found if (entry.cache, entry.what) == (cache, what)]
+        middle = {
+            vmm: median(e.ns / e.often / 1000 for e in those if e.vmm == vmm and e.turn)
+            for vmm in ("ours", "QEMU")
+        }
+        (first,) = (entry for entry in those if entry.vmm == "ours" and not entry.turn)
+        print(
+            f"{cache:6}{what:22}{middle['ours']:9.0f}{middle['QEMU']:9.0f}"
+            f"{middle['ours'] / middle['QEMU']:9.2f}"
+            f"{first.requests / first.often:9.1f}{first.exits / first.often:9.1f}"
+        )
+
+
+def main() -> None:
+    """Measure, here or in the lab, and print."""
+    from tinyvmm.lab import Lab, python_command
+    from tinyvmm.probe import missing_for_linux
+
+    with tempfile.TemporaryDirectory() as directory:
+        source, program = os.path.join(directory, "source"), os.path.join(directory, "program")
+        make_tree(source)
+        subprocess.run(["gcc", "-O2", "-static", "-o", program, str(C_PROGRAM)], check=True)
+        initramfs(program)  # which fills the cache that the lab sees as well
+        if missing_for_linux() is None:
+            found = measure(source, program, ROUNDS)
+        else:
+            code = (
+                f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.guest9p import measure"
+                f"; print(json.dumps(measure({source!r}, {program!r}, {ROUNDS})))"
+            )
+            with Lab() as lab:
+                done = lab.run(python_command(code, []), timeout=LIMIT * 2 * (ROUNDS + 1))
+            if done.status:
+                sys.exit(done.stderr.decode())
+            found = [Entry(*entry) for entry in json.loads(done.stdout)]
+    show(found)

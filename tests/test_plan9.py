@@ -701,6 +701,26 @@ def test_a_directory_is_read_from_its_start_or_where_the_last_read_ended(client:
     client.fails(ninep.Twrite(1, 0, b"x"), errno.EISDIR)
 
 
+def test_the_rest_of_a_buffer_filled_by_several_reads_gets_nothing(
+    client: Client, top: Path
+) -> None:
+    for number in range(20):
+        (top / f"f{number:02}").touch()
+    client.walk(1)
+    client.open(1)
+    seen: list[bytes] = []
+    offset = 0
+    while True:  # as p9_client_read in net/9p/client.c of Linux 6.1
+        buffer = b""
+        while piece := client.read(1, offset, 400 - len(buffer)):
+            buffer += piece
+            offset += len(piece)
+        if not buffer:
+            break
+        seen += [entry.name for entry in client.dialect.decode_records(Stat, buffer)]
+    assert sorted(seen) == sorted(map(os.fsencode, os.listdir(top)))
+
+
 def test_entries_that_go_while_a_directory_is_read_are_left_out(client: Client, top: Path) -> None:
     for number in range(20):
         (top / f"f{number:02}").touch()

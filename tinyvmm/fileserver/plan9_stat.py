@@ -103,25 +103,31 @@ class Directory:
         self._lock = Lock()
         self._offset = 0  # where a client that goes on has to
         self._cookie = 0  # what `readdir` calls that place
+        self._asked = 0  # bytes wanted by the read that started afresh
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Whole records only, as many as fit; EINVAL if not one does.
 
         read(5): the offset is 0, for a fresh start, or where the last read ended.
+
+        A reader that wants less than at its start is filling one buffer by several reads, as Linux
+        does (p9_client_read in net/9p/client.c), and stops at nothing or an error, which its user
+        would see: the rest of its buffer gets nothing.
         """
+        room = sum([len(buffer) for buffer in buffers])
         with self._lock:
             if not offset:
                 self._offset = self._cookie = 0
+                self._asked = room
             elif offset != self._offset:
                 raise failure(ESPIPE)
-            room = sum([len(buffer) for buffer in buffers])
             cookie = self._cookie
             records: list[bytes] = []
             size = 0
             for _, after, _, name in self._file.readdir(cookie):
                 record = self._record(name)
                 if size + len(record) > room:
-                    if not size:
+                    if not size and room >= self._asked:
                         raise failure(EINVAL)
                     break
                 records.append(record)

@@ -29,6 +29,7 @@ from errno import (
     EOPNOTSUPP,
     EPERM,
 )
+from itertools import islice
 from types import TracebackType
 from typing import Protocol
 
@@ -392,24 +393,26 @@ class OpenDirectory:
         """Entries after `cookie`, a count of entries since the last start from 0."""
         if cookie == 0:
             self._stop()
-        while (entry := self._entry(cookie)) is not None:
-            yield entry
-            cookie += 1
+        while some := self._some(cookie):
+            yield from some
+            cookie += len(some)
 
-    def _entry(self, index: int) -> DirEntry | None:
+    def _some(self, index: int) -> list[DirEntry]:
+        """The entries from `index` on, a step of them at most; none at the end."""
         entries = self._entries
         with self._lock:
             if self._source is None:
                 self._source = self._scan()
             while len(entries) <= index:
-                if len(entries) == self._share:
+                if len(entries) + ENTRIES_STEP > self._share:
                     _take_share(ENTRIES_STEP)
                     self._share += ENTRIES_STEP
-                found = next(self._source, None)
-                if found is None:
-                    return None
-                entries.append((found[0], len(entries) + 1, found[1], found[2]))
-            return entries[index]
+                found = list(islice(self._source, ENTRIES_STEP))
+                if not found:
+                    break
+                numbered = enumerate(found, len(entries) + 1)
+                entries += [(qid, cookie, dtype, name) for cookie, (qid, dtype, name) in numbered]
+            return entries[index : index + ENTRIES_STEP]
 
     def _stop(self) -> None:
         with self._lock:

@@ -5,11 +5,12 @@ have to wait is described as a `Slow`, for the session to have done on a thread 
 """
 
 import os
+import stat
 from collections.abc import Callable
 from errno import EINVAL
 from typing import Any
 
-from tinyvmm.fileserver.tree import Node, OpenFile
+from tinyvmm.fileserver.tree import NO_ID, SETATTR_MODE, Node, OpenFile
 from tinyvmm.ninep import Message
 
 OFFSET_MAX = (1 << 63) - 1  # loff_t
@@ -38,7 +39,9 @@ def offset_of(number: int) -> int:
 class Fid:
     """A client's file. Owns one reference to `node` and one to `parent`."""
 
-    __slots__ = ("busy", "doomed", "file", "gone", "locked", "name", "node", "parent", "uid")
+    __slots__ = (
+        "busy", "doomed", "file", "gone", "locked", "name", "node", "parent", "set_id", "uid"
+    )  # fmt: skip
 
     def __init__(self, node: Node, uid: int, parent: Node | None, name: bytes) -> None:
         self.node = node
@@ -50,12 +53,26 @@ class Fid:
         self.busy = 0  # requests that use it on other threads
         self.doomed = False  # to be removed when clunked (Tremove, ORCLOSE)
         self.gone = False  # clunked; the last of those requests closes it
+        self.set_id = False  # open for writing, and a write clears set-id bits
 
     def move(self, node: Node, name: bytes, file: OpenFile | None) -> None:
         """Stand for a file just made in the directory it stood for; takes what it is given."""
         if self.parent is not None:
             self.parent.close()
         self.parent, self.node, self.name, self.file = self.node, node, name, file
+
+    def clear_set_id(self) -> None:
+        """Have a user's write clear set-id bits, as Linux does (file_remove_privs in fs/inode.c).
+
+        The host does it for us where we are that user; as root we may write and keep them.
+        """
+        self.set_id = False
+        if self.uid in {0, NO_ID}:
+            return
+        mode = self.node.stat().st_mode
+        bits = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        if stat.S_ISREG(mode) and mode & bits:
+            self.node.setattr(SETATTR_MODE, mode=stat.S_IMODE(mode) & ~bits)
 
     def close(self) -> None:
         """Give everything back; raises what closing the file has to say."""

@@ -28,6 +28,7 @@ from tinyvmm.fileserver.tree import (
     NO_ID,
     SETATTR_ATIME_SET,
     SETATTR_GID,
+    SETATTR_MODE,
     SETATTR_MTIME_SET,
     SETATTR_SIZE,
     SETATTR_UID,
@@ -125,6 +126,9 @@ def Tlopen(session: "Session", m: ninep.Tlopen) -> Answer:
             file.close()
             raise failure(EBADF)
         fid.file = file
+        fid.set_id = bool(flags & os.O_ACCMODE)
+        if flags & os.O_TRUNC:
+            fid.clear_set_id()
         return ninep.Rlopen(node.qid(), 0)
 
     flags &= OPEN_FLAGS
@@ -231,7 +235,7 @@ def Trename(session: "Session", m: ninep.Trename) -> Message:
 
 def Tsetattr(session: "Session", m: ninep.Tsetattr) -> Message:
     """Change what `valid` names."""
-    node = session.node(m.fid)
+    fid = session.fid(m.fid)
     valid = m.valid
     if m.uid == NO_ID:
         valid &= ~SETATTR_UID
@@ -241,7 +245,9 @@ def Tsetattr(session: "Session", m: ninep.Tsetattr) -> Message:
     size = offset_of(m.size) if valid & SETATTR_SIZE else 0
     atime_ns = _nanoseconds(m.atime_sec, m.atime_nsec) if valid & SETATTR_ATIME_SET else 0
     mtime_ns = _nanoseconds(m.mtime_sec, m.mtime_nsec) if valid & SETATTR_MTIME_SET else 0
-    node.setattr(valid, m.mode & 0o7777, m.uid, m.gid, size, atime_ns, mtime_ns)
+    fid.node.setattr(valid, m.mode & 0o7777, m.uid, m.gid, size, atime_ns, mtime_ns)
+    if valid & SETATTR_SIZE and not valid & SETATTR_MODE:
+        fid.clear_set_id()
     return ninep.Rsetattr()
 
 

@@ -476,14 +476,19 @@ class Session:
 
     def Twrite(self, m: ninep.Twrite) -> Answer:
         """Write from the request straight into the file, if that need not wait."""
-        file = self.file(m.fid)
+        fid = self.fid(m.fid)
+        file = fid.file
+        if file is None:
+            raise failure(EBADF)
         offset = offset_of(m.offset)
+        if fid.set_id:
+            fid.clear_set_id()
         views = m.data if isinstance(m.data, list) else [memoryview(m.data)]
         count = file.writev_now(views, offset)
         if count is not None:
             return ninep.Rwrite(count)
         data = memoryview(b"".join(views))
-        return Slow(self.fid(m.fid), lambda: file.writev([data], offset), ninep.Rwrite)
+        return Slow(fid, lambda: file.writev([data], offset), ninep.Rwrite)
 
     def room(self, kind: type[Message], count: int) -> list[memoryview]:
         """Where the data of the reply goes: no more than asked, agreed or there."""

@@ -35,6 +35,8 @@ from tinyvmm.fileserver.qids import QID_TYPES, QidPaths, version_of
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, NO_ID, Node, OpenFile
 from tinyvmm.ninep import Qid
 
+DT_REG = stat.S_IFREG >> 12  # of readdir(3)
+
 
 class HostTree:
     """The host directory `path`, read and written in place."""
@@ -240,10 +242,13 @@ class HostNode:
         yield self.qid(), stat.S_IFDIR >> 12, b"."
         yield (self.parent or self).qid(), stat.S_IFDIR >> 12, b".."
         with os.scandir(fd_path(fd)) as entries:
-            for entry in entries:
-                dtype = dtype_of(entry)
-                qid = Qid(QID_TYPES.get(dtype << 12, 0), 1, path(0, dev, entry.inode()))
-                yield qid, dtype, entry.name
+            for entry in entries:  # thousands, most of them regular files
+                if entry.is_file(follow_symlinks=False):
+                    yield Qid(0, 1, path(0, dev, entry.inode())), DT_REG, entry.name
+                else:
+                    dtype = dtype_of(entry)
+                    qid = Qid(QID_TYPES.get(dtype << 12, 0), 1, path(0, dev, entry.inode()))
+                    yield qid, dtype, entry.name
 
     def readlink(self) -> bytes:
         """The content of a symbolic link."""

@@ -162,3 +162,20 @@ def test_an_address_in_use_is_said_to_be(tmp_path: Path) -> None:
     remedy = "stop who listens there, or give another port"
     assert done.stderr == f"tinyvmm: cannot listen at {address}: Address already in use; {remedy}\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_an_output_that_takes_nothing_is_said_to_be(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*SERVE, "--listen", f"unix:{tmp_path}/s", "--shared", str(tmp_path)],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANG,
+            check=False,
+        )
+    assert done.returncode == 125
+    assert done.stderr.startswith("tinyvmm: cannot say where clients connect: No space left")
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []

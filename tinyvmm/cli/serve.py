@@ -11,6 +11,7 @@ from tinyvmm.errors import ConfigError
 if TYPE_CHECKING:
     from types import FrameType
 
+    from tinyvmm.fileserver.server import Server
     from tinyvmm.fileserver.tree import Tree
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
@@ -140,8 +141,7 @@ def main(args: argparse.Namespace) -> int:
 
             before = {number: signal.signal(number, stop) for number in _STOP}
             try:
-                where = " and ".join(map(str, server.addresses))
-                print(f"tinyvmm: 9P at {where}", flush=True)
+                say_where(server)
                 server.serve()
             finally:
                 for number, handler in before.items():
@@ -149,6 +149,19 @@ def main(args: argparse.Namespace) -> int:
     finally:
         tree.close()
     return 0
+
+
+def say_where(server: "Server") -> None:
+    """Tell who waits for it that clients can come, and at which ports."""
+    where = " and ".join(map(str, server.addresses))
+    try:
+        print(f"tinyvmm: 9P at {where}", flush=True)
+    except BrokenPipeError:
+        raise  # for who reads all our output
+    except OSError as error:
+        raise ConfigError(
+            f"cannot say where clients connect: {error.strerror}; give an output that takes a line"
+        ) from None
 
 
 def open_served(args: argparse.Namespace) -> "Tree":

@@ -64,7 +64,7 @@ on_both "fio mmap" "$fio --rw=write --ioengine=mmap; rm f.*"
 try "dbench" "dbench -t 8 -D $work 2 | tee dbench.out; grep -q ^Throughput dbench.out; ! grep -q ERROR dbench.out"
 
 # Of stress-ng's file system class: those with --verify, a few rounds each.
-stressors="access chmod dentry dir fcntl flock getdent hdd link rename symlink utime xattr"
+stressors="access chmod dentry dir fcntl flock getdent hdd rename utime xattr"
 for stressor in $stressors; do
   try "stress-ng $stressor" "stress-ng --temp-path $work --verify --timeout 20 --quiet \
     --$stressor 1 --$stressor-ops 10"

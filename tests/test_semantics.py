@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,6 +211,55 @@ def test_everything_is_removed_while_it_is_listed(served: Served) -> None:
                 gone.add(entry.name)
     assert gone == names
     client.ask(ninep.Tunlinkat(served.walk("dir"), b"sub", AT_REMOVEDIR), ninep.Runlinkat)
+
+
+def test_a_hundred_thousand_entries_are_listed_once_each(tmp_path: Path) -> None:
+    names = {b"entry-%d" % number for number in range(100_000)}
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    for name in names:
+        os.mknod(name, dir_fd=directory)
+    os.close(directory)
+    tree = HostTree(str(tmp_path))
+    client = connect(tree)
+    client.walk(0, 1)
+    client.open(1)
+    found: list[bytes] = []
+    offset = 0
+    while entries := client.entries(1, offset, 8000):
+        found += [entry.name for entry in entries]
+        offset = entries[-1].offset
+    client.session.close()
+    tree.close()
+    assert len(found) == len(names) + 2
+    assert set(found) == names | {b".", b".."}
+
+
+@needs_root
+def test_files_of_two_file_systems_in_one_tree_do_not_collide(tmp_path: Path) -> None:
+    places = [tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "test", place], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount here: {done.stderr.decode()}")
+    try:
+        for place in places:
+            (place / "file").write_bytes(b"")
+        assert len({(place / "file").stat().st_ino for place in places}) == 1
+        tree = HostTree(str(tmp_path))
+        client = connect(tree)
+        paths = {
+            client.walk(0, fid, name, b"file").wqid[1].path
+            for fid, name in enumerate((b"one", b"two"), 1)
+        }
+        client.session.close()
+        tree.close()
+        assert len(paths) == 2
+    finally:
+        for place in places:
+            subprocess.run(["umount", "-l", place], check=True)
 
 
 ACL = struct.pack("<I" + "HHI" * 5, 2,  # POSIX_ACL_XATTR_VERSION, <linux/posix_acl_xattr.h>

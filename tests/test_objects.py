@@ -10,6 +10,7 @@ import stat
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,11 @@ def test_an_entry_says_more_and_at_two_places_is_one_file() -> None:
         ({5: b""}, "a name is str or bytes, which 5 is not"),
         ({"a": b"", b"a": b""}, "/a is there twice"),
         ({"gone": Path("/nowhere/at/all")}, "it is not there"),
+        ({"\ud800": b""}, "cannot be a name"),
+        ({"a": "\ud800"}, "/a: no bytes can be had of it"),
+        ({"a": Symlink("x" * 4096)}, "/a: a symbolic link holds at most 4095 bytes"),
+        ({"a": Symlink("x\0y")}, "and no NUL"),
+        ({"a": Entry(b"", uid=1 << 32)}, "/a: there can be no owner 4294967296"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_that_says_where(files: object, words: str) -> None:
@@ -199,6 +205,8 @@ def test_what_a_function_does_wrong_is_an_error_to_the_client_and_a_line_in_the_
         "breaks": breaks,
         "leaves": lambda: sys.exit(3),
         "pieces": lambda: [b"x", 5],
+        "text": lambda: "\ud800",
+        "texts": lambda: ["x", "\ud800"],
     }
     client = client_of(files)
 
@@ -219,10 +227,13 @@ def test_what_a_function_does_wrong_is_an_error_to_the_client_and_a_line_in_the_
     problem(b"breaks", errno.EIO, b"begun")
     problem(b"leaves", errno.EIO)
     problem(b"pieces", errno.EIO, b"x")
+    problem(b"text", errno.EIO)
+    problem(b"texts", errno.EIO, b"x")
     for line, words in zip(
         said,
         ("/zero: ZeroDivisionError", "/number: gave int", "/breaks: ValueError: broken",
-         "/leaves: SystemExit", "/pieces: gave a piece of int"),
+         "/leaves: SystemExit", "/pieces: gave a piece of int",
+         "/text: UnicodeEncodeError", "/texts: UnicodeEncodeError"),
         strict=True,
     ):  # fmt: skip
         assert words in line
@@ -321,6 +332,46 @@ def test_memory_that_clients_may_fill_has_a_limit_and_comes_back() -> None:
     assert tree.used < 10_000
 
 
+def test_shortening_what_the_maker_gave_gives_clients_no_more_and_it_can_be_removed() -> None:
+    files = {"a": bytearray(100_000)}
+    tree = ObjectTree(files, writable=True, limit=50_000)
+    client = connect(tree)
+    client.walk(0, 1, b"a")
+    client.ask(ninep.Tsetattr(1, 8, 0, 0, 0, 0, 0, 0, 0, 0), ninep.Rsetattr)
+    assert files == {"a": b""}
+    assert tree.used == 0
+    client.walk(0, 2)
+    client.ask(ninep.Tlcreate(2, b"b", os.O_RDWR, 0o644, 0), ninep.Rlcreate)
+    assert client.write(2, bytes(8000), 40_000) == 8000
+    client.fails(ninep.Twrite(2, 48_000, bytes(8000)), errno.ENOSPC)
+    client.ask(ninep.Tunlinkat(0, b"a", 0), ninep.Runlinkat)
+    client.clunk(1)
+    assert tree.used < 50_000
+
+
+def test_a_mapping_that_refuses_a_change_is_an_error_to_the_client_and_nothing_changes(
+    said: list[str],
+) -> None:
+    class Kept(dict[str, object]):
+        def __setitem__(self, key: str, value: object) -> None:
+            raise ValueError("kept as it is")
+
+        def __delitem__(self, key: str) -> None:
+            raise PermissionError(errno.EPERM, "kept")
+
+    kept = Kept(a=b"x")
+    tree = ObjectTree(kept, writable=True)
+    client = connect(tree)
+    client.fails(ninep.Tmkdir(0, b"new", 0o755, 0), errno.EIO)
+    client.fails(ninep.Tunlinkat(0, b"a", 0), errno.EPERM)
+    assert kept == {"a": b"x"}
+    assert tree.used == 0
+    assert read(client, b"a") == b"x"
+    client.fails(ninep.Twalk(0, 3, (b"new",)), errno.ENOENT)
+    assert len(said) == 1
+    assert "ValueError: kept as it is" in said[0]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
@@ -398,6 +449,21 @@ def test_a_member_that_leads_out_is_refused(name: str) -> None:
         ObjectTree(tar_of((name, b"x", {})))
 
 
+@pytest.mark.parametrize("when", ["nan", "inf", "-inf", "1e400"])
+def test_a_time_that_is_none_is_now(when: str) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a")
+        member.pax_headers = {"mtime": when}
+        archive.addfile(member)
+    packed.seek(0)
+    before = time.time()
+    with tarfile.open(fileobj=packed) as archive:
+        client = client_of(archive)
+        client.walk(0, 1, b"a")
+        assert client.getattr(1).mtime_sec >= int(before)
+
+
 def test_of_members_with_one_name_the_last_counts() -> None:
     archive = tar_of(
         ("a", b"first", {}),
@@ -453,6 +519,25 @@ def test_a_file_server_serves_while_it_lasts() -> None:
     assert not os.path.exists(os.path.dirname(path))
     with pytest.raises(ConfigError, match="start a server"):
         connect_to(server.address)
+
+
+def test_a_file_server_may_serve_on_the_thread_that_made_it() -> None:
+    server = FileServer({"hello": b"hi"})
+    found = []
+
+    def visit() -> None:
+        try:
+            with connect_to(server.address) as client, client.attach() as root:
+                found.append(root.walk(b"hello").open().read())
+        finally:
+            server.stop()
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    server.serve()
+    visitor.join(HANG)
+    assert found == [b"hi"]
+    assert not os.path.exists(os.path.dirname(server.address.removeprefix("unix:")))
 
 
 def test_a_file_server_that_cannot_be_leaves_nothing(

@@ -17,9 +17,8 @@ from typing import IO
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.contents import Member
-from tinyvmm.fileserver.entry import Entry, Special, Symlink
+from tinyvmm.fileserver.entry import TARGET_MAX, Entry, Special, Symlink
 
-TARGET_MAX = 4095  # bytes of a symbolic link's content: PATH_MAX, less the NUL
 _UNIX = 3  # "version made by", its upper byte: APPNOTE.TXT, 4.4.2.2
 _SPECIAL = {tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR}
 _SPECIAL[tarfile.BLKTYPE] = stat.S_IFBLK
@@ -129,13 +128,12 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[Found]:
             entry = known.get(tuple(_steps(what, _tar_name(archive, info.linkname))))
         if entry is None:
             content = _tar_content(archive, info, what, lock)
-            mtime_ns = round(info.mtime * 10**9)
             entry = Entry(
                 content,
                 mode=stat.S_IMODE(info.mode),
                 uid=info.uid,
                 gid=info.gid,
-                mtime_ns=mtime_ns,
+                mtime_ns=_tar_time(info),
             )
             known[tuple(_steps(what, name))] = entry
         yield what, name, entry
@@ -161,6 +159,13 @@ def _tar_opener(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Callable[[],
         return opened
 
     return opener
+
+
+def _tar_time(info: tarfile.TarInfo) -> int | None:
+    try:
+        return round(info.mtime * 10**9)
+    except (OverflowError, ValueError):  # a pax header may say "inf" or "nan"
+        return None
 
 
 def _tar_name(archive: tarfile.TarFile, name: str) -> bytes:

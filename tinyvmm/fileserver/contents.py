@@ -92,7 +92,9 @@ class Called:
 
     def size(self, *, ask: bool) -> int:
         """What a call gives now, if it gives all at once."""
-        data = as_bytes(guarded(self._what, self._function)) if ask else None
+        if not ask:
+            return 0
+        data = guarded(self._what, lambda: as_bytes(self._function()))
         return 0 if data is None else len(data)
 
     def open(self, *, wait: bool) -> OpenFile:
@@ -298,7 +300,7 @@ class StreamFile(ReadOnlyFile):
         if function is None:
             return
         result = guarded(self._what, function)
-        data = as_bytes(result)
+        data = guarded(self._what, lambda: as_bytes(result))  # not all text can be encoded
         if data is not None:
             self._kept = data
         elif isinstance(result, Iterable) and not isinstance(result, Mapping):
@@ -314,7 +316,7 @@ class StreamFile(ReadOnlyFile):
         if piece is _END:
             self._pieces = None
             return
-        data = as_bytes(piece)
+        data = guarded(self._what, lambda: as_bytes(piece))
         if data is None:
             complain(self._what, f"gave a piece of {type(piece).__name__}, not bytes or str")
             raise os_error(EIO)

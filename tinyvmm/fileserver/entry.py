@@ -2,6 +2,8 @@
 
 from os import fsencode
 
+TARGET_MAX = 4095  # bytes of a symbolic link's content: PATH_MAX, less the NUL
+
 
 class Entry:
     """Content with attributes: `{"run": Entry(script, mode=0o755)}`.

@@ -35,8 +35,8 @@ from errno import (
 from threading import RLock
 from typing import Any, Protocol
 
-from tinyvmm.fileserver.contents import Contents, fill
-from tinyvmm.fileserver.entry import Entry, Symlink
+from tinyvmm.fileserver.contents import Contents, fill, guarded
+from tinyvmm.fileserver.entry import TARGET_MAX, Entry, Symlink
 from tinyvmm.fileserver.hostfile import (
     OpenDirectory,
     check_name,
@@ -63,7 +63,6 @@ from tinyvmm.fileserver.tree import (
 from tinyvmm.ninep import Qid
 
 NODE_COST = 1024  # bytes that a file made by a client is charged for being there
-TARGET_MAX = 4095  # bytes of a symbolic link: PATH_MAX, less the NUL
 OFFSET_MAX = (1 << 63) - 1
 BLOCK = 4096
 
@@ -339,19 +338,24 @@ class ObjectNode:
         return node
 
     def _add(self, name: bytes, node: "ObjectNode", value: object) -> "ObjectNode":
-        node.nlink = 1
         node.value = value
-        self.put(name, node)
+        try:
+            self.put(name, node)
+        except OSError:
+            node.close()  # its memory too
+            raise
+        node.nlink = 1
         self.modified()
         return node
 
     def put(self, name: bytes, node: "ObjectNode", key: str | bytes | None = None) -> None:
         """Have `node` as the entry `name`, in the maker's dict too, if there is one."""
-        node.parent = self
-        node.key = os.fsdecode(name) if key is None else key
-        self._directory()[name] = node
+        called = os.fsdecode(name) if key is None else key
         if self.mapping is not None and key is None:
-            self.mapping[node.key] = node.value
+            _tell(self.mapping, called, node.value)
+        node.parent = self
+        node.key = called
+        self._directory()[name] = node
 
     def link(self, name: bytes, target: Node) -> None:
         """Refuse (EPERM): a dict holds no hard links."""
@@ -423,12 +427,10 @@ class ObjectNode:
 
     def take(self, name: bytes, node: "ObjectNode") -> None:
         """Have an entry no more, in the maker's dict neither."""
-        del self._directory()[name]
         if self.mapping is not None:
-            for key in (node.key, os.fsdecode(name), name):  # the first, unless it has two names
-                if key in self.mapping:
-                    del self.mapping[key]
-                    break
+            # The first key it is, unless the file has two names.
+            _forget(self.mapping, (node.key, os.fsdecode(name), name))
+        del self._directory()[name]
 
     def lose_name(self) -> None:
         """Have one name less."""
@@ -456,9 +458,11 @@ class ObjectNode:
 
     def _resize(self, size: int) -> None:
         """Have `size` bytes, in a bytearray, charged to the tree and known to its maker."""
-        base = self.charged - len(self.data) if isinstance(self.data, bytearray) else self.charged
-        self.tree.charge(base + size - self.charged)
-        self.charged = base + size
+        before = len(self.data) if isinstance(self.data, bytearray) else 0
+        # Never below 0: shortening what its maker gave frees nothing that clients were charged.
+        charged = max(self.charged + size - before, 0)
+        self.tree.charge(charged - self.charged)
+        self.charged = charged
         data = self.data if isinstance(self.data, bytearray) else bytearray(self.data)
         try:
             _set_length(data, size)
@@ -476,7 +480,7 @@ class ObjectNode:
             return
         self.value = value
         if self.nlink and self.parent is not None and self.parent.mapping is not None:
-            self.parent.mapping[self.key] = value
+            _tell(self.parent.mapping, self.key, value)
 
     def modified(self) -> None:
         """Note the time of a change."""
@@ -542,6 +546,23 @@ class ObjectNode:
     def removexattr(self, name: bytes) -> None:
         """EOPNOTSUPP."""
         self.setxattr(name, b"", 0)
+
+
+def _tell(mapping: MutableMapping[Any, object], key: str | bytes, value: object) -> None:
+    """Change the maker's mapping, which may be of a class of its own and raise what it likes."""
+    guarded(f"entry {key!r}", lambda: mapping.__setitem__(key, value))
+
+
+def _forget(mapping: MutableMapping[Any, object], keys: Sequence[str | bytes]) -> None:
+    """Remove the first of `keys` that is in the maker's mapping."""
+
+    def remove() -> None:
+        for key in keys:
+            if key in mapping:
+                del mapping[key]
+                return
+
+    guarded(f"entry {keys[0]!r}", remove)
 
 
 def _set_length(data: bytearray, size: int) -> None:

@@ -25,12 +25,12 @@ from typing import cast
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.contents import Called, Member, Streamed, as_bytes
-from tinyvmm.fileserver.entry import Entry, Special, Symlink
+from tinyvmm.fileserver.entry import TARGET_MAX, Entry, Special, Symlink
 from tinyvmm.fileserver.hostfile import check_name, os_error
 from tinyvmm.fileserver.mounted import Mount
 from tinyvmm.fileserver.object_node import BLOCK, NODE_COST, ObjectNode
 from tinyvmm.fileserver.qids import QidPaths
-from tinyvmm.fileserver.tree import Tree
+from tinyvmm.fileserver.tree import NO_ID, Tree
 from tinyvmm.ninep import Qid
 
 LIMIT = 64 << 20  # bytes that clients may store, unless the tree's maker says otherwise
@@ -166,9 +166,13 @@ class _Builder:
         if not isinstance(key, str | bytes):
             raise ConfigError(f"{where}: a name is str or bytes, which {key!r} is not")
         place = f"{where}{key if isinstance(key, str) else os.fsdecode(key)}"
-        name = os.fsencode(key)
         try:
+            name = os.fsencode(key)
             check_name(name)
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{place!r} cannot be a name: it has no bytes; give another"
+            ) from None
         except OSError as error:
             problem = error.strerror or "no name"
             raise ConfigError(f"{place!r} cannot be a name: {problem}; give another") from None
@@ -210,6 +214,9 @@ class _Builder:
             readonly = True
             attributes, content = content, content.content
         kind, mode = _kind(content)
+        for number in (attributes.uid, attributes.gid):
+            if number is not None and not 0 <= number < NO_ID:
+                raise ConfigError(f"{place}: there can be no owner {number}; give one of 32 bits")
         node = ObjectNode(
             self._tree,
             kind,
@@ -227,13 +234,21 @@ class _Builder:
         return node
 
     def _fill(self, node: ObjectNode, content: object, place: str) -> None:
-        data = as_bytes(content)
+        try:
+            data = as_bytes(content)
+        except ValueError as error:
+            raise ConfigError(f"{place}: no bytes can be had of it: {error}; give bytes") from None
         if data is not None:
             # A bytearray is the maker's to change as well; all else is copied once it is written.
             node.data = content if isinstance(content, bytearray) else data
         elif isinstance(content, Mapping):
             self._fill_directory(node, content, place)
         elif isinstance(content, Symlink):
+            if len(content.target) > TARGET_MAX or b"\0" in content.target:
+                raise ConfigError(
+                    f"{place}: a symbolic link holds at most {TARGET_MAX} bytes and no NUL; "
+                    "give another target"
+                )
             node.target = content.target
         elif isinstance(content, Special):
             node.rdev = content.rdev

@@ -17,7 +17,7 @@ from tinyvmm.fileserver.server import Server
 
 
 class FileServer:
-    """Serves `files` for as long as a `with` lasts."""
+    """Serves `files` for as long as a `with` or `serve` lasts."""
 
     def __init__(
         self,
@@ -54,8 +54,22 @@ class FileServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._server.stop()
+        self.stop()
         self._thread.join()
+        self._end()
+
+    def serve(self) -> None:
+        """Serve on this thread, without a `with`, until `stop` or an exception such as Ctrl-C."""
+        try:
+            self._server.serve()
+        finally:
+            self._end()
+
+    def stop(self) -> None:
+        """Have `serve` return soon; any thread or signal handler may call."""
+        self._server.stop()
+
+    def _end(self) -> None:
         self._server.close()
         self._clean()
 

@@ -500,6 +500,30 @@ def test_setuid_and_sticky_bits_are_unixs(unix: Client, plain: Client, top: Path
     assert stat.S_IMODE((top / "file").stat().st_mode) == 0o4755
 
 
+@pytest.mark.skipif(not ROOT, reason="acts for another user, which takes root")
+def test_a_users_write_or_truncation_clears_set_id_bits(unix: Client, top: Path) -> None:
+    """As tests/test_semantics.py has it for 9P2000.L, whose clients are not the only ones."""
+    attach = ninep.Tattach(20, NOFID, b"", b"", 1000)
+    unix.ask(attach, ninep.Rattach)
+
+    def mode_after(how: str) -> int:
+        os.chmod(top / "file", 0o4755)
+        unix.ask(ninep.Twalk(20, 21, (b"file",)), ninep.Rwalk)
+        if how == "length":
+            unix.wstat(21, length=1)
+        else:
+            unix.ask(ninep.Topen(21, ORDWR | ninep.OTRUNC * (how == "truncate")), ninep.Ropen)
+        if how == "again":  # what the client sets while the file is open
+            unix.write(21, b"x")
+            unix.wstat(21, mode=0o755 | ninep.DMSETUID)
+        if how in {"write", "again"}:
+            unix.write(21, b"x")
+        unix.clunk(21)
+        return stat.S_IMODE((top / "file").stat().st_mode)
+
+    assert {mode_after(how) for how in ("write", "again", "truncate", "length")} == {0o755}
+
+
 def test_times_before_1970_and_after_2106_are_the_nearest_there_are(
     client: Client, top: Path
 ) -> None:

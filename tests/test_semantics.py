@@ -10,12 +10,13 @@ import re
 import stat
 import struct
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.test_conformance import INNER, KINDS, Served
+from tests.test_conformance import INNER, KINDS, Kind, Served, on_disk
 from tests.test_session import OWN, connect
 from tinyvmm import ninep
 from tinyvmm.fileserver.host import HostTree
@@ -27,18 +28,33 @@ from tinyvmm.fileserver.tree import (
     SETATTR_MTIME,
     SETATTR_MTIME_SET,
     SETATTR_SIZE,
+    SETATTR_UID,
+    Tree,
 )
+from tinyvmm.fileserver.union import open_tree
 
 ROOT = Path(__file__).parent.parent
-TREES = "host", "union, files below", "union, files in the write tree"
+
+
+def make_merged(at: Path) -> tuple[Tree, list[bytes]]:
+    """A union whose directories are in both trees; what is in them is below."""
+    on_disk(at / "files")
+    (at / "writes" / "dir" / "sub").mkdir(parents=True)
+    return open_tree([("/", str(at / "files"))], [("/", str(at / "writes"))]), []
+
+
+TREES = {
+    name: KINDS[name] for name in ("host", "union, files below", "union, files in the write tree")
+} | {"union, directories in both": Kind(make_merged, writable=True)}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts for other users, which takes root")
 USER = 1000
+U64 = (1 << 64) - 1
 HERE = 0  # the fid of the directory that the files are in
 
 
 @pytest.fixture(params=TREES)
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
-    made = Served(KINDS[request.param], tmp_path)
+    made = Served(TREES[request.param], tmp_path)
     yield made
     made.client.session.close()
     made.tree.close()
@@ -153,11 +169,13 @@ def test_modes_change_on_files_of_every_kind_and_from_nothing(served: Served) ->
     assert served.content("dir/inner") == INNER
 
 
-@pytest.mark.parametrize("seconds", [0, 1, (1 << 31) - 1, 1 << 31, (1 << 32) + 5])
-def test_times_have_nanoseconds_and_go_past_2038(served: Served, seconds: int) -> None:
+@pytest.mark.parametrize("seconds", [-5, -(1 << 30), 0, 1, (1 << 31) - 1, 1 << 31, (1 << 32) + 5])
+def test_times_have_nanoseconds_and_go_from_before_1970_to_past_2038(
+    served: Served, seconds: int
+) -> None:
     fid = served.walk("dir/inner")
     valid = SETATTR_ATIME | SETATTR_ATIME_SET | SETATTR_MTIME | SETATTR_MTIME_SET
-    times = (seconds, 999_999_999, seconds + 1, 1)
+    times = (seconds & U64, 999_999_999, seconds + 1 & U64, 1)
     served.client.ask(ninep.Tsetattr(fid, valid, 0, 0, 0, 0, *times), ninep.Rsetattr)
     found = served.client.getattr(fid)
     assert (found.atime_sec, found.atime_nsec, found.mtime_sec, found.mtime_nsec) == times
@@ -316,6 +334,224 @@ def test_a_users_write_or_truncation_clears_set_id_bits_and_roots_does_not(
         assert mode_after(33, how) == 0o2745
         prepare(0o6755)
         assert mode_after(walker, how) == 0o6755
+
+
+AS_A_USER = """
+import os, sys
+os.setgroups([])
+os.setresgid(*[int(sys.argv[1])] * 3)
+os.setresuid(*[int(sys.argv[1])] * 3)
+fd = os.open("made", os.O_CREAT | os.O_RDWR, 0o600)
+os.fchmod(fd, 0o4755)
+os.write(fd, b"x")
+print(oct(os.fstat(fd).st_mode))
+os.fchmod(fd, 0o6755)
+os.write(fd, b"x")
+print(oct(os.fstat(fd).st_mode))
+"""
+
+
+@needs_root
+def test_set_id_bits_do_not_outlive_a_write_by_who_set_them(served: Served, tmp_path: Path) -> None:
+    there = tmp_path / "plain"
+    there.mkdir()
+    os.chown(there, USER, USER)
+    ran = subprocess.run(
+        [sys.executable, "-c", AS_A_USER, str(USER)],
+        cwd=there,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    client = served.client
+    client.attach(33, USER)
+    found = []
+    create = ninep.Tlcreate(33, b"made", os.O_RDWR, 0o4755, USER)
+    client.ask(create, ninep.Rlcreate)
+    for mode in (0o4755, 0o6755):
+        if mode == 0o6755:  # the first was the mode it was made with
+            other = served.walk("made")
+            client.ask(setattr_of(other, SETATTR_MODE, mode=mode), ninep.Rsetattr)
+            assert stat.S_IMODE(client.getattr(33).mode) == mode
+        client.write(33, b"x")
+        found.append(oct(client.getattr(33).mode))
+    assert found == ran.stdout.split() == ["0o100755"] * 2
+
+
+def default_acl(*entries: tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+NOBODY_ELSE = default_acl((1, 7, 0xFFFF_FFFF), (4, 5, 0xFFFF_FFFF), (32, 0, 0xFFFF_FFFF))
+ONE_MORE_USER = default_acl(
+    (1, 7, 0xFFFF_FFFF),
+    (2, 7, USER),
+    (4, 5, 0xFFFF_FFFF),
+    (16, 7, 0xFFFF_FFFF),
+    (32, 0, 0xFFFF_FFFF),
+)
+
+
+@pytest.mark.parametrize("acl", [NOBODY_ELSE, ONE_MORE_USER], ids=["three", "extended"])
+@pytest.mark.parametrize("again", [False, True], ids=["new name", "a removed file's name"])
+def test_what_is_made_inherits_the_default_acl_of_its_directory_as_on_the_host(
+    served: Served, tmp_path: Path, acl: bytes, again: bool
+) -> None:
+    """Whatever our umask is; and names below a whiteout are no exception."""
+    client, plain = served.client, tmp_path / "plain"
+    plain.mkdir()
+    try:
+        os.setxattr(plain, "system.posix_acl_default", acl)
+    except OSError as error:
+        pytest.skip(f"the file system of {tmp_path} has no ACLs: {error.strerror}")
+    set_xattr(served, served.walk("dir"), b"system.posix_acl_default", acl)
+    file, directory = ("inner", "sub") if again else ("file", "directory")
+    if again:
+        client.ask(ninep.Tunlinkat(served.walk("dir"), b"inner", 0), ninep.Runlinkat)
+        client.ask(ninep.Tunlinkat(served.walk("dir"), b"sub", AT_REMOVEDIR), ninep.Runlinkat)
+    os.close(os.open(plain / file, os.O_CREAT | os.O_WRONLY, 0o666))
+    (plain / directory).mkdir(0o777)
+    create = ninep.Tlcreate(served.walk("dir"), os.fsencode(file), os.O_RDWR, 0o666, OWN)
+    client.ask(create, ninep.Rlcreate)
+    made = ninep.Tmkdir(served.walk("dir"), os.fsencode(directory), 0o777, OWN)
+    client.ask(made, ninep.Rmkdir)
+    for name in (file, directory):
+        fid = served.walk(f"dir/{name}")
+        assert oct(client.getattr(fid).mode) == oct((plain / name).stat().st_mode)
+        for kind in ("system.posix_acl_access", "system.posix_acl_default"):
+            if kind in os.listxattr(plain / name):
+                assert get_xattr(served, fid, kind.encode()) == os.getxattr(plain / name, kind)
+            else:
+                client.fails(ninep.Txattrwalk(fid, 31, kind.encode()), errno.ENODATA)
+
+
+def test_the_attributes_of_a_symbolic_link_are_its_own(served: Served) -> None:
+    client = served.client
+    link, target = served.walk("link"), served.walk("dir/inner")
+    before = client.getattr(target)
+    times = SETATTR_MTIME | SETATTR_MTIME_SET
+    client.ask(ninep.Tsetattr(link, times, 0, 0, 0, 0, 0, 0, 5, 6), ninep.Rsetattr)
+    if os.geteuid() == 0:
+        client.ask(ninep.Tsetattr(link, SETATTR_UID, 0, 7, 0, 0, 0, 0, 0, 0), ninep.Rsetattr)
+        assert client.getattr(link).uid == 7
+    client.fails(setattr_of(link, SETATTR_SIZE, size=1), errno.EINVAL)
+    client.raw(setattr_of(link, SETATTR_MODE, mode=0o700))  # kernels differ in what they say
+    assert (client.getattr(link).mtime_sec, client.getattr(link).mtime_nsec) == (5, 6)
+    after = client.getattr(target)
+    for field in ("mode", "uid", "mtime_sec", "mtime_nsec", "size", "ctime_sec", "ctime_nsec"):
+        assert getattr(after, field) == getattr(before, field)
+
+
+def test_two_names_are_one_file_until_the_last_is_gone(served: Served) -> None:
+    client = served.client
+    client.ask(ninep.Tlink(HERE, served.walk("dir/inner"), b"second"), ninep.Rlink)
+    first, second = served.open("dir/inner", os.O_RDWR), served.open("second", os.O_RDWR)
+    assert client.getattr(first) == client.getattr(second)
+    assert client.getattr(first).nlink == 2
+    client.write(first, b"by the first")
+    assert client.read(second, 0, 12) == b"by the first"
+    client.ask(ninep.Tunlinkat(served.walk("dir"), b"inner", 0), ninep.Runlinkat)
+    assert client.getattr(first).nlink == client.getattr(second).nlink == 1
+    client.write(first, b"once more")
+    assert served.content("second")[:9] == b"once more"
+
+
+def test_what_stays_is_listed_once_while_others_come_and_go(served: Served) -> None:
+    """Those that stay began below, were copied up, or are new, as the tree has it."""
+    client, sub = served.client, served.walk("dir/sub")
+    make: Callable[[bytes], object] = lambda name: client.ask(  # noqa: E731 - a sentence of its own
+        ninep.Tmknod(sub, name, stat.S_IFREG | 0o600, 0, 0, OWN), ninep.Rmknod
+    )
+    stay, go = [{b"%s%03d" % (word, at) for at in range(100)} for word in (b"stay", b"go")]
+    for name in stay | go:
+        make(name)
+    listing = served.open("dir/sub")
+    found: list[bytes] = []
+    while entries := client.entries(listing, len(found), 400):
+        found += [entry.name for entry in entries]
+        if go:
+            client.ask(ninep.Tunlinkat(sub, go.pop(), 0), ninep.Runlinkat)
+        make(b"new%d" % len(found))
+        name = found[-1]
+        if name in stay:  # touched, which would copy it up
+            fid = served.walk(f"dir/sub/{name.decode()}")
+            client.ask(setattr_of(fid, SETATTR_MODE, mode=0o640), ninep.Rsetattr)
+    assert stay <= set(found)
+    assert len(set(found)) == len(found)
+
+
+def errors_of(act: Callable[[str, tuple[str, ...]], None]) -> list[tuple[object, ...]]:
+    """What `act` says to what cannot be done, and to some that can; each on what the last left."""
+    script = [
+        ("mkdir", "dir"), ("mkdir", "hello/x"), ("mkdir", "none/x"), ("mkdir", "dir/sub/x"),
+        ("rmdir", "dir"), ("rmdir", "hello"), ("rmdir", "link"), ("rmdir", "none"),
+        ("unlink", "dir"), ("unlink", "none"), ("unlink", "hello/x"),
+        ("rename", "hello", "dir"), ("rename", "dir", "hello"), ("rename", "dir", "dir/sub/y"),
+        ("rename", "dir/sub", "dir"), ("rename", "none", "other"), ("rename", "hello", "none/x"),
+        ("rename", "dir/sub/x", "dir/sub"), ("rename", "dir", "dir"), ("rename", "hello", "hello"),
+        ("link", "hello", "dir"), ("link", "dir", "dir2"), ("link", "hello", "hello"),
+        ("link", "hello", "dir/sub/hello"), ("rename", "hello", "dir/sub/hello"),
+        ("link", "none", "x"), ("rmdir", "dir/sub"), ("symlink", "dir"), ("symlink", "link"),
+        ("rename", "link", "empty"), ("unlink", "dir/sub/hello"), ("unlink", "hello"),
+        ("rmdir", "dir/sub/x"), ("mkdir", "dir3"), ("rename", "dir", "dir3"),
+        ("rename", "dir3/sub", "dir3/inner"), ("unlink", "dir3/inner"),
+        ("rename", "dir3/sub", "dir3/inner"), ("mkdir", "n" * 256), ("rename", "dir3", "n" * 256),
+    ]  # fmt: skip
+    said: list[tuple[object, ...]] = []
+    for kind, *paths in script:
+        try:
+            act(kind, tuple(paths))
+        except OSError as error:
+            said.append((kind, *paths, errno.errorcode[error.errno or 0]))
+        else:
+            said.append((kind, *paths, "done"))
+    return said
+
+
+def test_what_cannot_be_done_fails_as_on_the_host(served: Served, tmp_path: Path) -> None:
+    client, plain = served.client, on_disk(tmp_path / "plain")
+
+    def on_the_host(kind: str, paths: tuple[str, ...]) -> None:
+        where = [plain / path for path in paths]
+        if kind == "symlink":
+            where[0].symlink_to("anything")
+        elif kind == "link":
+            os.link(*where, follow_symlinks=False)
+        else:
+            getattr(os, kind)(*where)
+
+    def ask(message: ninep.Message) -> ninep.Message:
+        answer = client.raw(message)
+        if isinstance(answer, ninep.Rlerror):
+            raise OSError(answer.ecode, os.strerror(answer.ecode))
+        return answer
+
+    def fid_of(path: str) -> int:
+        served.next += 1
+        names = tuple(os.fsencode(name) for name in path.split("/") if name)
+        answer = ask(ninep.Twalk(HERE, served.next, names))
+        assert isinstance(answer, ninep.Rwalk)
+        if len(answer.wqid) < len(names):
+            is_file = answer.wqid and not answer.wqid[-1].type & ninep.QTDIR
+            raise OSError(errno.ENOTDIR if is_file else errno.ENOENT, "walked part of the way")
+        return served.next
+
+    def by_message(kind: str, paths: tuple[str, ...]) -> None:
+        target = fid_of(paths[0]) if kind == "link" else -1
+        split = [os.path.split(path) for path in paths]
+        (fid, name), *more = [(fid_of(above), os.fsencode(name)) for above, name in split]
+        if kind == "mkdir":
+            ask(ninep.Tmkdir(fid, name, 0o777, OWN))
+        elif kind == "symlink":
+            ask(ninep.Tsymlink(fid, name, b"anything", OWN))
+        elif kind == "link":
+            ask(ninep.Tlink(more[0][0], target, more[0][1]))
+        elif kind == "rename":
+            ask(ninep.Trenameat(fid, name, *more[0]))
+        else:
+            ask(ninep.Tunlinkat(fid, name, AT_REMOVEDIR if kind == "rmdir" else 0))
+
+    assert errors_of(by_message) == errors_of(on_the_host)
 
 
 @needs_root

@@ -6,7 +6,7 @@ have to wait is described as a `Slow`, for the session to have done on a thread 
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from errno import EINVAL
 from typing import Any
 
@@ -55,18 +55,29 @@ class Fid:
         self.gone = False  # clunked; the last of those requests closes it
         self.set_id = False  # open for writing, and a write clears set-id bits
 
-    def move(self, node: Node, name: bytes, file: OpenFile | None) -> None:
-        """Stand for a file just made in the directory it stood for; takes what it is given."""
+    def opened(self, file: OpenFile, flags: int) -> None:
+        """Take over `file`, the node opened with `flags` of open(2)."""
+        self.file = file
+        self.set_id = bool(flags & os.O_ACCMODE)
+        if flags & os.O_TRUNC:
+            self.clear_set_id()
+
+    def move(self, node: Node, name: bytes, file: OpenFile | None, flags: int) -> None:
+        """Stand for a file made in the directory it stood for, and opened; takes what it is given.
+
+        Set-id bits that it was made with stay until the first write, whether `flags` truncate.
+        """
         if self.parent is not None:
             self.parent.close()
         self.parent, self.node, self.name, self.file = self.node, node, name, file
+        self.set_id = bool(flags & os.O_ACCMODE)
 
     def clear_set_id(self) -> None:
         """Have a user's write clear set-id bits, as Linux does (file_remove_privs in fs/inode.c).
 
         The host does it for us where we are that user; as root we may write and keep them.
         """
-        self.set_id = False
+        self.set_id = False  # until somebody sets one: watch_set_id
         if self.uid in {0, NO_ID}:
             return
         mode = self.node.stat().st_mode
@@ -86,6 +97,14 @@ class Fid:
             self.node.close()
             if self.parent is not None:
                 self.parent.close()
+
+
+def watch_set_id(fids: Iterable[Fid], node: Node) -> None:
+    """Have the next write by any of `fids` to this file, which got set-id bits, clear them."""
+    path = node.qid().path
+    for fid in fids:
+        if fid.file is not None and fid.node.qid().path == path:
+            fid.set_id = True
 
 
 class Slow:

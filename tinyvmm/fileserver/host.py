@@ -23,6 +23,7 @@ from tinyvmm.fileserver.hostfile import (
     dtype_of,
     fd_path,
     get_xattr,
+    inherited_mode,
     list_xattr,
     make_special,
     open_contents,
@@ -323,6 +324,7 @@ class HostNode:
             os.close(fd)
             raise os_error(ESTALE)
         try:
+            mode = inherited_mode(self.dir_fd(), st, mode)
             set_owner_and_mode(fd, st, mode, uid, gid)
         except OSError:
             os.close(fd)

@@ -23,6 +23,7 @@ from errno import (
     EISDIR,
     ELOOP,
     ENAMETOOLONG,
+    ENODATA,
     ENOMEM,
     ENOSPC,
     ENOTDIR,
@@ -53,6 +54,7 @@ _OFFSET_MAX = (1 << 63) - 1
 # O_NOATIME is for owners and root; to try and fail would cost every open of anybody else.
 _LEAVE_NO_TRACE = os.O_CLOEXEC | (os.O_NOATIME if os.geteuid() == 0 else 0)
 _NAME_MAX = 255  # <linux/limits.h>
+DEFAULT_ACL = b"system.posix_acl_default"
 ENTRIES_MAX = 1 << 22  # of all open directories together; each takes 300 bytes
 ENTRIES_STEP = 256  # an open directory takes its share of them in steps
 _remembered = 0
@@ -139,6 +141,26 @@ def _mode_to_override(fd: int) -> int | None:
     """The mode of our own file `fd`, or None if it is not ours to override."""
     st = os.fstat(fd)
     return stat.S_IMODE(st.st_mode) if st.st_uid == os.geteuid() else None
+
+
+def default_acl(dir_fd: int) -> bytes | None:
+    """What new entries of a directory inherit, as acl(5) says; None if it has nothing to leave."""
+    try:
+        return os.getxattr(fd_path(dir_fd), DEFAULT_ACL)
+    except OSError as error:
+        if error.errno not in {ENODATA, EOPNOTSUPP}:
+            raise
+        return None
+
+
+def inherited_mode(dir_fd: int, st: os.stat_result, mode: int) -> int:
+    """The mode for what was just made in `dir_fd` as `mode`, and now has the stat `st`.
+
+    The permissions it lacks were taken by our umask, which is nobody else's business, or by the
+    directory's default ACL, which stands in the umask's place and means it.
+    """
+    lost = mode & 0o777 & ~st.st_mode
+    return mode & ~lost if lost and default_acl(dir_fd) is not None else mode
 
 
 def set_owner_and_mode(fd: int, st: os.stat_result, mode: int, uid: int, gid: int) -> None:

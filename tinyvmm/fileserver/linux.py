@@ -21,6 +21,7 @@ from tinyvmm.fileserver.fid import (
     entry_name,
     failure,
     offset_of,
+    watch_set_id,
 )
 from tinyvmm.fileserver.locks import Lock
 from tinyvmm.fileserver.tree import (
@@ -125,10 +126,7 @@ def Tlopen(session: "Session", m: ninep.Tlopen) -> Answer:
         if fid.gone or fid.file is not None:  # clunked, or opened twice, while we waited
             file.close()
             raise failure(EBADF)
-        fid.file = file
-        fid.set_id = bool(flags & os.O_ACCMODE)
-        if flags & os.O_TRUNC:
-            fid.clear_set_id()
+        fid.opened(file, flags)
         return ninep.Rlopen(node.qid(), 0)
 
     flags &= OPEN_FLAGS
@@ -143,7 +141,7 @@ def Tlcreate(session: "Session", m: ninep.Tlcreate) -> Message:
     name = entry_name(m.name)
     flags = _open_flags(m.flags) & CREATE_FLAGS
     node, file = fid.node.create(name, flags, m.mode & 0o7777, fid.uid, m.gid)
-    fid.move(node, name, file)
+    fid.move(node, name, file, flags)
     return ninep.Rlcreate(node.qid(), 0)
 
 
@@ -248,6 +246,8 @@ def Tsetattr(session: "Session", m: ninep.Tsetattr) -> Message:
     fid.node.setattr(valid, m.mode & 0o7777, m.uid, m.gid, size, atime_ns, mtime_ns)
     if valid & SETATTR_SIZE and not valid & SETATTR_MODE:
         fid.clear_set_id()
+    if valid & SETATTR_MODE and m.mode & (stat.S_ISUID | stat.S_ISGID):
+        watch_set_id(session.fids.values(), fid.node)
     return ninep.Rsetattr()
 
 

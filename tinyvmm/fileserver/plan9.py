@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from tinyvmm import ninep
 from tinyvmm.fileserver import users
-from tinyvmm.fileserver.fid import OFFSET_MAX, Answer, Fid, Slow, entry_name, failure
+from tinyvmm.fileserver.fid import (
+    OFFSET_MAX,
+    Answer,
+    Fid,
+    Slow,
+    entry_name,
+    failure,
+    watch_set_id,
+)
 from tinyvmm.fileserver.plan9_stat import Directory, describe, unix_bits
 from tinyvmm.fileserver.tree import (
     NO_ID,
@@ -73,7 +81,7 @@ def Topen(session: "Session", m: ninep.Topen) -> Answer:
         if fid.gone or fid.file is not None:  # clunked, or opened twice, while we waited
             file.close()
             raise failure(EBADF)
-        fid.file = Directory(node, file, dialect) if is_directory else file
+        fid.opened(Directory(node, file, dialect) if is_directory else file, flags)
         fid.doomed = bool(m.mode & ninep.ORCLOSE)
         return ninep.Ropen(node.qid(), 0)
 
@@ -115,7 +123,7 @@ def Tcreate(session: "Session", m: ninep.Tcreate) -> Message:
             raise
     else:
         made, file = above.create(name, flags | os.O_CREAT | os.O_EXCL, perm, fid.uid, st.st_gid)
-    fid.move(made, name, file)
+    fid.move(made, name, file, flags)
     fid.doomed = bool(m.mode & ninep.ORCLOSE)
     return ninep.Rcreate(made.qid(), 0)
 
@@ -250,6 +258,11 @@ def Twstat(session: "Session", m: ninep.Twstat) -> Answer:
             with suppress(OSError):  # the first failure is the one to tell
                 take_back()
         raise
+    if new.mode == NULLDIR.mode:
+        if new.length != NULLDIR.length:
+            fid.clear_set_id()
+    elif unix_bits(new.mode) & (stat.S_ISUID | stat.S_ISGID):
+        watch_set_id(session.fids.values(), node)
     return ninep.Rwstat()
 
 

@@ -25,6 +25,7 @@ from errno import (
 from tinyvmm.fileserver.hostfile import (
     check_name,
     fd_path,
+    inherited_mode,
     make_special,
     open_path,
     os_error,
@@ -103,18 +104,20 @@ class UnionDirectory(MergedDirectory):
             write = self.writable(name)
             gone = self.index()[1]
             covered = name in gone
-            at = write.temporary() if covered else name
-            dir_fd = write.work() if covered else self.layers().upper
-            make(at, dir_fd)
+            upper = self.layers().upper
+            at = write.make(make, upper) if covered else name
+            dir_fd = write.work() if covered else upper
+            if not covered:
+                make(at, dir_fd)
             fd = -1
             try:
                 fd = open_path(at, dir_fd)
                 st = os.fstat(fd)
-                write.owners.give(fd, st, mode, uid, gid)
+                write.owners.give(fd, st, inherited_mode(upper, st, mode), uid, gid)
                 if covered:
                     if stat.S_ISDIR(st.st_mode):
                         write.make_opaque(fd)
-                    write.place(at, name, self.layers().upper, covered=True)
+                    write.place(at, name, upper, covered=True)
             except BaseException:
                 if fd >= 0:
                     os.close(fd)

@@ -13,10 +13,11 @@ Guarded by the lock of the union it belongs to.
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from errno import EAGAIN
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.hostfile import fd_path, open_path
+from tinyvmm.fileserver.hostfile import DEFAULT_ACL, default_acl, fd_path, open_path
 from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.fileserver.whiteout import (
@@ -90,12 +91,28 @@ class WriteTree:
             self._work_fd = os.open(
                 WORK_NAME, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd
             )
+            if default_acl(self._work_fd) is not None:  # nothing may inherit it by way of here
+                os.removexattr(fd_path(self._work_fd), DEFAULT_ACL)
         return self._work_fd
 
     def temporary(self) -> bytes:
         """A name that is free in the work area."""
         self._serial += 1
         return b"%d" % self._serial
+
+    def make(self, make: Callable[[bytes, int], None], dir_fd: int) -> bytes:
+        """Have `make(name, dir_fd)` work in the work area; it inherits as in directory `dir_fd`."""
+        temporary, work = self.temporary(), self.work()
+        acl = default_acl(dir_fd)
+        if acl is None:
+            make(temporary, work)
+            return temporary
+        os.setxattr(fd_path(work), DEFAULT_ACL, acl)
+        try:
+            make(temporary, work)
+        finally:
+            os.removexattr(fd_path(work), DEFAULT_ACL)
+        return temporary
 
     def discard(self, temporary: bytes) -> None:
         """Remove whatever is in the work area under that name, if anything is."""

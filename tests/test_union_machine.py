@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from typing import Any
 
 import hypothesis.strategies as st
@@ -50,6 +51,9 @@ UID, GID = os.getuid(), os.getgid()
 modes = st.sampled_from([0, 0o600, 0o444, 0o755, 0o6755, 0o2644] if ROOT else [0o700, 0o755])
 owners = st.sampled_from([0, 7, 1234] if ROOT else [UID])
 Path = tuple[str, ...]
+LONG_AGO = 10**18  # in nanoseconds; 2001
+NOW = time.time_ns()
+DAY = 86_400 * 10**9
 
 
 def write_contents(where: str, tree: Contents) -> None:
@@ -65,6 +69,14 @@ def write_contents(where: str, tree: Contents) -> None:
             os.mkfifo(path)
         else:
             os.symlink(value, path)
+        if isinstance(value, bytes):
+            os.chmod(path, (0o644, 0o444, 0o600, 0o750)[len(value) % 4])
+            if len(value) % 3 == 1:
+                os.setxattr(path, "user.x", value)
+        elif isinstance(value, dict):
+            os.chmod(path, 0o750)
+        size = len(value) if isinstance(value, bytes) else 0
+        os.utime(path, ns=(LONG_AGO, LONG_AGO + size), follow_symlinks=False)
 
 
 def merged(lower: Contents, upper: Contents) -> Contents:
@@ -101,9 +113,11 @@ def read_all(file: OpenFile) -> bytes:
 
 def attributes(node: Node) -> tuple[int, ...]:
     got = node.stat()
+    # A time that somebody set is kept by whatever the tree does; one of today is its own affair.
+    mtime = got.st_mtime_ns if abs(got.st_mtime_ns - NOW) > DAY else 0
     if stat.S_ISDIR(got.st_mode):
-        return got.st_mode, got.st_uid, got.st_gid
-    return got.st_mode, got.st_uid, got.st_gid, got.st_size, got.st_nlink
+        return got.st_mode, got.st_uid, got.st_gid, mtime
+    return got.st_mode, got.st_uid, got.st_gid, mtime, got.st_size, got.st_nlink
 
 
 def snapshot(node: Node, inodes: dict[tuple[str, ...], int], at: Path = ()) -> dict[Path, Any]:
@@ -312,7 +326,7 @@ class UnionAndPlain(RuleBasedStateMachine):
 
         self.at(path, do)
 
-    @rule(path=paths, when=st.integers(0, 2**61))
+    @rule(path=paths, when=st.integers(-(2**60), 2**61))
     def utime(self, path: Path, when: int) -> None:
         def do(node: Node) -> int:
             node.setattr(SETATTR_MTIME | SETATTR_MTIME_SET, mtime_ns=when)
@@ -341,7 +355,12 @@ class UnionAndPlain(RuleBasedStateMachine):
         assert got is None or got[0] == got[1]
 
     # --- files and nodes held while the names change ----------------------------------------------
-    @rule(path=paths, flags=st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC]))
+    @rule(
+        path=paths,
+        flags=st.sampled_from(
+            [os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_RDWR | os.O_APPEND]
+        ),
+    )
     def open_and_hold(self, path: Path, flags: int) -> None:
         def do(node: Node) -> OpenFile | None:
             return node.open(flags) if stat.S_ISREG(node.stat().st_mode) else None
@@ -351,7 +370,11 @@ class UnionAndPlain(RuleBasedStateMachine):
             self.files.append(got)
 
     @precondition(lambda self: self.files)
-    @rule(which=st.integers(0, 99), data=st.binary(max_size=20), offset=st.integers(0, 30))
+    @rule(
+        which=st.integers(0, 99),
+        data=st.binary(max_size=20),
+        offset=st.one_of(st.integers(0, 30), st.just(50_000)),
+    )
     def write_held(self, which: int, data: bytes, offset: int) -> None:
         plain, union = self.files[which % len(self.files)]
         got = self.agree(
@@ -384,6 +407,35 @@ class UnionAndPlain(RuleBasedStateMachine):
             self.agree(
                 *(outcome(lambda n=n: n.setattr(SETATTR_MODE, mode=mode)) for n in (plain, union))
             )
+
+    @precondition(lambda self: self.nodes)
+    @rule(which=st.integers(0, 99), name=names, act=st.integers(0, 4), path=paths)
+    def work_in_held(self, which: int, name: str, act: int, path: Path) -> None:
+        """Change a directory by a node that was found before it was moved, emptied or removed."""
+        entry = name.encode()
+
+        def do(root: Node, directory: Node) -> Any:
+            if act == 0:
+                return directory.mkdir(entry, 0o755, UID, GID).close()
+            if act == 1:
+                node, file = directory.create(entry, os.O_RDWR, 0o640, UID, GID)
+                file.close()
+                return node.close()
+            if act == 2:
+                return directory.unlink(entry, 0)
+            if act == 3:
+                return sorted(set(listing(directory)) - {b".", b".."})
+            there = find(root, path[:-1])
+            try:
+                return directory.rename(entry, there, path[-1].encode())
+            finally:
+                there.close()
+
+        plain, union, _ = self.nodes[which % len(self.nodes)]
+        got = self.agree(
+            outcome(lambda: do(self.plain, plain)), outcome(lambda: do(self.union, union))
+        )
+        assert got is None or got[0] == got[1]
 
     @invariant()
     def held_nodes_are_what_they_were(self) -> None:

@@ -36,6 +36,32 @@ def test_ram_continues_above_the_hole() -> None:
     memory.close()
 
 
+def test_what_is_discarded_is_the_hosts_again_and_reads_as_zeros() -> None:
+    memory = GuestMemory(LARGE)
+    for gpa in (0x10_0000, RAM_ABOVE_4G_GPA):
+        memory.write(gpa, bytes([7]) * 0x10000)
+        before = memory.resident
+        assert memory.discard(memory.view(gpa + 1, 0x8000)) == 0x7000  # the whole pages of it
+        assert before - memory.resident == 0x7000
+        expected = b"\7" * 0x1000 + bytes(0x7000) + b"\7" * 0x8000
+        assert memory.read(gpa, 0x10000) == expected
+        assert memory.discard(memory.view(gpa, PAGE_SIZE - 1)) == 0
+        assert memory.discard(memory.view(gpa, 0)) == 0
+    assert memory.discard(memory.view(MMIO_HOLE_GPA - PAGE_SIZE, PAGE_SIZE)) == PAGE_SIZE
+    memory.close()
+
+
+def test_what_is_not_this_memorys_cannot_be_discarded() -> None:
+    memory, other = GuestMemory(1 << 20), GuestMemory(1 << 20)
+    for foreign in (other.view(0, PAGE_SIZE), memoryview(bytearray(3 * PAGE_SIZE))):
+        with pytest.raises(MemoryRangeError):
+            memory.discard(foreign)
+    view = memory.view(0, PAGE_SIZE)
+    memory.close()
+    assert memory.discard(view) == 0  # nothing is left to give back
+    other.close()
+
+
 @given(gpa=st.integers(-(1 << 65), 1 << 65), length=st.integers(-8, 1 << 40))
 def test_a_view_is_given_exactly_where_there_is_ram(gpa: int, length: int) -> None:
     memory = GuestMemory(LARGE)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from tinyvmm.boot import load_kernel
+from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
@@ -93,6 +94,8 @@ class RunOptions(NamedTuple):
     hostname: str = "tinyvmm"
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
+    balloon: int | None = None
+    """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
 
 
 class _Tail:
@@ -126,6 +129,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
     """
     with ExitStack() as cleanup:
         options = options._replace(shared=arrange(options.shared))
+        _check_balloon(options)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
@@ -140,6 +144,8 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         ports = [ConsolePort(name) for name in ("stdin", "stdout", "stderr", "control")]
         machine.add_virtio(VirtioConsole(ports))  # the first: its index is in the ports' names
         machine.add_virtio(VirtioRng())
+        if options.balloon is not None:
+            machine.add_virtio(VirtioBalloon(machine.memory, options.balloon))
         for tag, tree in trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         machine.boot_linux(
@@ -187,15 +193,25 @@ def prepare_kernel(
 def modules_for(options: RunOptions) -> Sequence[str]:
     """Return the names of the kernel modules that the guest needs."""
     names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
-    return (f"virtio_{options.transport}", *names[1:])
+    balloon = () if options.balloon is None else ("virtio_balloon",)
+    return (f"virtio_{options.transport}", *names[1:], *balloon)
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
     """Raise ConfigError for directories and policies that cannot be; return what is shared."""
     shared = arrange(options.shared)
     root_mounts(options.cache, options.private_writes)
+    _check_balloon(options)
     _open_root(options, None).close()
     return shared
+
+
+def _check_balloon(options: RunOptions) -> None:
+    if options.balloon is not None and options.balloon >= options.memory:
+        raise ConfigError(
+            f"--balloon {options.balloon >> 20}M takes all of --memory {options.memory >> 20}M: "
+            "give it less"
+        )
 
 
 def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:

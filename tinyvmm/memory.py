@@ -8,6 +8,7 @@ Any thread may call anything here: regions never change while the memory is open
 """
 
 import ctypes
+import errno
 import mmap
 import os
 from typing import NamedTuple
@@ -16,6 +17,12 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.layout import MMIO_HOLE_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
 
 MIN_SIZE = 1 << 20
+
+FALLOC_FL_KEEP_SIZE = 1 << 0
+FALLOC_FL_PUNCH_HOLE = 1 << 1
+# Not mmap.madvise(MADV_REMOVE), which keeps the interpreter lock while the kernel frees pages.
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class MemoryRangeError(ValueError):
@@ -78,6 +85,34 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` into RAM at `gpa`."""
         self.view(gpa, len(data))[:] = data
+
+    def discard(self, buffer: memoryview) -> int:
+        """Give the pages that lie wholly in `buffer`, which `view` gave, back to the host.
+
+        They read as zeros until they are written again. Returns how many bytes those are.
+        MemoryRangeError if `buffer` is no part of this memory.
+        """
+        length = buffer.nbytes
+        if length < PAGE_SIZE or self.fd < 0:
+            return 0
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        start = hva - self.regions[0].hva
+        if not 0 <= start <= start + length <= self.size:
+            raise MemoryRangeError(f"{length} bytes at {hva:#x} of this process are no guest's RAM")
+        first, end = -(-start // PAGE_SIZE) * PAGE_SIZE, (start + length) // PAGE_SIZE * PAGE_SIZE
+        if first >= end:
+            return 0
+        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        while _fallocate(self.fd, mode, first, end - first):
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise OSError(number, f"fallocate: {os.strerror(number)}")
+        return end - first
+
+    @property
+    def resident(self) -> int:
+        """How many bytes of the host's memory this RAM takes now."""
+        return os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
         """Close the memfd; the mapping goes when the last view of it does."""

@@ -58,6 +58,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_balloon(text: str) -> int:
+    """Parse the size of a balloon: as of RAM, or 0."""
+    return 0 if text == "0" else parse_size(text)
+
+
 def parse_seconds(text: str) -> float:
     """Parse a time limit in seconds."""
     try:
@@ -174,6 +179,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--timeout", type=parse_seconds, metavar="S", help="end it after S seconds, status 124")
     add("--console", metavar="FILE|-", help="the kernel's own console, to FILE or stderr")
     add("--transport", choices=("pci", "mmio"), default="pci", help="of virtio (default pci)")
+    add(
+        "--balloon",
+        type=parse_balloon,
+        metavar="SIZE",
+        help="give memory the guest frees back to this computer, and SIZE (or 0) from the start",
+    )
     tracing.add_options(parser)
     add(
         "--no-lab",
@@ -240,6 +251,7 @@ def main(args: argparse.Namespace) -> int:
         console=open_console(args.console),
         terminal=is_terminal_session(),
         transport=args.transport,
+        balloon=args.balloon,
     )
     result = run_command(options, warn)
     if result.message is not None:
@@ -270,6 +282,8 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         shared=args.shared,
         cache=args.cache,
         private_writes=args.private_writes,
+        memory=args.memory,
+        balloon=args.balloon,
     )
     shared = check_options(options)  # what is wrong with a map shows here
     # What is fetched, unpacked and cached here need not be there, where everything is slow.

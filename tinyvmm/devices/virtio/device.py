@@ -147,6 +147,12 @@ class VirtioDevice:
         for queue in self.queues:
             queue.reset()
 
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Take the driver's write to the configuration space; a few devices have what it may write.
+
+        The lock is held.
+        """
+
     # --- what a device calls ----------------------------------------------------------------
 
     @property

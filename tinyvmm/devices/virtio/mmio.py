@@ -2,8 +2,9 @@
 
 One page of guest-physical addresses: 32-bit registers below 0x100, the device's configuration space
 from there. `REGISTERS` is the table of section 4.2.2. Registers take aligned 32-bit accesses only;
-what else a driver does there reads as 0 and writes nothing. The configuration space takes any width
-and is read-only. What describes a queue is stored as it comes and checked when QueueReady is set.
+what else a driver does there reads as 0 and writes nothing. The configuration space takes any
+width; what is written there goes to the device. What describes a queue is stored as it comes and
+checked when QueueReady is set.
 
 The guest is told of the page by an ACPI device LNRO0005. The interrupt is level triggered: the line
 is high while InterruptStatus is not 0.
@@ -89,6 +90,12 @@ class VirtioMmio(RegisterDevice):
         if start < 0:
             return 0
         return int.from_bytes(self.device.config[start : start + size], "little")
+
+    def write_other(self, offset: int, size: int, value: int) -> None:
+        """Hand a write to the configuration space to the device."""
+        if offset >= CONFIG:
+            with self.device.lock:
+                self.device.write_config(offset - CONFIG, size, value)
 
     # --- identity and features --------------------------------------------------------------
 

@@ -308,6 +308,9 @@ class VirtioPci(Device):
             self._notify((offset - NOTIFY) // NOTIFY_OFF_MULTIPLIER)
         elif part == COMMON:
             self.common.write(offset, size, value)
+        elif part == CONFIG:
+            with self.device.lock:
+                self.device.write_config(offset - CONFIG, size, value)
         elif part == TABLE:
             self.msix.write(offset - TABLE, size, value)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvmm import layout
-from tinyvmm.acpi import VirtioMmioNode, build_tables
+from tinyvmm.acpi import DeviceNode, VirtioMmioNode, build_tables
 from tinyvmm.devices import power
 
 needs_iasl = pytest.mark.skipif(not shutil.which("iasl"), reason="iasl is not installed")
@@ -22,6 +22,12 @@ GPA = 0xE_0000
 
 def nodes(count: int) -> list[VirtioMmioNode]:
     return [VirtioMmioNode(0xD000_0000 + i * 0x1000, 0x1000, 10 + i) for i in range(count)]
+
+
+OWN = (
+    DeviceNode("CRCD0001", 0xD800_0000, 0x1000, port=False, gsi=23),
+    DeviceNode("ABC0002", 0x500, 255, port=True, gsi=None),
+)
 
 
 class Tables(NamedTuple):
@@ -52,6 +58,8 @@ MACHINES = {
     "one processor, nothing else": build_tables(GPA, cpus=1, virtio=[], uart=False),
     "a usual one": build_tables(GPA, cpus=2, virtio=nodes(3), uart=True),
     "all there can be": build_tables(GPA, cpus=255, virtio=nodes(14), uart=True, pci=True),
+    "one with devices of the user's own": build_tables(GPA, cpus=1, virtio=nodes(1), devices=OWN),
+    "as many devices as there can be": build_tables(GPA, cpus=255, devices=OWN[:1] * 64),
 }
 machines = pytest.mark.parametrize("blob", MACHINES.values(), ids=MACHINES)
 
@@ -76,7 +84,8 @@ def test_every_checksum_is_zero_and_every_table_aligned(
 
 
 def test_the_largest_machine_fits_the_place_kept_for_it() -> None:
-    assert len(MACHINES["all there can be"]) < layout.ACPI_END - layout.ACPI_GPA
+    for name in ("all there can be", "as many devices as there can be"):
+        assert len(MACHINES[name]) < (layout.ACPI_END - layout.ACPI_GPA) / 2
 
 
 # --- held to iasl -----------------------------------------------------------------------------
@@ -202,8 +211,24 @@ ASL_END = """
                 If (And (Local0, One)) { Notify (PWRB, 0x80) }
             }
         }
-    }
-}
+"""
+ASL_OWN = """
+        Device (DV00)
+        {
+            Name (_HID, "CRCD0001")
+            Name (_UID, Zero)
+            Name (_CRS, ResourceTemplate ()
+            {
+                Memory32Fixed (ReadWrite, 0xD8000000, 0x1000)
+                Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive) { 23 }
+            })
+        }
+        Device (DV01)
+        {
+            Name (_HID, "ABC0002")
+            Name (_UID, One)
+            Name (_CRS, ResourceTemplate () { IO (Decode16, 0x500, 0x500, 1, 255) })
+        }
 """
 
 
@@ -214,20 +239,29 @@ def asl_integer(value: int) -> str:
 
 @needs_iasl
 @pytest.mark.parametrize(
-    ("virtio", "uart", "pci"),
-    [(0, False, False), (1, True, False), (0, True, True), (14, True, True)],
+    ("virtio", "uart", "pci", "own"),
+    [
+        (0, False, False, False),
+        (1, True, False, False),
+        (0, True, True, True),
+        (14, True, True, True),
+    ],
 )
 def test_the_dsdt_is_what_iasl_compiles_from_the_source_we_mean(
-    virtio: int, uart: bool, pci: bool, tmp_path: Path
+    virtio: int, uart: bool, pci: bool, own: bool, tmp_path: Path
 ) -> None:
     devices = "".join(
         ASL_VIRTIO % {"index": index, "uid": asl_integer(index), **node._asdict()}
         for index, node in enumerate(nodes(virtio))
     )
     devices += (ASL_PCI if pci else "") + (ASL_UART if uart else "")
-    (tmp_path / "dsdt.asl").write_text(ASL_START + devices + ASL_END)
+    (tmp_path / "dsdt.asl").write_text(
+        ASL_START + devices + ASL_END + (ASL_OWN if own else "") + "}}"
+    )
     iasl(tmp_path, "-oa", "-p", "theirs", "dsdt.asl")
-    blob = build_tables(GPA, cpus=1, virtio=nodes(virtio), uart=uart, pci=pci)
+    blob = build_tables(
+        GPA, cpus=1, virtio=nodes(virtio), uart=uart, pci=pci, devices=OWN if own else ()
+    )
     assert (tmp_path / "theirs.aml").read_bytes()[36:] == follow(blob).by_signature["DSDT"][36:]
 
 

@@ -16,9 +16,9 @@ LAYERS = [
     ("kvm",),
     ("memory", "bus"),
     ("devices", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
-    ("boot", "acpi", "vcpu", "streams", "terminal", "scratch"),
+    ("boot", "acpi", "placement", "vcpu", "streams", "terminal", "scratch"),
     ("machine", "session", "guest", "images"),
-    ("probe", "command", "mounts", "lab", "qemu", "lab_agent"),
+    ("probe", "command", "own_device", "mounts", "lab", "qemu", "lab_agent"),
     ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

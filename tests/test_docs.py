@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN = re.compile(r"^<!-- run -->\n+```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r"^<!-- file (\S+) -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)")
 
 
@@ -89,6 +90,16 @@ def test_the_commands_on_a_page_print_what_it_says(page: Path) -> None:
         )
         pattern = ".*".join(map(re.escape, expected.split("...")))
         assert re.fullmatch(pattern, done.stdout, re.DOTALL), f"{command}:\n{done.stdout}"
+
+
+def shown_files() -> list[tuple[Path, str, str]]:
+    """(page, file's name, text shown) of every block that is said to be a file."""
+    return [(page, file, text) for page in PAGES for file, text in SHOWN.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "file", "text"), shown_files(), ids=lambda item: str(item)[-40:])
+def test_a_file_shown_on_a_page_is_the_file(page: Path, file: str, text: str) -> None:
+    assert text == (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -8,8 +8,9 @@ reduced" (4.1): no fixed registers, no system-management mode, no legacy timers 
                  -> MCFG             where PCI configuration space is, if there is PCI
 
 The DSDT says where each virtio-mmio device is ("LNRO0005", by which Linux's virtio_mmio driver
-finds them), and describes the UART, the clock, and a power button that a Generic Event Device
-signals. AML is written by a few functions, each of which encodes one term to bytes.
+finds them) and each device of the user's own, and describes the UART, the clock, and a power button
+that a Generic Event Device signals. AML is written by a few functions, each of which encodes one
+term to bytes.
 
 A surprising fact: a Linux that finds reduced hardware supposes EFI and resets through it. Without
 EFI it jumps to a BIOS, which hangs here; `reboot=a` on its command line makes it use RESET_REG.
@@ -48,6 +49,16 @@ class VirtioMmioNode(NamedTuple):
     gsi: int
 
 
+class DeviceNode(NamedTuple):
+    """A device of the user's own: `length` ports or bytes of memory from `base`, an interrupt."""
+
+    hid: str
+    base: int
+    length: int
+    port: bool
+    gsi: int | None
+
+
 def build_tables(
     gpa: int,
     *,
@@ -55,6 +66,7 @@ def build_tables(
     virtio: Sequence[VirtioMmioNode] = (),
     uart: bool = True,
     pci: bool = False,
+    devices: Sequence[DeviceNode] = (),
 ) -> bytes:
     """Return all tables, to be put at `gpa` (a multiple of 16), where the RSDP then is.
 
@@ -67,7 +79,7 @@ def build_tables(
         out.extend(table.ljust(_align(len(table)), b"\0"))
         return where
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt_aml(virtio, uart=uart, pci=pci)))
+    dsdt = place(_table(b"DSDT", 2, _dsdt_aml(virtio, devices, uart=uart, pci=pci)))
     tables = [place(_fadt(dsdt, uart=uart)), place(_madt(cpus))]
     if pci:
         tables.append(place(_mcfg()))
@@ -291,7 +303,9 @@ def _interrupt(gsi: int, *, edge: bool = False) -> bytes:
 # --- the DSDT ---------------------------------------------------------------------------------
 
 
-def _dsdt_aml(virtio: Sequence[VirtioMmioNode], *, uart: bool, pci: bool) -> bytes:
+def _dsdt_aml(
+    virtio: Sequence[VirtioMmioNode], own: Sequence[DeviceNode], *, uart: bool, pci: bool
+) -> bytes:
     devices = [_virtio_device(index, node) for index, node in enumerate(virtio)]
     if pci:
         devices += _pci_host_bridge()
@@ -300,6 +314,7 @@ def _dsdt_aml(virtio: Sequence[VirtioMmioNode], *, uart: bool, pci: bool) -> byt
         devices.append(_isa_device(b"COM1", "PNP0501", _ports(COM1_PORT, 8), edge))
     devices.append(_isa_device(b"RTC_", "PNP0B00", _ports(RTC_PORT, 2)))
     devices += _power_button()
+    devices += [_own_device(index, node) for index, node in enumerate(own)]
     s5 = _name(b"\\_S5_", _package(_integer(power.SLP_TYP_S5), _ZERO, _ZERO, _ZERO))
     return s5 + _scope(b"\\_SB_", *devices)
 
@@ -311,6 +326,17 @@ def _virtio_device(index: int, node: VirtioMmioNode) -> bytes:
         _name(b"_UID", _integer(index)),
         _name(b"_CCA", _ONE),
         _crs(_memory(node.gpa, node.length), _interrupt(node.gsi)),
+    )
+
+
+def _own_device(index: int, node: DeviceNode) -> bytes:
+    where = (_ports if node.port else _memory)(node.base, node.length)
+    interrupt = () if node.gsi is None else (_interrupt(node.gsi),)
+    return _device(
+        b"DV%02X" % index,
+        _name(b"_HID", _string(node.hid)),
+        _name(b"_UID", _integer(index)),
+        _crs(where, *interrupt),
     )
 
 

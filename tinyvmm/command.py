@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from tinyvmm import own_device
 from tinyvmm.boot import load_kernel
 from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
@@ -94,6 +95,8 @@ class RunOptions(NamedTuple):
     hostname: str = "tinyvmm"
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
+    devices: Sequence[str] = ()
+    """Devices of the user's own, each `package.module:Class[,key=value...]` (own_device.py)."""
     balloon: int | None = None
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
 
@@ -130,6 +133,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
     with ExitStack() as cleanup:
         options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
+        own_devices = [own_device.load(text) for text in options.devices]
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
@@ -146,6 +150,8 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         machine.add_virtio(VirtioRng())
         if options.balloon is not None:
             machine.add_virtio(VirtioBalloon(machine.memory, options.balloon))
+        for own in own_devices:
+            own_device.add(own, machine)
         for tag, tree in trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         machine.boot_linux(
@@ -202,6 +208,8 @@ def check_options(options: RunOptions) -> Sequence[Shared]:
     shared = arrange(options.shared)
     root_mounts(options.cache, options.private_writes)
     _check_balloon(options)
+    for text in options.devices:
+        own_device.load(text)
     _open_root(options, None).close()
     return shared
 
@@ -299,14 +307,16 @@ def _watch(machine: Machine, session: Session, tail: _Tail) -> None:
     except BaseException:  # noqa: BLE001 (a bug of ours: the main thread meets it in `wait`)
         session.stopped()
     else:
-        session.stopped(*_meaning(cause, tail))
+        session.stopped(*_meaning(cause, tail, machine.exit_value))
 
 
-def _meaning(cause: str | None, tail: _Tail) -> tuple[int, str | None]:
+def _meaning(cause: str | None, tail: _Tail, value: int | None) -> tuple[int, str | None]:
     """Return the exit status and the line for a machine that ended before its command did."""
     panic = tail.panic()
     if panic is not None:
         return STATUS_MACHINE_FAILED, f"the guest's kernel panicked:\n{panic}"
+    if cause == StopCause.DEVICE:
+        return (value or 0) & 0xFF, f"a device ended the run before the command ended: {value}"
     if cause == StopCause.POWEROFF:
         return 0, "the guest powered off before the command ended"
     if cause == StopCause.RESET:

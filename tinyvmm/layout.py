@@ -13,6 +13,7 @@
                  | initramfs, at the top of RAM   |
     0xC000_0000  +--------------------------------+  MMIO_HOLE_GPA      3 GiB
     0xD000_0000  | virtio-mmio, one page a device |  VIRTIO_MMIO_GPA
+    0xD800_0000  | devices of the user's own      |  DEVICE_MMIO_GPA    to DEVICE_MMIO_END
     0xE000_0000  | PCI configuration space (ECAM) |  PCI_ECAM_GPA       1 MiB: bus 0
     0xE100_0000  | PCI BARs, 64 KiB a slot        |  PCI_WINDOW_GPA     to PCI_WINDOW_END
     0xFEC0_0000  | IOAPIC (in KVM)                |  IOAPIC_GPA
@@ -42,6 +43,8 @@ HIGH_RAM_GPA = 0x10_0000
 MMIO_HOLE_GPA = 0xC000_0000
 VIRTIO_MMIO_GPA = 0xD000_0000
 VIRTIO_MMIO_STRIDE = 0x1000
+DEVICE_MMIO_GPA = 0xD800_0000
+DEVICE_MMIO_END = 0xE000_0000
 PCI_ECAM_GPA = 0xE000_0000
 PCI_ECAM_LEN = 0x10_0000
 PCI_WINDOW_GPA = 0xE100_0000
@@ -60,10 +63,12 @@ DEBUG_EXIT_PORT = 0xF4
 PCI_CONFIG_PORT = 0xCF8  # address 0xCF8, data 0xCFC
 COM1_PORT = 0x3F8
 POWER_PORT = 0x600  # ACPI sleep control, sleep status, reset, event status
+# (first, count) of those that KVM answers itself: PIC, PIT, PIT, speaker gate, PIC, ELCR.
+IN_KERNEL_PORTS = ((0x20, 2), (0x40, 4), (0x61, 1), (0xA0, 2), (0x4D0, 2))
 
 # --- interrupt lines (GSIs; the in-kernel IOAPIC has 24) ------------------------------------
 COM1_GSI = 4
 POWER_GSI = 9
-VIRTIO_GSI = 10  # the first of the virtio devices
+VIRTIO_GSI = 10  # the first of the virtio devices; a user's own devices have the last ones
 GSI_COUNT = 24
 VIRTIO_MAX = GSI_COUNT - VIRTIO_GSI

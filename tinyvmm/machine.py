@@ -29,7 +29,9 @@ from tinyvmm.memory import GuestMemory
 from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
 
 if TYPE_CHECKING:
+    from tinyvmm.acpi import DeviceNode
     from tinyvmm.boot import Entry, Kernel
+    from tinyvmm.devices.device import Device
     from tinyvmm.devices.pci import PciBus
     from tinyvmm.devices.power import PowerControl
     from tinyvmm.devices.uart import Uart
@@ -73,10 +75,13 @@ class Machine:
         self.transport = transport
         self.pci: PciBus | None = None  # there is one as soon as something is on it
         self.virtio_mmio: list[tuple[int, int]] = []  # (gpa, gsi) of each virtio-mmio device
+        self.device_nodes: list[DeviceNode] = []  # of the user's own devices
         self._virtio_devices: list[VirtioDevice] = []
         self.uart: Uart | None = None
         self.power: PowerControl | None = None
         self.cause = ""
+        self.exit_value: int | None = None
+        """What a device gave to `end`."""
         self._error: BaseException | None = None
         self._stop_lock = threading.Lock()
         self._stopped = threading.Event()
@@ -145,6 +150,14 @@ class Machine:
         self.ports.add(layout.I8042_PORT, 5, I8042(reset))
         self.ports.add(layout.POWER_PORT, self.power.length, self.power)
 
+    def add_device(self, device: "Device", gsi: int | None = None) -> None:
+        """Put a device of the user's own where it says; ACPI tells of it and its `gsi`."""
+        from tinyvmm import placement
+
+        node = placement.place(device, gsi, self.device_nodes)
+        (self.ports if node.port else self.mmio).add(node.base, node.length, device)
+        self.device_nodes.append(node)
+
     def add_virtio(self, device: "VirtioDevice") -> None:
         """Put a virtio device on the bus that `transport` says."""
         if self.transport == "pci":
@@ -158,8 +171,10 @@ class Machine:
         from tinyvmm.devices.virtio.mmio import VirtioMmio
 
         index = len(self.virtio_mmio)
-        if index >= layout.VIRTIO_MAX:
-            raise ConfigError(f"more than {layout.VIRTIO_MAX} virtio devices: leave one out")
+        taken = [node.gsi for node in self.device_nodes if node.gsi is not None]
+        most = min([layout.GSI_COUNT, *taken]) - layout.VIRTIO_GSI
+        if index >= most:
+            raise ConfigError(f"more than {most} virtio devices: leave one out")
         gpa = layout.VIRTIO_MMIO_GPA + index * layout.VIRTIO_MMIO_STRIDE
         gsi = layout.VIRTIO_GSI + index
         transport = VirtioMmio(device, self.memory, self.irq_line(gsi))
@@ -236,6 +251,7 @@ class Machine:
             virtio=nodes,
             uart=self.uart is not None,
             pci=self.pci is not None,
+            devices=self.device_nodes,
         )
         self.memory.write(layout.ACPI_GPA, tables)
         entry = boot.load(
@@ -281,6 +297,12 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.kick()
         self._stopped.set()
+
+    def end(self, value: int) -> None:
+        """End the run as a device asks, leaving `value` in `exit_value`; from any thread."""
+        if self.exit_value is None:
+            self.exit_value = value
+        self.stop(StopCause.DEVICE)
 
     def wait(self, timeout: float | None = None) -> str | None:
         """Wait for the end of the run and return its StopCause, or None after `timeout` seconds.

@@ -38,6 +38,7 @@ class StopCause:
     POWEROFF = "poweroff"
     RESET = "reset"
     CRASH = "crash"
+    DEVICE = "device"
     STOPPED = "stopped"
     ERROR = "error"
 

@@ -185,6 +185,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="SIZE",
         help="give memory the guest frees back to this computer, and SIZE (or 0) from the start",
     )
+    add(
+        "--device",
+        action="append",
+        default=[],
+        metavar="MODULE:CLASS[,K=V]",
+        help="a device of your own: a Python class, found from here (the guide's chapter 7)",
+    )
     tracing.add_options(parser)
     add(
         "--no-lab",
@@ -252,6 +259,7 @@ def main(args: argparse.Namespace) -> int:
         terminal=is_terminal_session(),
         transport=args.transport,
         balloon=args.balloon,
+        devices=args.device,
     )
     result = run_command(options, warn)
     if result.message is not None:
@@ -284,6 +292,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         private_writes=args.private_writes,
         memory=args.memory,
         balloon=args.balloon,
+        devices=args.device,
     )
     shared = check_options(options)  # what is wrong with a map shows here
     # What is fetched, unpacked and cached here need not be there, where everything is slow.

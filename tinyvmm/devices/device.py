@@ -6,7 +6,7 @@ protocols. It must answer every access a guest can make, of any width at any off
 raising: a guest can only break itself.
 """
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 class IrqLine(Protocol):
@@ -24,9 +24,19 @@ class GuestMemory(Protocol):
 
 
 class Device:
-    """The base of every device: it answers an address range, and its state can be kept."""
+    """The base of every device: it answers an address range, and its state can be kept.
+
+    Where the board's own devices are is said in layout.py and machine.py. One that a user adds with
+    `run --device` says by itself what it needs: either PORTS, or MMIO_LEN.
+    """
 
     name: str
+    PORTS: ClassVar[tuple[int, int] | None] = None
+    """The first port and how many there are."""
+    MMIO_LEN: ClassVar[int] = 0
+    """How many bytes of memory its registers take; the machine finds a place."""
+    HID: ClassVar[str] = "TVMM0001"
+    """The _HID by which the guest's ACPI knows it."""
 
     def read(self, offset: int, size: int) -> int:
         """Answer a read of `size` (1, 2, 4 or 8) bytes at `offset`; unsigned."""

@@ -15,7 +15,7 @@ LAYERS = [
     ("errors", "layout", "trace", "grammar", "ninep", "lz4", "bootparam"),
     ("kvm",),
     ("memory", "bus"),
-    ("devices", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
+    ("devices", "disks", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
     ("boot", "acpi", "placement", "vcpu", "streams", "terminal", "scratch"),
     ("machine", "session", "guest", "images"),
     ("probe", "command", "own_device", "mounts", "lab", "qemu", "lab_agent"),

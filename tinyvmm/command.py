@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from tinyvmm import own_device
 from tinyvmm.boot import load_kernel
 from tinyvmm.devices.virtio.balloon import VirtioBalloon
+from tinyvmm.devices.virtio.blk import VirtioBlk
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.disks.opening import DiskOptions, open_disk
 from tinyvmm.errors import ConfigError, VcpuError
 from tinyvmm.fileserver.descriptors import raise_nofile_limit
 from tinyvmm.fileserver.host import HostTree
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
 
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
+# The file system is not found by itself, because the guest's /lib/modules is another kernel's; nor
+# is what it computes checksums with, which newer kernels have built in.
+DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
 OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
@@ -77,6 +82,8 @@ class RunOptions(NamedTuple):
     """As `reads`, for the trees that keep the guest's writes; / has a private one by default."""
     shared: Sequence[Shared] = ()
     """Host directories that are live on both sides, mounted in the root."""
+    disks: Sequence[DiskOptions] = ()
+    """/dev/vda, /dev/vdb and so on."""
     cache: str | None = None
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
     private_writes: str = "server"
@@ -134,6 +141,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
         own_devices = [own_device.load(text) for text in options.devices]
+        disks = open_disks(options, cleanup)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
@@ -154,6 +162,8 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
             own_device.add(own, machine)
         for tag, tree in trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
+        for disk in disks:
+            machine.add_virtio(disk)
         machine.boot_linux(
             kernel,
             initrd=[modules.archive, init_archive(config)],
@@ -200,7 +210,8 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     """Return the names of the kernel modules that the guest needs."""
     names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
     balloon = () if options.balloon is None else ("virtio_balloon",)
-    return (f"virtio_{options.transport}", *names[1:], *balloon)
+    disks = DISK_MODULES if options.disks else ()
+    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks)
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
@@ -220,6 +231,17 @@ def _check_balloon(options: RunOptions) -> None:
             f"--balloon {options.balloon >> 20}M takes all of --memory {options.memory >> 20}M: "
             "give it less"
         )
+
+
+def open_disks(options: RunOptions, cleanup: ExitStack) -> list[VirtioBlk]:
+    """Open and lock every disk, until `cleanup`; ConfigError for what cannot be."""
+    devices = []
+    for number, given in enumerate(options.disks):
+        disk = open_disk(given)
+        cleanup.callback(disk.close)
+        serial = f"disk{number}" if given.serial is None else given.serial
+        devices.append(VirtioBlk(disk, serial=serial, queues=given.queues))
+    return devices
 
 
 def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:

@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tinyvmm.cli import tracing
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.mounts import Shared
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
@@ -27,6 +29,9 @@ at the same path in the guest by default. POLICY says what the guest may remembe
 none or mmap (the default) nothing, so that each side sees the other's changes at once; loose (the
 default with ro, and for the root) all it has seen, which is much quicker, but it may go on seeing
 a file as it was when it first looked, until it forgets: echo 3 > /proc/sys/vm/drop_caches.
+
+A disk is --disk PATH[,ro][,serial=ID][,queues=N]: a raw image, or a block device of this computer,
+which the guest sees as /dev/vda, the next as /dev/vdb; ext4 is there to mount it with.
 
 --private-writes says where writes go that nothing keeps: to a temporary directory here (server),
 or to the guest's RAM (guest), which is quicker, up to half of --memory.
@@ -108,6 +113,17 @@ def parse_shared(text: str) -> "Shared":
     return Shared(guest if equals else host, host, readonly, cache)
 
 
+def parse_disk(text: str) -> "DiskOptions":
+    """Parse `PATH[,OPTION]...`, as disks/opening.py says; the path is made absolute."""
+    from tinyvmm.disks import opening
+
+    try:
+        options = opening.parse_disk(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return options._replace(path=os.path.abspath(options.path))
+
+
 def parse_environment(text: str) -> str:
     """Parse `K=V`, or `K` to pass on the variable of this process."""
     name, equals, _ = text.partition("=")
@@ -158,6 +174,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         metavar="DIR",
         help="a directory of the host, live on both sides",
+    )
+    add(
+        "--disk",
+        type=parse_disk,
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="a disk image, /dev/vda in the guest",
     )
     add("--cache", metavar="POLICY", help="what the guest remembers of the root (default loose)")
     add(
@@ -248,6 +272,7 @@ def main(args: argparse.Namespace) -> int:
         reads=read_maps(args.read),
         writes=args.write,
         shared=args.shared,
+        disks=args.disk,
         cache=args.cache,
         private_writes=args.private_writes,
         env=environment(args.env),
@@ -273,7 +298,13 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         raise ConfigError(
             f"this KVM cannot run Linux: {problem}; leave out --no-lab to use the lab"
         )
-    from tinyvmm.command import RunOptions, check_options, modules_for, prepare_kernel
+    from tinyvmm.command import (
+        RunOptions,
+        check_options,
+        modules_for,
+        open_disks,
+        prepare_kernel,
+    )
     from tinyvmm.lab import reexec
     from tinyvmm.qemu import find_program
 
@@ -288,6 +319,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         reads=read_maps(args.read),
         writes=args.write,
         shared=args.shared,
+        disks=args.disk,
         cache=args.cache,
         private_writes=args.private_writes,
         memory=args.memory,
@@ -300,14 +332,17 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
     shares = [host for _, host in args.write]
     # The lab has all of / for reading; but what changes there it need not see.
     shares += [item.host for item in shared if item.host != "/" or not item.readonly]
-    for path in (args.console, args.trace_file):
+    for path in (args.console, args.trace_file, *[disk.written for disk in args.disk]):
         if path not in {None, "-"}:
-            shares.append(os.path.dirname(os.path.abspath(path)))
+            shares.append(os.path.dirname(os.path.realpath(path)))
     warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
     own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
     # The limit is kept in there; out here only a lab that hangs is in question.
     limit = None if args.timeout is None else args.timeout + LAB_ALLOWANCE
-    return reexec([*own, "--", *args.guest_argv], shares=list(dict.fromkeys(shares)), timeout=limit)
+    command = [*own, "--", *args.guest_argv]
+    with ExitStack() as cleanup:
+        open_disks(options, cleanup)  # locked out here, because in there nobody else's locks show
+        return reexec(command, shares=list(dict.fromkeys(shares)), timeout=limit)
 
 
 def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -52,19 +52,21 @@ def module_name(path: str) -> str:
 def closure(modules_dir: str, wanted: Iterable[str]) -> tuple[Module, ...]:
     """The modules named and all they depend on, each after what it needs; built-in ones left out.
 
-    Raises ConfigError for a name that is neither a module nor built in, or without modules.dep.
+    A name with a ? behind it is of a module that not every kernel has. Raises ConfigError for
+    another name that is neither a module nor built in, or without modules.dep.
     """
     kernel = os.path.basename(os.path.normpath(modules_dir))
     depends = read_modules_dep(modules_dir)
     builtin = _read_builtin(modules_dir)
     paths = {module_name(path): path for path in depends}
     chosen: dict[str, None] = {}  # an ordered set of paths
-    for name in wanted:
+    for entry in wanted:
+        name = entry.removesuffix("?")
         path = paths.get(module_name(name))
         if path is not None:
             # modules.dep lists everything a module needs, such that the last must be first.
             chosen.update(dict.fromkeys((*reversed(depends[path]), path)))
-        elif module_name(name) not in builtin:
+        elif name == entry and module_name(name) not in builtin:
             raise ConfigError(
                 f"kernel {kernel} has no module {name!r}; choose another kernel with --kernel"
             )

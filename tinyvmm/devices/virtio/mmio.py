@@ -229,9 +229,10 @@ class VirtioMmio(RegisterDevice):
     def save(self) -> dict[str, Any]:
         """Return the state of transport and device."""
         with self.device.lock:
+            device = self.device.save()  # first: it may end what it has begun, and interrupt
             return super().save() | {
                 "interrupt_status": self._interrupt_status,
-                "device": self.device.save(),
+                "device": device,
             }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -329,11 +329,12 @@ class VirtioPci(Device):
     def save(self) -> dict[str, Any]:
         """Return the state of transport and device; the function's is its bus's."""
         with self.device.lock:
+            device = self.device.save()  # first: it may end what it has begun, and interrupt
             return {
                 "common": self.common.save(),
                 "msix": self.msix.save(),
                 "isr": self._isr,
-                "device": self.device.save(),
+                "device": device,
             }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Disk images: what the user says, whose they are, and who may write to them."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tinyvmm.cli.main import main
+from tinyvmm.disks import files
+from tinyvmm.disks.opening import DiskOptions, open_disk, parse_disk
+from tinyvmm.disks.raw import RawDisk
+from tinyvmm.errors import ConfigError
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("a", DiskOptions("a")),
+        ("a,ro", DiskOptions("a", read_only=True)),
+        ("a,b,ro", DiskOptions("a,b", read_only=True)),
+        ("a,ro,b", DiskOptions("a,ro,b")),
+        ("a,serial=x,queues=4", DiskOptions("a", serial="x", queues=4)),
+        ("a=b,serial=", DiskOptions("a=b", serial="")),
+    ],
+)
+def test_what_is_said_of_a_disk_is_understood(text: str, options: DiskOptions) -> None:
+    assert parse_disk(text) == options
+
+
+@pytest.mark.parametrize("text", ["", ",ro", "a,queues=two", "a,queues=-1", "a,queues="])
+def test_what_is_no_disk_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="give"):
+        parse_disk(text)
+
+
+# --- what cannot be opened --------------------------------------------------------------------
+
+
+def a_fifo(where: Path) -> str:
+    os.mkfifo(where / "fifo")
+    return str(where / "fifo")
+
+
+def a_size(size: int) -> Callable[[Path], str]:
+    def make(where: Path) -> str:
+        (where / "odd").write_bytes(bytes(size))
+        return str(where / "odd")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda where: str(where / "none"), "No such file or directory; make one"),
+        (str, "is a directory: name an image"),
+        (a_fifo, "neither a file nor a block device"),
+        (lambda _: "/dev/null", "neither a file nor a block device"),
+        (a_size(0), "0 bytes.*truncate -s"),
+        (a_size(513), "513 bytes.*truncate -s [+]511"),
+    ],
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_cannot_be_a_disk_is_one_line_with_the_remedy(
+    make: Callable[[Path], str], why: str, read_only: bool, tmp_path: Path
+) -> None:
+    path = make(tmp_path)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match=why) as raised:
+        open_disk(DiskOptions(path, read_only=read_only))
+    assert "\n" not in str(raised.value)
+    assert path in str(raised.value)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_the_command_line_says_so_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyvmm.probe.missing_for_linux", lambda: None)
+    monkeypatch.setattr("tinyvmm.command.prepare_kernel", pytest.fail)
+    assert main(["run", "--disk", str(tmp_path / "none"), "--", "true"]) != 0
+    told = capsys.readouterr().err
+    assert told.startswith("tinyvmm: cannot open the disk")
+    assert told.count("\n") == 1
+
+
+# --- locks ------------------------------------------------------------------------------------
+
+
+def test_one_writes_or_many_read(image: Path) -> None:
+    path = str(image)
+    with contextlib.closing(RawDisk(path)):
+        for read_only in (False, True):
+            with pytest.raises(ConfigError, match="in use by another machine"):
+                RawDisk(path, read_only=read_only)
+    with contextlib.closing(RawDisk(path, read_only=True)):
+        with pytest.raises(ConfigError, match="overlay"):
+            RawDisk(path)
+        RawDisk(path, read_only=True).close()
+    RawDisk(path).close()
+
+
+def test_the_lock_is_qemus(image: Path) -> None:
+    write = ["qemu-io", "-f", "raw", "-c", "write 0 512", str(image)]
+    read = ["qemu-io", "-r", "-f", "raw", "-c", "read 0 512", str(image)]
+    for read_only in (False, True):
+        with contextlib.closing(RawDisk(str(image), read_only=read_only)):
+            done = subprocess.run(write, capture_output=True, text=True, check=False)
+            assert 'Failed to get "write" lock' in done.stdout + done.stderr
+            if read_only:
+                subprocess.run(read, capture_output=True, check=True)
+    with subprocess.Popen(
+        ["qemu-io", "-f", "raw", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as qemu:
+        assert qemu.stdin is not None
+        assert qemu.stdout is not None
+        qemu.stdin.write(b"read 0 512\n")
+        qemu.stdin.flush()
+        while b"ops" not in qemu.stdout.readline():
+            assert qemu.poll() is None
+        with pytest.raises(ConfigError, match="in use"):
+            RawDisk(str(image), read_only=True)
+        qemu.stdin.close()
+        qemu.wait(30)
+    RawDisk(str(image)).close()
+
+
+def test_the_lock_of_a_killed_process_is_gone(image: Path) -> None:
+    code = (
+        "import sys; from tinyvmm.disks.raw import RawDisk; d = RawDisk(sys.argv[1]); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(ConfigError, match="in use"):
+            RawDisk(str(image))
+        other.kill()
+        other.wait()
+    RawDisk(str(image)).close()
+
+
+# --- space ------------------------------------------------------------------------------------
+
+
+def test_discarded_space_is_given_back_and_reads_as_zeros(image: Path) -> None:
+    with contextlib.closing(RawDisk(str(image))) as disk:
+        before = os.fstat(disk.fd).st_blocks
+        disk.discard(0, MIB // 2)
+        disk.write_zeroes(MIB // 2, MIB // 4, unmap=True)
+        assert os.fstat(disk.fd).st_blocks <= before // 4 + 8
+        assert image.read_bytes()[: MIB * 3 // 4] == bytes(MIB * 3 // 4)
+        assert image.stat().st_size == MIB
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+@pytest.mark.parametrize("fallocate", [False, True])
+def test_zeroes_are_written_where_they_cannot_be_punched(
+    image: Path, monkeypatch: pytest.MonkeyPatch, unmap: bool, fallocate: bool
+) -> None:
+    monkeypatch.setattr(files, "_ZEROS_LEN", 4096)
+    if not fallocate:
+        monkeypatch.setattr(files, "_fallocate", lambda *_: False)
+    data = image.read_bytes()
+    with contextlib.closing(RawDisk(str(image))) as disk:
+        disk.write_zeroes(512, 10240, unmap=unmap)
+        disk.discard(65536, 4096)
+    found = image.read_bytes()
+    assert found[:512] == data[:512]
+    assert found[512:10752] == bytes(10240)
+    assert found[10752:65536] == data[10752:65536]

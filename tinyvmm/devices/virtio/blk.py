@@ -1,0 +1,365 @@
+"""virtio block device: virtio 1.2, section 5.2; numbers as in <linux/virtio_blk.h>.
+
+Device ID 2. One request queue or several, all alike. A request is a chain: a header of 16 bytes
+{ le32 type, le32 reserved, le64 sector }, data to write, room for data read, and in the very last
+byte the device may write, the status. How that is cut into descriptors says nothing (2.7.4.2).
+Sectors are of 512 bytes whatever the block size. IN, OUT, FLUSH, DISCARD, WRITE_ZEROES and GET_ID
+are known, all else is UNSUPP; what cannot be done is IOERR: a range not within the disk, data of
+no whole sectors, a write to a read-only disk, an error of the host's.
+
+Not emulated: geometry and topology, CONFIG_WCE, lifetime, secure erase, zones.
+
+Where a request runs: reads and writes at once, on the thread that brought the doorbell, with the
+device's lock held. `preadv` and `pwritev` take the guest's own RAM and let other threads run
+meanwhile. What waits for a real disk, FLUSH, or may take its time, DISCARD and WRITE_ZEROES, goes
+to the device's one worker, which holds the lock only to take a task and to give the chain back.
+
+What a flush covers: every write whose chain was given back before the flush was made available
+(5.2.6.2). Writes are in the disk's hands before their chain is given back, so nothing needs to be
+waited for. A driver that does not accept FLUSH has each write flushed before it is given back.
+
+A reset forgets the tasks that wait. The one under way cannot be taken back, and would disturb the
+next driver's data: no request of that driver is looked at until it has ended.
+"""
+
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from tinyvmm import trace
+from tinyvmm.devices.virtio.device import VirtioDevice
+from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+from tinyvmm.errors import ConfigError
+
+VIRTIO_ID_BLOCK = 2
+SECTOR = 512
+
+VIRTIO_BLK_F_SIZE_MAX = 1 << 1
+VIRTIO_BLK_F_SEG_MAX = 1 << 2
+VIRTIO_BLK_F_RO = 1 << 5
+VIRTIO_BLK_F_BLK_SIZE = 1 << 6
+VIRTIO_BLK_F_FLUSH = 1 << 9
+VIRTIO_BLK_F_MQ = 1 << 12
+VIRTIO_BLK_F_DISCARD = 1 << 13
+VIRTIO_BLK_F_WRITE_ZEROES = 1 << 14
+
+VIRTIO_BLK_T_IN = 0
+VIRTIO_BLK_T_OUT = 1
+VIRTIO_BLK_T_FLUSH = 4
+VIRTIO_BLK_T_GET_ID = 8
+VIRTIO_BLK_T_DISCARD = 11
+VIRTIO_BLK_T_WRITE_ZEROES = 13
+
+VIRTIO_BLK_S_OK = 0
+VIRTIO_BLK_S_IOERR = 1
+VIRTIO_BLK_S_UNSUPP = 2
+
+VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP = 1 << 0
+VIRTIO_BLK_ID_BYTES = 20
+
+QUEUES_MAX = 16
+QUEUE_SIZE = 256
+SEG_MAX = QUEUE_SIZE - 2  # header and status have a descriptor each
+SIZE_MAX = 128 << 10
+REQUEST_MAX = SEG_MAX * SIZE_MAX  # so that no request holds the lock for long
+DISCARD_SECTORS_MAX = 1 << 22
+DISCARD_SEG_MAX = 32
+DISCARD_SECTOR_ALIGNMENT = 8  # a block of most file systems of the host
+ZEROES_SECTORS_MAX = 1 << 17  # which the host may have to write
+
+_header = struct.Struct("<IIQ")
+# 5.2.4, from capacity to write_zeroes_may_unmap, with geometry, topology and writeback all 0.
+_config = struct.Struct("<QII4xI8x2xHIIIIIB3x")
+_range = struct.Struct("<QII")  # of DISCARD and WRITE_ZEROES: sector, num_sectors, flags
+
+
+class Disk(Protocol):
+    """What holds the sectors. Offsets and lengths are in bytes, within `size`, whole sectors.
+
+    Each method may raise OSError. Reads and writes come one at a time; the others may run on
+    another thread meanwhile.
+    """
+
+    size: int
+    read_only: bool
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill `views` from `offset` on."""
+
+    def write_from(self, views: Sequence[memoryview], offset: int) -> None:
+        """Write `views` to `offset` and on."""
+
+    def flush(self) -> None:
+        """Make everything written so far outlive a power cut."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget these bytes; what they read as from now on is nobody's business."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Have these bytes read as zeros, giving up the space if `unmap`."""
+
+
+class _Task(NamedTuple):
+    """What the worker is to do, for which request of which driver."""
+
+    work: Callable[[], None]
+    queue: Virtqueue
+    chain: Chain
+    life: int
+
+
+class VirtioBlk(VirtioDevice):
+    """A disk."""
+
+    def __init__(self, disk: Disk, *, serial: str = "", queues: int = 1) -> None:
+        """Offer `disk`, which somebody else closes; ConfigError for odd `serial` or `queues`."""
+        self._disk = disk
+        self._serial = serial.encode()
+        if len(self._serial) > VIRTIO_BLK_ID_BYTES or not serial.isprintable():
+            raise ConfigError(f"serial {serial!r}: give it at most {VIRTIO_BLK_ID_BYTES} bytes")
+        if not 1 <= queues <= QUEUES_MAX:
+            raise ConfigError(f"a disk with {queues} queues: give 1 to {QUEUES_MAX}")
+        features = VIRTIO_BLK_F_SIZE_MAX | VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE
+        features |= VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_MQ
+        if disk.read_only:
+            features |= VIRTIO_BLK_F_RO
+        else:
+            features |= VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
+        config = _config.pack(
+            disk.size // SECTOR,
+            SIZE_MAX,
+            SEG_MAX,
+            SECTOR,  # blk_size
+            queues,
+            DISCARD_SECTORS_MAX,
+            DISCARD_SEG_MAX,
+            DISCARD_SECTOR_ALIGNMENT,
+            ZEROES_SECTORS_MAX,
+            1,  # max_write_zeroes_seg
+            1,  # write_zeroes_may_unmap
+        )
+        self._life = 0  # goes up with each reset
+        self._tasks: deque[_Task] = deque()
+        self._current: _Task | None = None
+        self._worker: threading.Thread | None = None
+        self._leaving = False
+        super().__init__(
+            "virtio-blk",
+            VIRTIO_ID_BLOCK,
+            queue_sizes=(QUEUE_SIZE,) * queues,
+            features=features,
+            config=config,
+        )
+        self._changed = threading.Condition(self.lock)  # of tasks, current and leaving
+
+    def handle(self, queue: Virtqueue) -> None:
+        """Serve what requests there are."""
+        current = self._current
+        if current is not None and current.life != self._life:
+            return  # `_finish` will be back
+        while self.running and (chain := queue.pop()) is not None:
+            if not chain.writable:
+                self.fail(f"queue {queue.index}: a request without room for its status")
+            else:
+                self._request(queue, chain)
+
+    def _request(self, queue: Virtqueue, chain: Chain) -> None:
+        """Do one request, or have the worker do it."""
+        kind, sector, data = _parse(chain.readable)
+        *room, last = chain.writable
+        if len(last) > 1:
+            room.append(last[:-1])
+        status, filled = VIRTIO_BLK_S_OK, 0
+        work: Callable[[], None] | None = None
+        try:
+            if kind == VIRTIO_BLK_T_IN:
+                filled = _length(room)
+                self._disk.read_into(room, self._place(sector, filled))
+            elif kind == VIRTIO_BLK_T_OUT:
+                self._must_write()
+                self._disk.write_from(data, self._place(sector, _length(data)))
+                if not self.driver_features & VIRTIO_BLK_F_FLUSH:
+                    work = self._disk.flush
+            elif kind == VIRTIO_BLK_T_FLUSH:
+                work = self._disk.flush
+            elif kind == VIRTIO_BLK_T_GET_ID:
+                filled = _scatter(room, self._serial.ljust(VIRTIO_BLK_ID_BYTES, b"\0"))
+            elif kind in {VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES}:
+                work = self._ranges(kind, data)
+            else:
+                status = VIRTIO_BLK_S_UNSUPP
+        except OSError as error:
+            status, filled = self._failed(error), 0
+        except _Unsupported:
+            status = VIRTIO_BLK_S_UNSUPP
+        if work is None:
+            _reply(queue, chain, status, filled)
+        else:
+            self._later(_Task(work, queue, chain, self._life))
+
+    def _must_write(self) -> None:
+        if self._disk.read_only:
+            raise OSError("a write to a read-only disk")
+
+    def _place(self, sector: int, length: int) -> int:
+        """Return the offset of a request's data; OSError if the data cannot be there."""
+        if length % SECTOR or length > REQUEST_MAX:
+            raise OSError(f"{length} bytes of data")
+        offset = sector * SECTOR
+        if offset + length > self._disk.size:
+            raise OSError(f"{length} bytes at sector {sector}, which is not within the disk")
+        return offset
+
+    def _ranges(self, kind: int, data: list[memoryview]) -> Callable[[], None]:
+        """Return what to do for a DISCARD or WRITE_ZEROES, once all of it is known to be right."""
+        self._must_write()
+        is_discard = kind == VIRTIO_BLK_T_DISCARD
+        count, rest = divmod(_length(data), _range.size)
+        if rest or not 1 <= count <= (DISCARD_SEG_MAX if is_discard else 1):
+            raise OSError(f"{count} ranges and {rest} bytes")
+        sectors_max = DISCARD_SECTORS_MAX if is_discard else ZEROES_SECTORS_MAX
+        ranges = list(_range.iter_unpack(b"".join(data)))
+        for sector, sectors, flags in ranges:
+            # 5.2.6.2: no flag but unmap, and that only with WRITE_ZEROES
+            if flags & ~VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP or (flags and is_discard):
+                raise _Unsupported
+            if sectors > sectors_max or (sector + sectors) * SECTOR > self._disk.size:
+                raise OSError(f"a range of {sectors} sectors at {sector}")
+        write_through = not self.driver_features & VIRTIO_BLK_F_FLUSH
+
+        def work() -> None:
+            for sector, sectors, flags in ranges:
+                if is_discard:
+                    self._disk.discard(sector * SECTOR, sectors * SECTOR)
+                else:
+                    self._disk.write_zeroes(sector * SECTOR, sectors * SECTOR, bool(flags))
+            if write_through:
+                self._disk.flush()
+
+        return work
+
+    def _failed(self, error: OSError) -> int:
+        if trace.hook is not None:
+            trace.hook(trace.Message(self.name, f"IOERR: {error}"))
+        return VIRTIO_BLK_S_IOERR
+
+    # --- the worker -------------------------------------------------------------------------
+
+    def _later(self, task: _Task) -> None:
+        """Give the worker a task; there is a worker from the first one on."""
+        if len(self._tasks) >= QUEUE_SIZE * len(self.queues):
+            self.fail("more requests at a time than there are descriptors")
+            return
+        self._tasks.append(task)
+        self._changed.notify_all()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name=self.name, daemon=True)
+            self._worker.start()
+
+    def _work(self) -> None:
+        """Do task after task, the lock not held, until the device leaves its transport."""
+        while (task := self._next()) is not None:
+            status = VIRTIO_BLK_S_OK
+            try:
+                task.work()
+            except OSError as error:
+                status = self._failed(error)
+            self._finish(task, status)
+
+    def _next(self) -> _Task | None:
+        with self._changed:
+            while not self._tasks and not self._leaving:
+                self._changed.wait()
+            if self._leaving:
+                return None
+            self._current = self._tasks.popleft()
+            return self._current
+
+    def _finish(self, task: _Task, status: int) -> None:
+        """Answer a request, or go on with the next driver's if this one's driver is gone."""
+        with self._changed:
+            self._current = None
+            self._changed.notify_all()
+            if task.life == self._life:
+                if self.running:
+                    _reply(task.queue, task.chain, status, 0)
+            elif self.running:
+                for queue in self.queues:
+                    self.handle(queue)
+
+    # --- the driver's coming and going ------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the driver and what waits for the worker."""
+        super().reset()
+        self._life += 1
+        self._tasks.clear()
+
+    def detach(self) -> None:
+        """Leave the transport, and end the worker."""
+        super().detach()
+        with self._changed:
+            worker, self._worker = self._worker, None
+            self._leaving = True
+            self._changed.notify_all()
+        if worker is not None:
+            worker.join()  # for no longer than one task takes
+        self._leaving = False
+
+    def save(self) -> dict[str, Any]:
+        """Return the state, once the worker has done what it was given; vCPUs must be paused."""
+        with self._changed:
+            while self._tasks or self._current is not None:
+                self._changed.wait()
+            return super().save()
+
+
+class _Unsupported(Exception):  # noqa: N818 (no error: an answer)
+    """The request is one for UNSUPP."""
+
+
+def _length(views: list[memoryview]) -> int:
+    return sum([len(view) for view in views])
+
+
+def _parse(readable: list[memoryview]) -> tuple[int, int, list[memoryview]]:
+    """Return type and sector of a request, and the data behind its header; type -1 if cut off."""
+    if readable and len(readable[0]) >= _header.size:
+        first = readable[0]
+        kind, _, sector = _header.unpack_from(first)
+        rest = readable[1:]
+        return kind, sector, rest if len(first) == _header.size else [first[16:], *rest]
+    header = b""
+    for index, view in enumerate(readable):
+        wanted = _header.size - len(header)
+        header += bytes(view[:wanted])
+        if len(header) == _header.size:
+            kind, _, sector = _header.unpack(header)
+            rest = readable[index + 1 :]
+            return kind, sector, [view[wanted:], *rest] if len(view) > wanted else rest
+    return -1, 0, []
+
+
+def _scatter(views: list[memoryview], data: bytes) -> int:
+    """Put all of `data` into `views` and return its length; OSError if it does not fit."""
+    if _length(views) < len(data):
+        raise OSError(f"room for {_length(views)} of {len(data)} bytes")
+    done = 0
+    for view in views:
+        piece = data[done : done + len(view)]
+        view[: len(piece)] = piece
+        done += len(piece)
+    return done
+
+
+def _reply(queue: Virtqueue, chain: Chain, status: int, filled: int) -> None:
+    """Give a chain back with its status, the first `filled` bytes of its room written.
+
+    The used length counts bytes from the start (2.7.8.2), so the status only behind a full room.
+    """
+    last = chain.writable[-1]
+    last[len(last) - 1] = status
+    whole = _length(chain.writable)
+    queue.push(chain, whole if filled == whole - 1 else filled)

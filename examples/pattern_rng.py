@@ -1,6 +1,6 @@
 """A virtio device that Linux already has a driver for: entropy that is none.
 
-    python -m tinyvmm run --device examples.pattern_rng:PatternRng,text=abc -- sh -c '
+    python -m tinyvmm run --device examples.pattern_rng:PatternRng,text=abcd -- sh -c '
         echo virtio_rng.1 > /sys/class/misc/hw_random/rng_current; head -c 30 /dev/hwrng'
 
 It claims the ID of the entropy device (virtio 1.2, section 5.4), so that Linux's virtio_rng takes

@@ -1,0 +1,318 @@
+"""What a guest of the worst kind does to every device there is, and none of them minds.
+
+tests/bad_guests.py lists the devices. Whatever is done here, nothing is raised, memory stays
+bounded, the VMM answers, and after a reset the device serves a good driver.
+"""
+
+import gc
+import itertools
+import random
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.bad_guests import ON_THE_BUS, TRANSPORTS, VIRTIO, Board, Made
+from tests.virtio_driver import INDIRECT_TABLE, NEEDS_RESET, NEXT, WRITE, Queue
+
+Access = tuple[bool, int, int, int]  # whether to write; offset, width, value
+Descriptor = tuple[int, int, int, int]
+
+MEMORY_MAX = 1 << 20  # bytes that no request makes a device take at once: as much as there is RAM
+LEAK_MAX = 16 << 10
+FIGHT_ROUNDS = 600
+FIGHT_ENDS = 120.0  # seconds: far more than it takes, to tell a deadlock from a slow computer
+
+WIDTHS = (1, 2, 4, 8)
+VALUES = (
+    *(0, 1, 2, 3, 4, 7, 8, 0xF, 0x10, 0x7F, 0x80, 0xFE, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF),
+    *(0x1000, 0x10_0000, 0x1F_FFFF, 0x20_0000, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF),
+    *(1 << 63, (1 << 64) - 0x1000, (1 << 64) - 1),
+)
+
+
+def drawn_accesses(length: int, least: int = 1, most: int = 60) -> st.SearchStrategy[list[Access]]:
+    """Accesses of every width and alignment; most where registers usually are."""
+    near = st.integers(0, min(length, 0x110) + 7)
+    return st.lists(
+        st.tuples(
+            st.booleans(),
+            st.one_of(near, near, st.integers(0, length + 7)),
+            st.sampled_from(WIDTHS),
+            st.one_of(st.sampled_from(VALUES), st.integers(0, (1 << 64) - 1)),
+        ),
+        min_size=least,
+        max_size=most,
+    )
+
+
+# --- registers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ON_THE_BUS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_registers_bear_every_access(name: str, data: st.DataObject) -> None:
+    device = ON_THE_BUS[name]()
+    for write, offset, size, value in data.draw(drawn_accesses(device.length)):
+        if write:
+            device.bus.write(device.base + offset, size, value & (1 << 8 * size) - 1)
+        else:
+            assert 0 <= device.bus.read(device.base + offset, size) < 1 << 8 * size
+    assert device.works()
+
+
+@pytest.fixture(params=VIRTIO)
+def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+    """A device with queues."""
+    made = VIRTIO[request.param]()
+    yield made
+    made.device.halt()
+    made.device.detach()
+    made.close()
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_transport_bears_every_access(made: Made, transport: str) -> None:
+    @settings(deadline=None, max_examples=30)
+    @given(data=st.data())
+    def play(data: st.DataObject) -> None:
+        board = TRANSPORTS[transport](made.device)
+        if data.draw(st.booleans()):
+            board.start()
+        for read, write, length in board.ranges:
+            for writes, offset, size, value in data.draw(drawn_accesses(length, 0, 30)):
+                place = min(offset, length - size)
+                if writes:
+                    write(place, size, value & (1 << 8 * size) - 1)
+                else:
+                    assert read(place, size) >= 0
+        assert made.works(board.start())
+
+    play()
+
+
+# --- queues -----------------------------------------------------------------------------------
+
+BASE, END = 0x10_0000, 0x20_0000  # where Ram is
+GPAS = (
+    *(BASE, BASE + 1, BASE + 0x1000, BASE + 0x8000, END - 1, END - 0x1000, END, BASE - 1, 0),
+    *((1 << 64) - 1, (1 << 64) - 0x1000, 1 << 63),
+)
+LENGTHS = (0, 1, 3, 8, 16, 17, 64, 4096, 16 * 1024, 16 * 1025, END - BASE, 0xFFFF_FFF0, 0xFFFF_FFFF)
+
+descriptors = st.tuples(
+    st.sampled_from(GPAS), st.sampled_from(LENGTHS), st.integers(0, 7), st.integers(0, 17)
+)
+steps = st.one_of(
+    st.tuples(st.just("describe"), st.lists(descriptors, min_size=1, max_size=6)),
+    st.tuples(st.just("indirect"), st.lists(descriptors, min_size=1, max_size=6)),
+    st.tuples(st.just("publish"), st.integers(0, 18)),
+    st.tuples(st.just("jump"), st.sampled_from((0, 1, 2, 16, 17, 255, 0x8000, 0xFFFF))),
+    st.tuples(st.just("nowhere"), st.integers(0, 0x3FF)),
+    st.tuples(st.just("reset"), st.sampled_from((0, 0, 0xF, 0x80, 0xFF))),
+    st.tuples(st.just("restart"), st.sampled_from((1, 2, 16))),
+)
+
+
+class BadDriver:
+    """Starts a device properly, and goes astray."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.table = board.ram.base + 0x8000  # one of GPAS, to be an indirect table
+        self.queues = board.start()
+
+    def describe(self, queue: Queue, chosen: list[Descriptor]) -> None:
+        for place, descriptor in enumerate(chosen):
+            queue.write_descriptor(place, *descriptor)
+
+    def indirect(self, queue: Queue, chosen: list[Descriptor]) -> None:
+        for place, descriptor in enumerate(chosen):
+            self.board.ram.put("<QIHH", self.table + 16 * place, *descriptor)
+        queue.write_descriptor(0, self.table, 16 * len(chosen), INDIRECT_TABLE)
+
+    def publish(self, queue: Queue, head: int) -> None:
+        queue.publish(head)
+        self.board.notify(queue.index)
+
+    def jump(self, queue: Queue, idx: int) -> None:
+        self.board.ram.put("<H", queue.avail_gpa + 2, idx)
+        self.board.notify(queue.index)
+
+    def nowhere(self, queue: Queue, index: int) -> None:
+        del queue
+        self.board.notify(index)
+
+    def reset(self, queue: Queue, status: int) -> None:
+        del queue
+        self.board.set_status(status)
+
+    def restart(self, queue: Queue, size: int) -> None:
+        del queue
+        self.queues = self.board.start(size)
+
+
+def test_the_worst_driver_breaks_only_its_own_device(made: Made, transport: str) -> None:
+    @settings(deadline=None, max_examples=60)
+    @given(script=st.lists(st.tuples(st.integers(0, 5), steps), max_size=25))
+    def play(script: list[tuple[int, tuple[str, Any]]]) -> None:
+        board = TRANSPORTS[transport](made.device)
+        driver = BadDriver(board)
+        for index, (what, value) in script:
+            getattr(driver, what)(driver.queues[index % len(driver.queues)], value)
+        assert made.works(board.start())
+
+    play()
+
+
+BROKEN: dict[str, list[Descriptor]] = {
+    "a loop": [(BASE, 1, NEXT, 1), (BASE, 1, NEXT, 0)],
+    "a loop of one": [(BASE, 1, NEXT, 0)],
+    "an end that wraps around": [((1 << 64) - 16, 32, 0, 0)],
+    "an address that is no RAM": [(END, 16, 0, 0)],
+    "a length that leaves RAM": [(BASE, END - BASE + 1, WRITE, 0)],
+    "no bytes": [(BASE, 0, WRITE, 0)],
+    "a link out of the table": [(BASE, 1, NEXT, 999)],
+    "readable after writable": [(BASE, 1, WRITE | NEXT, 1), (BASE, 1, 0, 0)],
+    "an indirect table that is no RAM": [(END, 16, INDIRECT_TABLE, 0)],
+    "an indirect table of no length": [(BASE, 0, INDIRECT_TABLE, 0)],
+    "an indirect table of half a descriptor": [(BASE, 24, INDIRECT_TABLE, 0)],
+    "an indirect table larger than any may be": [(BASE, 16 * 1025, INDIRECT_TABLE, 0)],
+    "an indirect table in an indirect table": [
+        (BASE + 0x8000, 16, INDIRECT_TABLE, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_breaks_the_queues_rules_makes_a_device_ask_for_a_reset(
+    made: Made, transport: str, broken: str
+) -> None:
+    board = TRANSPORTS[transport](made.device)
+    queue = board.start()[made.asked]
+    board.ram.put("<QIHH", BASE + 0x8000, BASE, 16, INDIRECT_TABLE, 0)
+    for place, descriptor in enumerate(BROKEN[broken]):
+        queue.write_descriptor(place, *descriptor)
+    queue.publish(0)
+    board.notify(queue.index)
+    assert board.status & NEEDS_RESET
+    queue.publish(0)
+    board.notify(queue.index)  # it does nothing more until then
+    assert queue.used() == []
+    assert made.works(board.start())
+
+
+def test_a_queue_that_does_not_exist_cannot_be_notified_and_nothing_comes_of_it(
+    made: Made, transport: str
+) -> None:
+    board = TRANSPORTS[transport](made.device)
+    queues = board.start()
+    for index in (len(queues), len(queues) + 1, 0x100, 0x3FF):
+        board.notify(index)
+    assert not board.status & NEEDS_RESET
+    assert made.works(queues)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def test_the_largest_request_there_can_be_costs_little_memory(made: Made, transport: str) -> None:
+    """1,024 descriptors of all RAM each: 1 GiB to read, or to write, or half and half."""
+    board = TRANSPORTS[transport](made.device)
+    count = len(board.start())
+    gpa, size = BASE + 0x4_0000, 1024
+    for index, readable in itertools.product(range(count), (0, 512, 1024)):
+        queue = board.start()[index]
+        for place in range(size):
+            flags = (WRITE if place >= readable else 0) | (NEXT if place + 1 < size else 0)
+            board.ram.put("<QIHH", gpa + 16 * place, BASE, END - BASE, flags, place + 1)
+        queue.write_descriptor(0, gpa, 16 * size, INDIRECT_TABLE)
+        tracemalloc.start()
+        try:
+            for _ in range(4):
+                queue.publish(0)
+            board.notify(index)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < MEMORY_MAX
+    assert made.works(board.start())
+
+
+def test_ever_more_of_it_leaves_nothing_behind(made: Made, transport: str) -> None:
+    board = TRANSPORTS[transport](made.device)
+    chosen = random.Random(1)  # noqa: S311 (a test is to be repeated)
+
+    def once() -> None:
+        queues = board.start()
+        for queue in queues:
+            for place in range(queue.size):
+                gpa = BASE + chosen.randrange(0x8_0000, 0xF_0000)
+                queue.write_descriptor(place, gpa, 256, chosen.choice((0, WRITE)), 0)
+                queue.publish(place)
+            board.notify(queue.index)
+
+    for _ in range(20):
+        once()
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            once()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(30):
+            once()
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < LEAK_MAX
+    finally:
+        tracemalloc.stop()
+
+
+# --- two drivers ------------------------------------------------------------------------------
+
+
+def test_two_drivers_that_fight_over_a_device_break_nothing(made: Made, transport: str) -> None:
+    board = TRANSPORTS[transport](made.device)
+    board.start()
+    chosen = random.Random(2)  # noqa: S311
+    for at in range(0, 0x3000, 16):  # whatever they take for a table has some good descriptors
+        gpa = BASE + chosen.randrange(0x8_0000, 0xF_0000)
+        board.ram.put(
+            "<QIHH", BASE + at, gpa, 64, chosen.choice((0, 1, WRITE)), chosen.randrange(9)
+        )
+    raised: list[BaseException] = []
+
+    def fight(seed: int) -> None:
+        own = random.Random(seed)  # noqa: S311
+        try:
+            for _ in range(FIGHT_ROUNDS):
+                write, offset, size, values = own.choice(board.moves)
+                write(offset, size, own.choice(values))
+                board.ram.put("<H", BASE + own.randrange(0, 0x3000, 2), own.randrange(20))
+                made.device.save()
+        except BaseException as error:  # noqa: BLE001 (it is told below)
+            raised.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        drivers = [threading.Thread(target=fight, args=(seed,), daemon=True) for seed in (3, 4)]
+        for driver in drivers:
+            driver.start()
+        for driver in drivers:
+            driver.join(FIGHT_ENDS)
+        assert not any(driver.is_alive() for driver in drivers)
+    finally:
+        sys.setswitchinterval(interval)
+    assert raised == []
+    assert made.works(board.start())

@@ -8,6 +8,7 @@ whatever was done to it.
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,10 +39,12 @@ from tinyvmm.devices.rtc import Rtc
 from tinyvmm.devices.uart import Uart
 from tinyvmm.devices.virtio import pci as virtio_pci
 from tinyvmm.devices.virtio.balloon import VirtioBalloon
+from tinyvmm.devices.virtio.blk import VirtioBlk
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.disks.raw import RawDisk
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.fileserver.session import Session
 
@@ -181,6 +184,9 @@ ON_THE_BUS: dict[str, Callable[[], Registers]] = {
 # --- devices with queues ----------------------------------------------------------------------
 
 
+ANSWER_MAX = 60.0  # seconds: far more than any answer takes
+
+
 class HeldRam(Ram):
     """RAM as a balloon sees it: giving a page back changes nothing that a test would look at."""
 
@@ -196,6 +202,13 @@ class Made(NamedTuple):
     asked: int = 0
     """The index of a queue of requests: one that the device looks at as soon as it is kicked."""
     close: Callable[[], object] = _nothing
+    """Lets go of what the device was given."""
+
+    def end(self) -> None:
+        """Take the device apart, as a machine does."""
+        self.device.halt()
+        self.device.detach()
+        self.close()
 
 
 def _rng() -> Made:
@@ -247,19 +260,40 @@ def _balloon() -> Made:
     return Made(device, works)
 
 
+def _block() -> Made:
+    fd, path = tempfile.mkstemp(prefix="tinyvmm-test-")
+    os.truncate(fd, 64 << 10)
+    os.close(fd)
+    disk = RawDisk(path)
+    header = struct.pack("<IIQ", 8, 0, 0)  # VIRTIO_BLK_T_GET_ID
+
+    def works(queues: list[Queue]) -> bool:
+        return _exchange(queues[0], [header], 21) == b"serial".ljust(20, b"\0") + b"\0"
+
+    def close() -> None:
+        disk.close()
+        os.unlink(path)
+
+    return Made(VirtioBlk(disk, serial="serial"), works, close=close)
+
+
 VIRTIO: dict[str, Callable[[], Made]] = {
     "rng": _rng,
     "console": _console,
     "9p": _p9,
     "balloon": _balloon,
+    "block": _block,
     "example pattern": _pattern,
 }
 
 
 def _exchange(queue: Queue, readable: list[bytes], room: int) -> bytes:
-    """Send a chain, and return what came back in it, which must be at once and alone."""
+    """Send a chain, and return what came back in it; a device's own thread may bring it."""
     token = queue.send(readable, [room] if room else [])
-    ((used, length),) = queue.used()
+    end = time.monotonic() + ANSWER_MAX
+    while not (found := queue.used()) and time.monotonic() < end:
+        time.sleep(0.001)
+    ((used, length),) = found
     assert used == token
     return queue.filled(token, length)
 

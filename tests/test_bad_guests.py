@@ -36,19 +36,16 @@ VALUES = (
 )
 
 
-def drawn_accesses(length: int, least: int = 1, most: int = 60) -> st.SearchStrategy[list[Access]]:
-    """Accesses of every width and alignment; most where registers usually are."""
-    near = st.integers(0, min(length, 0x110) + 7)
-    return st.lists(
-        st.tuples(
-            st.booleans(),
-            st.one_of(near, near, st.integers(0, length + 7)),
-            st.sampled_from(WIDTHS),
-            st.one_of(st.sampled_from(VALUES), st.integers(0, (1 << 64) - 1)),
-        ),
-        min_size=least,
-        max_size=most,
-    )
+# Accesses of every width and alignment, most of them where registers usually are.
+accesses = st.lists(
+    st.tuples(
+        st.booleans(),
+        st.one_of(st.integers(0, 0x117), st.integers(0, (1 << 20) + 7)),
+        st.sampled_from(WIDTHS),
+        st.one_of(st.sampled_from(VALUES), st.integers(0, (1 << 64) - 1)),
+    ),
+    max_size=60,
+)
 
 
 # --- registers --------------------------------------------------------------------------------
@@ -56,49 +53,51 @@ def drawn_accesses(length: int, least: int = 1, most: int = 60) -> st.SearchStra
 
 @pytest.mark.parametrize("name", ON_THE_BUS)
 @settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_registers_bear_every_access(name: str, data: st.DataObject) -> None:
+@given(script=accesses)
+def test_registers_bear_every_access(name: str, script: list[Access]) -> None:
     device = ON_THE_BUS[name]()
-    for write, offset, size, value in data.draw(drawn_accesses(device.length)):
+    for write, offset, size, value in script:
+        address = device.base + offset % (device.length + 7)  # also past the end
         if write:
-            device.bus.write(device.base + offset, size, value & (1 << 8 * size) - 1)
+            device.bus.write(address, size, value & (1 << 8 * size) - 1)
         else:
-            assert 0 <= device.bus.read(device.base + offset, size) < 1 << 8 * size
+            assert 0 <= device.bus.read(address, size) < 1 << 8 * size
     assert device.works()
 
 
-@pytest.fixture(params=VIRTIO)
-def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+both = [(name, transport) for name in VIRTIO for transport in TRANSPORTS]
+every_device = pytest.mark.parametrize(("name", "transport"), both)
+
+
+@pytest.fixture
+def made(name: str) -> Iterator[Made]:
     """A device with queues."""
-    made = VIRTIO[request.param]()
+    made = VIRTIO[name]()
     yield made
-    made.device.halt()
-    made.device.detach()
-    made.close()
+    made.end()
 
 
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def test_a_transport_bears_every_access(made: Made, transport: str) -> None:
-    @settings(deadline=None, max_examples=30)
-    @given(data=st.data())
-    def play(data: st.DataObject) -> None:
+@every_device
+@settings(deadline=None, max_examples=25)
+@given(started=st.booleans(), script=st.lists(accesses, min_size=3, max_size=3))
+def test_a_transport_bears_every_access(
+    name: str, transport: str, started: bool, script: list[list[Access]]
+) -> None:
+    made = VIRTIO[name]()
+    try:
         board = TRANSPORTS[transport](made.device)
-        if data.draw(st.booleans()):
+        if started:
             board.start()
-        for read, write, length in board.ranges:
-            for writes, offset, size, value in data.draw(drawn_accesses(length, 0, 30)):
-                place = min(offset, length - size)
+        for (read, write, length), part in zip(board.ranges, script, strict=False):
+            for writes, offset, size, value in part:
+                place = offset % (length - size + 1)
                 if writes:
                     write(place, size, value & (1 << 8 * size) - 1)
                 else:
                     assert read(place, size) >= 0
         assert made.works(board.start())
-
-    play()
+    finally:
+        made.end()
 
 
 # --- queues -----------------------------------------------------------------------------------
@@ -162,17 +161,21 @@ class BadDriver:
         self.queues = self.board.start(size)
 
 
-def test_the_worst_driver_breaks_only_its_own_device(made: Made, transport: str) -> None:
-    @settings(deadline=None, max_examples=60)
-    @given(script=st.lists(st.tuples(st.integers(0, 5), steps), max_size=25))
-    def play(script: list[tuple[int, tuple[str, Any]]]) -> None:
+@every_device
+@settings(deadline=None, max_examples=50)
+@given(script=st.lists(st.tuples(st.integers(0, 5), steps), max_size=25))
+def test_the_worst_driver_breaks_only_its_own_device(
+    name: str, transport: str, script: list[tuple[int, tuple[str, Any]]]
+) -> None:
+    made = VIRTIO[name]()
+    try:
         board = TRANSPORTS[transport](made.device)
         driver = BadDriver(board)
         for index, (what, value) in script:
             getattr(driver, what)(driver.queues[index % len(driver.queues)], value)
         assert made.works(board.start())
-
-    play()
+    finally:
+        made.end()
 
 
 BROKEN: dict[str, list[Descriptor]] = {
@@ -194,6 +197,7 @@ BROKEN: dict[str, list[Descriptor]] = {
 }
 
 
+@every_device
 @pytest.mark.parametrize("broken", BROKEN)
 def test_what_breaks_the_queues_rules_makes_a_device_ask_for_a_reset(
     made: Made, transport: str, broken: str
@@ -212,6 +216,7 @@ def test_what_breaks_the_queues_rules_makes_a_device_ask_for_a_reset(
     assert made.works(board.start())
 
 
+@every_device
 def test_a_queue_that_does_not_exist_cannot_be_notified_and_nothing_comes_of_it(
     made: Made, transport: str
 ) -> None:
@@ -226,6 +231,7 @@ def test_a_queue_that_does_not_exist_cannot_be_notified_and_nothing_comes_of_it(
 # --- memory -----------------------------------------------------------------------------------
 
 
+@every_device
 def test_the_largest_request_there_can_be_costs_little_memory(made: Made, transport: str) -> None:
     """1,024 descriptors of all RAM each: 1 GiB to read, or to write, or half and half."""
     board = TRANSPORTS[transport](made.device)
@@ -249,6 +255,7 @@ def test_the_largest_request_there_can_be_costs_little_memory(made: Made, transp
     assert made.works(board.start())
 
 
+@every_device
 def test_ever_more_of_it_leaves_nothing_behind(made: Made, transport: str) -> None:
     board = TRANSPORTS[transport](made.device)
     chosen = random.Random(1)  # noqa: S311 (a test is to be repeated)
@@ -281,6 +288,7 @@ def test_ever_more_of_it_leaves_nothing_behind(made: Made, transport: str) -> No
 # --- two drivers ------------------------------------------------------------------------------
 
 
+@every_device
 def test_two_drivers_that_fight_over_a_device_break_nothing(made: Made, transport: str) -> None:
     board = TRANSPORTS[transport](made.device)
     board.start()

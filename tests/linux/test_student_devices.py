@@ -1,0 +1,89 @@
+"""The balloon under Linux's own driver, and what a user's own devices are to Linux: one guest."""
+
+import re
+
+import pytest
+
+from tests.linux.conftest import MAIN, Runner, interpreter
+from tinyvmm.lab import python_command
+
+pytestmark = pytest.mark.linux
+
+# Runs `tinyvmm run`, and tells its guest how much of the guest's RAM is there when it asks, in MiB:
+# the guest sees this computer's files, but not its processes.
+SUPERVISOR = r"""
+import re, subprocess, sys
+child = subprocess.Popen(
+    [sys.executable, "-I", "-S", "-c", *sys.argv[1:]],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+)
+def resident():
+    with open(f"/proc/{child.pid}/status") as status:
+        return int(re.search(r"^RssShmem:\s+(\d+) kB$", status.read(), re.M)[1]) >> 10
+for line in child.stdout:
+    if line == "?\n":
+        child.stdin.write(f"{resident()}\n")
+        child.stdin.flush()
+    else:
+        print(line, end="", flush=True)
+sys.exit(child.wait())
+"""
+
+SCRIPT = f"""
+ask() {{ echo '?'; read -r "$1"; }}
+ask before
+head -c 200M /dev/zero > /dev/shm/large
+ask used
+rm /dev/shm/large
+
+{interpreter()} -I -S examples/crc_guest.py
+echo acpi=$(cat /sys/bus/acpi/devices/CRCD0001:00/hid /sys/bus/acpi/devices/DICE0001:00/uid)
+echo thrown=$(echo $(dd if=/dev/port bs=1 skip=1280 count=1 status=none | od -An -tu1))
+cd /sys/class/misc/hw_random
+echo generators=$(cat rng_available)
+echo virtio_rng.1 > rng_current
+echo pattern=$(head -c 24 /dev/hwrng)
+echo virtio_rng.0 > rng_current
+
+n=0
+while ask after; [ $after -gt $((before + 60)) ] && [ $n -lt 40 ]; do
+  sleep 0.5; n=$((n + 1))
+done
+echo before=$before
+echo used=$used
+echo after=$after
+while read -r name count; do
+  case $name in balloon_inflate|balloon_deflate) echo $name=$count;; esac
+done < /proc/vmstat
+echo complaints=$(dmesg --level=emerg,alert,crit,err,warn | grep -ciE 'balloon|DV0|virtio|ACPI')
+"""
+
+
+def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) -> None:
+    own = [MAIN, "run", "--no-lab", "--memory", "512M", "--balloon", "64M"]
+    for device in (
+        "examples.crc_device:CrcDevice",
+        "examples.dice_port:Dice,sides=1",
+        "examples.pattern_rng:PatternRng,text=abcd",
+    ):
+        own += ["--device", device]
+    done = guest.program(python_command(SUPERVISOR, [*own, "--", "sh", "-c", SCRIPT]))
+    assert (done.status, done.stderr) == (0, b""), done
+    told = dict(re.findall(r"^(\w+)=(.*)$", done.stdout.decode(), re.MULTILINE))
+
+    assert told["gpa"] == "0xd8000000"
+    assert told["id"] == "CRC1"
+    assert told["count"] == "72"
+    assert told["crc"] == "right"
+    assert told["acpi"] == "CRCD0001 1"
+    assert told["thrown"] == "1"
+    assert told["generators"] == "virtio_rng.0 virtio_rng.1"
+    # It begins where the driver's own reading for the kernel's pool has left it.
+    assert told["pattern"] in {("abcd" * 7)[start : start + 24] for start in range(4)}
+
+    before, used, after = (int(told[name]) for name in ("before", "used", "after"))
+    assert used > before + 180
+    assert after < before + 61
+    assert int(told["balloon_inflate"]) >= 64 << 20 >> 12
+    assert told["balloon_deflate"] == "0"
+    assert told["complaints"] == "0"

@@ -4,6 +4,9 @@ As in ninep_session.py an input is a program: a head byte that chooses device, f
 size, then steps: registers touched in any width, descriptors and ring indices written wherever they
 point, kicks, what the host does at its end, late replies, states saved and loaded.
 
+The first devices of a head byte have a host's end here that the steps may move; the others are all
+that tests/bad_guests.py lists.
+
 Held to, whatever the input: nothing is raised; the interrupt line says what InterruptStatus says;
 no byte of RAM is changed that the driver has not given to the device, in a descriptor to write or a
 used ring; what a console keeps has its limit; a device that is reset answers a proper driver again.
@@ -13,6 +16,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from tests.bad_guests import VIRTIO, Made
 from tests.virtio_driver import INDIRECT_TABLE, WRITE, Driver, Queue, Ram
 from tinyvmm.devices.virtio.console import OUTPUT_MAX, ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.device import VirtioDevice
@@ -26,6 +30,9 @@ REQUESTS_MAX = 500  # then the machine is stopped, as a ring may fill itself for
 
 HEAD_DEVICE, HEAD_NO_EVENT_IDX, HEAD_NO_INDIRECT, HEAD_SMALL = 3, 1 << 2, 1 << 3, 1 << 4
 HEAD_RAW = 1 << 5
+HEAD_MORE = 6  # from this bit on: more of the device's number
+
+OTHERS = [make for name, make in VIRTIO.items() if name not in {"rng", "console", "9p"}]
 
 VALUES = (
     *(0, 1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256, 0xFFF, 0x1000, 0xFFFF),
@@ -116,7 +123,8 @@ class Bench:
         self.session = Session()
         self.ports: list[ConsolePort] = []
         self.taken = 0
-        self.device = self._device(head & HEAD_DEVICE)
+        self.made: Made | None = None
+        self.device = self._device(head & HEAD_DEVICE | head >> HEAD_MORE << 2)
         self.session.halt = self.device.halt
         self.driver = Driver(self.device, Ram(RAM_LEN))
         self.without = (head & HEAD_NO_EVENT_IDX and 1 << 29) | (
@@ -130,6 +138,9 @@ class Bench:
             return VirtioRng()
         if choice == 1:
             return Virtio9P("tag", self.session)
+        if choice > HEAD_DEVICE:
+            self.made = OTHERS[(choice - HEAD_DEVICE - 1) % len(OTHERS)]()
+            return self.made.device
         self.ports = [ConsolePort("a"), ConsolePort("b")]
         if choice == 3:
             for port in self.ports:
@@ -208,6 +219,18 @@ class Bench:
             case _:
                 self.device.set_config(bytes([choice]) * 12)
 
+    def settle(self) -> None:
+        """Wait for what a thread of the device's own has been given to do: its `save` does."""
+        if self.made is not None:
+            self.device.save()
+
+    def close(self) -> None:
+        """Take it apart, as a machine does."""
+        if self.made is not None:
+            self.made.end()
+        else:
+            self.device.detach()
+
     def check(self) -> None:
         mmio = self.driver.mmio
         assert self.driver.line.level == bool(mmio.read(0x060, 4))
@@ -221,7 +244,15 @@ def play(data: bytes, place: Place) -> None:
     script = Script(data)
     head = script.byte()
     bench = Bench(head)
-    if not head & HEAD_RAW:
+    try:
+        _play(bench, script)
+    finally:
+        bench.close()
+
+
+def _play(bench: Bench, script: Script) -> None:
+    data = script.data
+    if data[:1] and not data[0] & HEAD_RAW:
         bench.start()
     for _ in range(STEPS_MAX):
         if script.at >= len(data):
@@ -230,6 +261,7 @@ def play(data: bytes, place: Place) -> None:
         if data[script.at] % 10 in {1, 4, 6, 7}:  # the driver itself writes nothing
             before, given = bytes(ram.data), _given(bench)
             bench.step(script)
+            bench.settle()
             if before != ram.data:
                 changed = {
                     at
@@ -239,11 +271,11 @@ def play(data: bytes, place: Place) -> None:
                 assert given is None or changed <= given, sorted(changed - given)
         else:
             bench.step(script)
+            bench.settle()
         bench.check()
     for waiting in bench.session.waiting:
         waiting()
     _serves_again(bench)
-    bench.device.detach()
 
 
 def _given(bench: Bench) -> set[int] | None:
@@ -295,6 +327,9 @@ def _serves_again(bench: Bench) -> None:
     bench.without, bench.size = 0, 16
     bench.start()
     assert bench.driver.status == 0x0F
+    if bench.made is not None:
+        assert bench.made.works(bench.queues)
+        return
     if not bench.ports:
         token = bench.queues[0].send([bytes(8)] if bench.session.requests else [], [16])
         assert [used[0] for used in bench.queues[0].used()] == [token]

@@ -59,7 +59,8 @@ def ours(message: Message) -> tuple[Work, Work]:
         return lambda: ninep.encode(message, 1), lambda: ninep.decode(wire)
 
     def encode() -> object:
-        data = b"".join([ninep.encode_dirent(*entry) for entry in ENTRIES])
+        pack = ninep.pack_dirent
+        data = b"".join([pack(*qid, at, kind, len(name)) + name for qid, at, kind, name in ENTRIES])
         return ninep.encode(ninep.Rreaddir(data), 1)
 
     def decode() -> object:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from tinyvmm import ninep
 from tinyvmm.fileserver.client import Client, File, connect
@@ -73,6 +74,10 @@ def pipelined(client: Client, root: File) -> None:
         pass
 
 
+MAIN = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r}); "
+    "from tinyvmm.cli.main import main; sys.exit(main())"
+)
 CASES: list[tuple[str, Callable[[Client, File], None], int]] = [
     ("walk+getattr+clunk", stat, 500),
     ("open+read 4k+close", read_4k, 400),
@@ -85,7 +90,9 @@ CASES: list[tuple[str, Callable[[Client, File], None], int]] = [
 
 @contextmanager
 def server(arguments: list[str], path: str) -> Iterator[None]:
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, cwd=os.path.dirname(path)
+    ) as process:
         try:
             for _ in range(200):
                 if os.path.exists(path):
@@ -122,7 +129,7 @@ def main() -> None:
         os.mkdir(files)
         make_files(files)
         ours, theirs = f"{directory}/ours", f"{directory}/theirs"
-        command = [sys.executable, "-m", "tinyvmm", "serve", "--listen", f"unix:{ours}"]
+        command = [sys.executable, "-c", MAIN, "serve", "--listen", f"unix:{ours}"]
         stack.enter_context(server([*command, "--shared", files], ours))
         command = [diod, "-f", "-n", "-N", "-c", "/dev/null", "-e", files, "-l", theirs]
         stack.enter_context(server([*command, "-L", f"{directory}/log"], theirs))

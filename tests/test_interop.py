@@ -76,7 +76,11 @@ def diod_server(directory: Path, address: str) -> Iterator[None]:
     program = shutil.which("diod", path=SBIN)
     assert program is not None, "apt-get install diod"
     arguments = ["-f", "-n", "-N", "-c", "/dev/null", "-e", str(directory), "-l", address]
-    with subprocess.Popen([program, *arguments, "-L", "stderr"], stderr=subprocess.PIPE) as process:
+    arguments += ["-L", "stderr"]
+    # Its end is now and then a crash, and a core file where it was started.
+    with subprocess.Popen(
+        [program, *arguments], stderr=subprocess.PIPE, cwd=directory.parent
+    ) as process:
         try:
             wait_until_it_listens(address)
             yield

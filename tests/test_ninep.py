@@ -238,7 +238,15 @@ def test_any_bytes_are_directory_entries_or_a_protocol_error(
 def test_directory_entries_decode_to_themselves(entries: list[Dirent]) -> None:
     wire = ninep.encode_records(entries)
     assert ninep.decode_records(Dirent, wire) == entries
-    assert b"".join([ninep.encode_dirent(*entry) for entry in entries]) == wire
+    assert (
+        b"".join(
+            [
+                ninep.pack_dirent(*qid, offset, dtype, len(name)) + name
+                for qid, offset, dtype, name in entries
+            ]
+        )
+        == wire
+    )
 
 
 @pytest.mark.parametrize("dialect", [ninep.NINEP2000, ninep.NINEP2000_U], ids=["9P2000", ".u"])

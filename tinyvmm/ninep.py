@@ -826,12 +826,8 @@ encode_views = NINEP2000_L.encode_views
 encode_records = NINEP2000_L.encode_records
 decode_records = NINEP2000_L.decode_records
 
-_pack_dirent = struct.Struct("<BIQQBH").pack
-
-
-def encode_dirent(qid: Qid, offset: int, dtype: int, name: bytes) -> bytes:
-    """Give the bytes of one Dirent, in the quick way a long directory needs."""
-    return _pack_dirent(*qid, offset, dtype, len(name)) + name
+pack_dirent = struct.Struct("<BIQQBH").pack
+"""All of a Dirent but its name (qid, offset, type, the name's length): for long directories."""
 
 
 # --- messages in pieces ---------------------------------------------------------------------

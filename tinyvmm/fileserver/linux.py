@@ -151,8 +151,9 @@ def Treaddir(session: "Session", m: ninep.Treaddir) -> Message:
     room = sum([len(buffer) for buffer in buffers])
     entries: list[bytes] = []
     size = 0
-    for entry in session.file(m.fid).readdir(offset_of(m.offset)):
-        piece = ninep.encode_dirent(*entry)
+    pack = ninep.pack_dirent
+    for qid, cookie, dtype, name in session.file(m.fid).readdir(offset_of(m.offset)):
+        piece = pack(*qid, cookie, dtype, len(name)) + name
         size += len(piece)
         if size > room:
             if not entries:

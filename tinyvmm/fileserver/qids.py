@@ -17,8 +17,8 @@ Guarded by the tree's lock.
 import stat
 
 _INO_BITS = 48
-_INO_MASK = (1 << _INO_BITS) - 1
-_BY_PLACE = 0xFFFE << _INO_BITS
+INO_MASK = (1 << _INO_BITS) - 1
+BY_PLACE = 0xFFFE << _INO_BITS
 _NUMBERED = 0xFFFF << _INO_BITS
 
 QID_TYPES = {stat.S_IFDIR: 0x80, stat.S_IFLNK: 0x02}
@@ -38,7 +38,7 @@ class QidPaths:
         if base is None:
             base = len(self._bases) << _INO_BITS
             self._bases[space, dev] = base
-        if ino <= _INO_MASK and base < _BY_PLACE:
+        if ino <= INO_MASK and base < BY_PLACE:
             return base | ino
         key = (space, dev, ino)
         path = self._numbered.get(key)
@@ -49,7 +49,7 @@ class QidPaths:
 
 def place_path(parent_path: int, name: bytes) -> int:
     """A path for what is known by its place only; the same for as long as this process runs."""
-    return _BY_PLACE | (hash((parent_path, name)) & _INO_MASK)
+    return BY_PLACE | (hash((parent_path, name)) & INO_MASK)
 
 
 def version_of(mtime_ns: int, ctime_ns: int, size: int) -> int:

@@ -16,7 +16,7 @@ LAYERS = [
     ("kvm",),
     ("memory", "bus"),
     ("devices", "disks", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
-    ("boot", "acpi", "placement", "vcpu", "streams", "terminal", "scratch"),
+    ("boot", "acpi", "placement", "vcpu", "streams", "terminal", "scratch", "eventfds"),
     ("machine", "session", "guest", "images"),
     ("probe", "command", "own_device", "mounts", "lab", "qemu", "lab_agent"),
     ("cli", "__main__", "__init__"),

@@ -43,6 +43,20 @@ class Echo(VirtioDevice):
             queue.push(chain, len(data))
 
 
+class Line:
+    """A MessageLine that remembers, in a list of all lines'."""
+
+    def __init__(self, sent: list[tuple[int, int]]) -> None:
+        self.sent = sent
+        self.message = (0, 0)
+
+    def route(self, address: int, data: int) -> None:
+        self.message = (address, data)
+
+    def fire(self) -> None:
+        self.sent.append(self.message)
+
+
 class Board:
     """A bus with one virtio device, as a machine wires it."""
 
@@ -50,7 +64,7 @@ class Board:
         self.device = device or Echo()
         self.ram = Ram()
         self.sent: list[tuple[int, int]] = []
-        self.transport = VirtioPci(self.device, self.ram, lambda *m: self.sent.append(m))
+        self.transport = VirtioPci(self.device, self.ram, lambda: Line(self.sent))
         self.bus = PciBus()
         self.slot = self.bus.add(self.transport.function)
         self.ecam = Ecam(self.bus)
@@ -317,7 +331,7 @@ def test_a_masked_vector_waits_for_its_unmasking() -> None:
 
 def test_the_whole_function_can_be_masked() -> None:
     sent: list[tuple[int, int]] = []
-    table = Msix("x", 2, lambda *message: sent.append(message))
+    table = Msix("x", [Line(sent), Line(sent)])
     table.write(0, 8, 0xFEE0_1000)
     table.write(8, 8, 0x33)
     table.set_flags(1 << 15 | 1 << 14)

@@ -106,6 +106,8 @@ class RunOptions(NamedTuple):
     """Devices of the user's own, each `package.module:Class[,key=value...]` (own_device.py)."""
     balloon: int | None = None
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
+    ioeventfd: bool | None = None
+    """Whether virtio queues are served on devices' threads; None: as each device's class says."""
 
 
 class _Tail:
@@ -150,7 +152,12 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         tail = _Tail(options.console)
 
         machine = cleanup.enter_context(
-            Machine(memory=options.memory, cpus=options.cpus, transport=options.transport)
+            Machine(
+                memory=options.memory,
+                cpus=options.cpus,
+                transport=options.transport,
+                ioeventfd=options.ioeventfd,
+            )
         )
         machine.add_board(console=tail)
         ports = [ConsolePort(name) for name in ("stdin", "stdout", "stderr", "control")]

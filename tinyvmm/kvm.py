@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
-from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Annotated, Any, Self, TypeVar, cast, dataclass_transform
 
 from tinyvmm.errors import ConfigError, KvmError
@@ -25,6 +25,7 @@ u8 = Annotated[int, c_uint8]
 u16 = Annotated[int, c_uint16]
 u32 = Annotated[int, c_uint32]
 u64 = Annotated[int, c_uint64]
+s32 = Annotated[int, c_int32]
 s64 = Annotated[int, c_int64]
 
 
@@ -83,16 +84,38 @@ class kvm_irq_level(Struct):
     level: u32 = 0
 
 
-@c_struct(size=32)
-class kvm_msi(Struct):
-    """A message-signalled interrupt: what a device would write, and where."""
+@c_struct(size=48)
+class kvm_irq_routing_entry(Struct):
+    """Where one GSI leads; the union `u` as `irqchip_route` and `msi_route` fill it."""
 
-    address_lo: u32 = 0
-    address_hi: u32 = 0
-    data: u32 = 0
+    gsi: u32 = 0
+    type: u32 = 0
     flags: u32 = 0
-    devid: u32 = 0
-    pad: Annotated[Sequence[int], c_uint8 * 12] = ()
+    pad: u32 = 0
+    u: Annotated[Sequence[int], c_uint32 * 8] = ()
+
+
+@c_struct(size=32)
+class kvm_irqfd(Struct):
+    """An eventfd whose being written to interrupts as the GSI's route says."""
+
+    fd: u32 = 0
+    gsi: u32 = 0
+    flags: u32 = 0
+    resamplefd: u32 = 0
+    pad: Annotated[Sequence[int], c_uint8 * 16] = ()
+
+
+@c_struct(size=64)
+class kvm_ioeventfd(Struct):
+    """A guest's write of `len` bytes (0: any number) to `addr` that becomes an eventfd's event."""
+
+    datamatch: u64 = 0
+    addr: u64 = 0
+    len: u32 = 0
+    fd: s32 = 0
+    flags: u32 = 0
+    pad: Annotated[Sequence[int], c_uint8 * 36] = ()
 
 
 @c_struct(size=144)
@@ -346,8 +369,10 @@ KVM_SET_TSS_ADDR = _io(0x47)
 KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
 KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQ_LINE = _iow(0x61, _sizeof(kvm_irq_level))
+KVM_SET_GSI_ROUTING = _iow(0x6A, _COUNTED_HEADER)
+KVM_IRQFD = _iow(0x76, _sizeof(kvm_irqfd))
 KVM_CREATE_PIT2 = _iow(0x77, _sizeof(kvm_pit_config))
-KVM_SIGNAL_MSI = _iow(0xA5, _sizeof(kvm_msi))
+KVM_IOEVENTFD = _iow(0x79, _sizeof(kvm_ioeventfd))
 # vCPU: on what KVM_CREATE_VCPU returned
 KVM_RUN = _io(0x80)
 KVM_GET_REGS = _ior(0x81, _sizeof(kvm_regs))
@@ -370,6 +395,14 @@ KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_IMMEDIATE_EXIT = 136
+
+KVM_IRQCHIP_PIC_MASTER = 0
+KVM_IRQCHIP_PIC_SLAVE = 1
+KVM_IRQCHIP_IOAPIC = 2
+KVM_IRQ_ROUTING_IRQCHIP = 1
+KVM_IRQ_ROUTING_MSI = 2
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
 
 KVM_PIT_SPEAKER_DUMMY = 1 << 0
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # spelled so in the header
@@ -495,10 +528,25 @@ class VM(Handle):
         """Drive interrupt line `gsi` of the in-kernel controllers."""
         self._ioctl("KVM_IRQ_LINE", kvm_irq_level(irq=gsi, level=int(level)))
 
-    def signal_msi(self, address: int, data: int) -> None:
-        """Perform a device's write of `data` to a local APIC; a bad address interrupts nobody."""
-        message = kvm_msi(address_lo=address & 0xFFFF_FFFF, address_hi=address >> 32, data=data)
-        self._ioctl("KVM_SIGNAL_MSI", message)
+    def set_gsi_routing(self, routes: Sequence[kvm_irq_routing_entry]) -> None:
+        """Replace the whole table that says where each GSI leads."""
+        self._ioctl("KVM_SET_GSI_ROUTING", _counted(routes))
+
+    def irqfd(self, fd: int, gsi: int) -> None:
+        """Have an event of eventfd `fd` raise `gsi`, until either is closed."""
+        self._ioctl("KVM_IRQFD", kvm_irqfd(fd=fd, gsi=gsi))
+
+    def ioeventfd(
+        self, fd: int, gpa: int, size: int = 0, match: int | None = None, *, remove: bool = False
+    ) -> None:
+        """Have a guest's write to `gpa` be an event of eventfd `fd` instead of an exit.
+
+        Of `size` bytes and the value `match`, if given; `remove` ends what was begun so.
+        """
+        flags = KVM_IOEVENTFD_FLAG_DEASSIGN if remove else 0
+        flags |= 0 if match is None else KVM_IOEVENTFD_FLAG_DATAMATCH
+        event = kvm_ioeventfd(fd=fd, addr=gpa, len=size, datamatch=match or 0, flags=flags)
+        self._ioctl("KVM_IOEVENTFD", event)
 
     def create_vcpu(self, vcpu_id: int) -> "VCPU":
         """Return a new vCPU; on x86 its id is its local APIC id."""
@@ -563,6 +611,18 @@ class VCPU(Handle):
         """
         self._ioctl("KVM_RUN")
         return kvm_run.from_buffer(self.run_area).exit_reason
+
+
+def irqchip_route(gsi: int, chip: int, pin: int) -> kvm_irq_routing_entry:
+    """Return the route of `gsi` to an input of a controller (KVM_IRQCHIP_*)."""
+    # u.irqchip: irqchip, pin
+    return kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_IRQCHIP, u=(chip, pin))
+
+
+def msi_route(gsi: int, address: int, data: int) -> kvm_irq_routing_entry:
+    """Return the route of `gsi` to a message: `data` written to a local APIC's `address`."""
+    message = (address & 0xFFFF_FFFF, address >> 32, data)  # u.msi: address_lo, address_hi, data
+    return kvm_irq_routing_entry(gsi=gsi, type=KVM_IRQ_ROUTING_MSI, u=message)
 
 
 def _counted(entries: Sequence[Struct]) -> bytearray:

@@ -9,10 +9,10 @@ A machine is made, given devices, given something to boot, started, and waited f
     machine.start()
     machine.wait()
 
-Threads: one for each vCPU, started by `start`, which must be called on the main thread because the
-signal that kicks vCPUs needs a handler. `stop` may be called from any thread, vCPU threads and
-signal handlers included; the first caller's cause is the one that counts (`_stop_lock`). `close`
-ends whatever still runs and releases every descriptor.
+Threads: one for each vCPU and for each device with ioeventfds, started by `start`, which must be
+called on the main thread because the signal that kicks vCPUs needs a handler. `stop` may be called
+from any thread, vCPU threads and signal handlers included; the first caller's cause is the one that
+counts (`_stop_lock`). `close` ends whatever still runs and releases every descriptor.
 """
 
 import signal
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 
 from tinyvmm import cpuid, kvm, layout, trace
 from tinyvmm.bus import Bus
-from tinyvmm.errors import ConfigError, KvmError
+from tinyvmm.errors import ConfigError
 from tinyvmm.memory import GuestMemory
 from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tinyvmm.devices.power import PowerControl
     from tinyvmm.devices.uart import Uart
     from tinyvmm.devices.virtio.device import VirtioDevice
+    from tinyvmm.eventfds import Doorbells, MsiRoutes
 
 # A thread that wants the interpreter lock asks its holder to let go after this long (seconds). At
 # the default of 5 ms one busy thread beside a vCPU costs it 99 of 100 exits; `make bench` shows it.
@@ -61,12 +62,20 @@ class Machine:
     """A virtual machine; a context manager that leaves nothing behind."""
 
     def __init__(
-        self, *, memory: int, cpus: int = 1, irqchip: bool = True, transport: str = "pci"
+        self,
+        *,
+        memory: int,
+        cpus: int = 1,
+        irqchip: bool = True,
+        transport: str = "pci",
+        ioeventfd: bool | None = None,
     ) -> None:
         """Make the bare board: `memory` bytes of RAM and `cpus` vCPUs.
 
         Virtio devices are on a PCI bus, or each on a page of MMIO (`transport` "mmio"). Without
         `irqchip` there are no interrupts or timers, and HLT ends the run: enough for a tiny guest.
+        `ioeventfd` says whether virtio doorbells ring in a thread of the device's or are exits;
+        None leaves it to each device's class.
         ConfigError where this computer cannot give what is asked.
         """
         self.ports = Bus("port")
@@ -76,6 +85,9 @@ class Machine:
         self.pci: PciBus | None = None  # there is one as soon as something is on it
         self.virtio_mmio: list[tuple[int, int]] = []  # (gpa, gsi) of each virtio-mmio device
         self.device_nodes: list[DeviceNode] = []  # of the user's own devices
+        self._ioeventfd = ioeventfd
+        self._doorbells: list[Doorbells] = []
+        self._routes: MsiRoutes | None = None
         self._virtio_devices: list[VirtioDevice] = []
         self.uart: Uart | None = None
         self.power: PowerControl | None = None
@@ -123,9 +135,13 @@ class Machine:
 
     def irq_line(self, gsi: int) -> KvmIrqLine:
         """Return the interrupt line `gsi` (0 to 23)."""
+        return KvmIrqLine(self.open_vm(), gsi)
+
+    def open_vm(self) -> kvm.VM:
+        """Return the VM; ConfigError if it is closed."""
         if self._vm is None:
             raise ConfigError("the machine is closed")
-        return KvmIrqLine(self._vm, gsi)
+        return self._vm
 
     def add_board(self, console: Callable[[bytes], None]) -> None:
         """Add what a PC kernel looks for: UART, RTC, i8042, ACPI power control.
@@ -180,29 +196,52 @@ class Machine:
         transport = VirtioMmio(device, self.memory, self.irq_line(gsi))
         self.mmio.add(gpa, layout.VIRTIO_MMIO_STRIDE, transport)
         self.virtio_mmio.append((gpa, gsi))
+        doorbells = self._add_doorbells(device)
+        if doorbells is not None:
+            doorbells.place_mmio(gpa + transport.QUEUE_NOTIFY)
 
     def _add_virtio_pci(self, device: "VirtioDevice") -> None:
         """Take the next PCI slot, with its BAR where firmware would put it."""
-        from tinyvmm.devices.virtio.pci import VirtioPci
+        from tinyvmm.devices.virtio.pci import NOTIFY, NOTIFY_OFF_MULTIPLIER, VirtioPci
+        from tinyvmm.eventfds import MsiRoutes
 
-        transport = VirtioPci(device, self.memory, self._send_msi)
+        if self._routes is None:
+            self._routes = MsiRoutes(self.open_vm())
+        transport = VirtioPci(device, self.memory, self._routes.line)
         try:
             slot = self._pci_bus().add(transport.function)
         except IndexError:
             raise ConfigError("more virtio devices than PCI slots: leave one out") from None
+        doorbells = self._add_doorbells(device)
 
         def remap(gpa: int | None) -> None:
             self.mmio.remove(transport)
-            if gpa is None:
-                return
-            try:
-                self.mmio.add(gpa, transport.function.bar_len, transport)
-            except ConfigError as error:  # the guest put it where something else is
-                if trace.hook is not None:
-                    trace.hook(trace.Message(device.name, str(error)))
+            if gpa is not None:
+                try:
+                    self.mmio.add(gpa, transport.function.bar_len, transport)
+                except ConfigError as error:  # the guest put it where something else is
+                    if trace.hook is not None:
+                        trace.hook(trace.Message(device.name, str(error)))
+                    gpa = None
+            if doorbells is not None:
+                doorbells.place_pci(gpa and gpa + NOTIFY, NOTIFY_OFF_MULTIPLIER)
 
         transport.function.on_map = remap
         transport.function.place(layout.PCI_WINDOW_GPA + slot * layout.PCI_SLOT_STRIDE)
+
+    def _add_doorbells(self, device: "VirtioDevice") -> "Doorbells | None":
+        """Make `device` a thread for its doorbells, unless they are to be exits."""
+        wanted = self._ioeventfd if self._ioeventfd is not None else device.ioeventfd
+        if not wanted:
+            return None
+        from tinyvmm.eventfds import Doorbells
+
+        def failed(error: BaseException) -> None:
+            self.stop(StopCause.ERROR, error)
+
+        doorbells = Doorbells(self.open_vm(), device, len(device.queues), failed)
+        self._doorbells.append(doorbells)
+        return doorbells
 
     def _pci_bus(self) -> "PciBus":
         if self.pci is None:
@@ -212,17 +251,6 @@ class Machine:
             self.mmio.add(layout.PCI_ECAM_GPA, layout.PCI_ECAM_LEN, Ecam(self.pci))
             self.ports.add(layout.PCI_CONFIG_PORT, 8, ConfigPorts(self.pci))
         return self.pci
-
-    def _send_msi(self, address: int, data: int) -> None:
-        """Perform a device's message; KVM refuses one that is to no local APIC."""
-        vm = self._vm
-        if vm is None:
-            return
-        try:
-            vm.signal_msi(address, data)
-        except KvmError as error:
-            if trace.hook is not None:
-                trace.hook(trace.Message("msi", f"{data:#x} to {address:#x}: {error}"))
 
     # --- booting ----------------------------------------------------------------------------
 
@@ -283,6 +311,8 @@ class Machine:
         """Start every vCPU; those after the first wait for the guest's SIPI. Main thread only."""
         signal.signal(KICK_SIGNAL, _ignore)
         sys.setswitchinterval(SWITCH_INTERVAL)
+        for doorbells in self._doorbells:
+            doorbells.start()
         for vcpu in self.vcpus:
             vcpu.start()
 
@@ -322,6 +352,9 @@ class Machine:
         self.stop(StopCause.STOPPED)
         for vcpu in self.vcpus:
             vcpu.join()
+        for doorbells in self._doorbells:
+            doorbells.close()
+        self._doorbells = []
         for device in self._virtio_devices:
             device.detach()
         self._virtio_devices = []
@@ -331,6 +364,9 @@ class Machine:
         if self._vm is not None:
             self._vm.close()
             self._vm = None
+        if self._routes is not None:
+            self._routes.close()
+            self._routes = None
         self.memory.close()
 
     def read_code(self, gpa: int, length: int) -> bytes:

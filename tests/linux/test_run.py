@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from tests.linux.conftest import MAIN, ROOT, Runner, interpreter
+from tinyvmm.devices.virtio.pci import NOTIFY
 from tinyvmm.images import kernels
 from tinyvmm.lab import python_command
+from tinyvmm.layout import PCI_SLOT_STRIDE, VIRTIO_MMIO_STRIDE
 
 pytestmark = pytest.mark.linux
 
@@ -384,12 +386,28 @@ def test_a_trace_shows_the_messages_that_the_guide_says(guest: Runner) -> None:
     assert after[: len(said)] == said
 
 
-def test_virtio_works_over_mmio_as_well_as_over_pci(guest: Runner) -> None:
-    command = script("cat", "cat /proc/interrupts >&2", "ls /sys/bus/pci/devices >&2")
-    for transport, interrupts in (
-        ("mmio", "IO-APIC.*virtio"),
-        ("pci", "PCI-MSI.*virtio.*requests"),
+def test_virtio_works_over_either_bus_with_doorbells_of_either_kind(guest: Runner) -> None:
+    command = script("cat", "ls -l /usr/bin /sys/bus/pci/devices >&2", "cat /proc/interrupts >&2")
+    bells = {}
+    for transport, ioeventfd, interrupts in (
+        ("mmio", "on", "IO-APIC.*virtio"),
+        ("pci", "off", "PCI-MSI.*virtio.*requests"),
+        ("pci", "on", "PCI-MSI.*virtio.*requests"),
     ):
-        done = guest.run("--transport", transport, *command, stdin=b"in and out")
+        options = ("--transport", transport, "--ioeventfd", ioeventfd, "--trace", "mmio,9p")
+        done = guest.run(*options, *command, stdin=b"in and out")
         assert (done.status, done.stdout) == (0, b"in and out")
-        assert re.search(interrupts, done.stderr.decode())
+        said = done.stderr.decode()
+        assert re.search(interrupts, said)
+        requests = len(re.findall(r"^9p root +\d+ T", said, re.MULTILINE))
+        assert requests > 500
+        writes = [int(gpa, 16) for gpa in re.findall(r"^mmio (\S+) <-", said, re.MULTILINE)]
+        bell, end, stride = (
+            (0x050, 0x054, VIRTIO_MMIO_STRIDE)
+            if transport == "mmio"
+            else (NOTIFY, NOTIFY + 0x1000, PCI_SLOT_STRIDE)
+        )
+        rung = [gpa for gpa in writes if bell <= gpa % stride < end]
+        bells[transport, ioeventfd] = len(rung) / requests
+    assert bells["pci", "off"] > 0.9
+    assert bells["pci", "on"] == bells["mmio", "on"] == 0

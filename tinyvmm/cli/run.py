@@ -216,6 +216,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="MODULE:CLASS[,K=V]",
         help="a device of your own: a Python class, found from here (the guide's chapter 7)",
     )
+    add(
+        "--ioeventfd",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="serve virtio queues on threads of the devices', or on the vCPUs' (default auto)",
+    )
     tracing.add_options(parser)
     add(
         "--no-lab",
@@ -285,6 +291,7 @@ def main(args: argparse.Namespace) -> int:
         transport=args.transport,
         balloon=args.balloon,
         devices=args.device,
+        ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
     )
     result = run_command(options, warn)
     if result.message is not None:

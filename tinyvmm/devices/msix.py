@@ -3,16 +3,16 @@
 PCI Local Bus Specification 3.0, section 6.8.2. The table, in the function's BAR, has 16 bytes a
 vector: where to write (low and high), what (data), and a word whose bit 0 masks it. A vector that
 fires while masked is remembered in the pending bit array and fires when it is unmasked. On x86 the
-write goes to the local APICs, and KVM performs it: `send` is handed the address and the data.
+write goes to the local APICs, and KVM performs it: each vector has a `MessageLine`.
 
-Threads: vCPU threads write the table, any thread fires. `_lock` guards the table; what it guards is
-quick, and `send` is called with it held, so a vector once masked does not fire any more.
+Threads: vCPU threads write the table, any thread fires. `_lock` guards the table, and lines are
+called with it held, so a vector once masked does not fire any more.
 """
 
 import struct
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from tinyvmm.devices.device import Device
 
@@ -23,24 +23,30 @@ ENTRY_LEN = 16
 _MASKED = 1 << 0
 _RESET_ENTRY = struct.pack("<IIII", 0, 0, 0, _MASKED)
 
-SendMsi = Callable[[int, int], None]
-"""Takes address and data of a message."""
+
+class MessageLine(Protocol):
+    """The way of one vector's message to the local APICs; called from any thread."""
+
+    def route(self, address: int, data: int) -> None:
+        """Write `data` to `address` from now on."""
+
+    def fire(self) -> None:
+        """Send the message; it has been routed before."""
 
 
 class Msix(Device):
-    """The table of `vectors` vectors; as a device, the table's bytes."""
+    """The table, a vector for each of `lines`; as a device, the table's bytes."""
 
-    def __init__(self, name: str, vectors: int, send: SendMsi) -> None:
-        """Make `vectors` vectors, all masked and MSI-X itself disabled."""
+    def __init__(self, name: str, lines: Sequence[MessageLine]) -> None:
+        """Make the vectors, all masked and MSI-X itself disabled."""
         self.name = f"{name} msi-x"
-        self.vectors = vectors
-        self._send = send
+        self.vectors = vectors = len(lines)
+        self._lines = lines
         self._lock = threading.Lock()
         self._table = bytearray(_RESET_ENTRY * vectors)
         self._pending = [False] * vectors
         self._flags = 0
-        # What a vector sends, None while it must not; the only thing looked at when one fires.
-        self._messages: list[tuple[int, int] | None] = [None] * vectors
+        self._open = [False] * vectors  # may fire; the only thing looked at when one does
 
     @property
     def enabled(self) -> bool:
@@ -59,9 +65,8 @@ class Msix(Device):
         with self._lock:
             if not 0 <= vector < self.vectors:
                 return
-            message = self._messages[vector]
-            if message is not None:
-                self._send(*message)
+            if self._open[vector]:
+                self._lines[vector].fire()
             elif self.enabled:
                 self._pending[vector] = True
 
@@ -80,11 +85,15 @@ class Msix(Device):
 
     def _resolve(self, vector: int) -> None:
         low, high, data, control = struct.unpack_from("<IIII", self._table, ENTRY_LEN * vector)
-        off = not self.enabled or self._flags & PCI_MSIX_FLAGS_MASKALL or control & _MASKED
-        message = self._messages[vector] = None if off else (high << 32 | low, data)
-        if message is not None and self._pending[vector]:
-            self._pending[vector] = False
-            self._send(*message)
+        self._open[vector] = (
+            self.enabled and not self._flags & PCI_MSIX_FLAGS_MASKALL and not control & _MASKED
+        )
+        if self._open[vector]:
+            line = self._lines[vector]
+            line.route(high << 32 | low, data)
+            if self._pending[vector]:
+                self._pending[vector] = False
+                line.fire()
 
     def pending(self, offset: int, size: int) -> int:
         """Answer a read of the pending bit array."""

@@ -9,7 +9,8 @@ FEATURES_OK (refused, by not reading back, if it accepted what was not offered),
 DRIVER_OK. No queue is touched before. If the driver breaks a rule the device raises
 DEVICE_NEEDS_RESET and does nothing more until the driver resets it by writing 0.
 
-Threads: vCPU threads come in through the transport, host threads through what a device offers them
+Threads: vCPU threads come in through the transport, or a thread of the device's where doorbells
+are eventfds (`ioeventfd`), host threads through what a device offers them
 (a console's ports). `lock`, one RLock a device, guards everything here and the queues. A chain is
 taken, handled and given back within one hold of it, so a reset never finds one in between.
 """
@@ -49,6 +50,12 @@ CONFIGURATION = -1
 
 class VirtioDevice:
     """A virtio device without its transport."""
+
+    ioeventfd = False
+    """Whether queues are served on a thread of the device's own, or on that of the vCPU that kicks.
+
+    docs/decisions/0004 says which suits what.
+    """
 
     def __init__(
         self,

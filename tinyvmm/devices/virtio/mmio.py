@@ -41,6 +41,7 @@ _U32 = 0xFFFF_FFFF
 class VirtioMmio(RegisterDevice):
     """One virtio device on the memory bus; answers 0x1000 bytes."""
 
+    QUEUE_NOTIFY = 0x050  # whose writes may become events, and never be seen here
     REGISTERS = (
         Register("MagicValue", 0x000, 4, "R", MAGIC),
         Register("Version", 0x004, 4, "R", VERSION),
@@ -54,7 +55,7 @@ class VirtioMmio(RegisterDevice):
         Register("QueueNumMax", 0x034, 4, "R"),
         Register("QueueNum", 0x038, 4, "W"),
         Register("QueueReady", 0x044, 4, "RW"),
-        Register("QueueNotify", 0x050, 4, "W"),
+        Register("QueueNotify", QUEUE_NOTIFY, 4, "W"),
         Register("InterruptStatus", 0x060, 4, "R"),
         Register("InterruptACK", 0x064, 4, "W"),
         Register("Status", 0x070, 4, "RW"),

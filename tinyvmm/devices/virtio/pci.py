@@ -22,6 +22,7 @@ lock guards the registers; the function's configuration space is guarded by its 
 """
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from tinyvmm.devices.device import Device, GuestMemory
@@ -29,8 +30,8 @@ from tinyvmm.devices.msix import (
     PCI_CAP_ID_MSIX,
     PCI_MSIX_FLAGS_ENABLE,
     PCI_MSIX_FLAGS_MASKALL,
+    MessageLine,
     Msix,
-    SendMsi,
 )
 from tinyvmm.devices.pci import Function
 from tinyvmm.devices.register import Register, RegisterDevice
@@ -272,13 +273,15 @@ class CommonConfiguration(RegisterDevice):
 class VirtioPci(Device):
     """One virtio device on a PCI bus: what its BAR answers, BAR_LEN bytes; and its `function`."""
 
-    def __init__(self, device: VirtioDevice, memory: GuestMemory, send_msi: SendMsi) -> None:
-        """Give `device` a function, the guest's `memory` and a way to send messages."""
+    def __init__(
+        self, device: VirtioDevice, memory: GuestMemory, make_line: Callable[[], MessageLine]
+    ) -> None:
+        """Give `device` a function, the guest's `memory`, and a line for each of its vectors."""
         self.name = device.name
         self.device = device
         vectors = len(device.queues) + 1
         self.common = CommonConfiguration(device, vectors)
-        self.msix = Msix(device.name, vectors, send_msi)
+        self.msix = Msix(device.name, [make_line() for _ in range(vectors)])
         self.function = VirtioFunction(self, vectors)
         self._isr = 0
         self._notify = device.notify

@@ -1,0 +1,212 @@
+"""Interrupts and doorbells that the kernel carries, with a tiny guest on real KVM."""
+
+import os
+import struct
+import threading
+
+import pytest
+
+from tinyvmm import kvm, layout, trace
+from tinyvmm.devices.device import Device
+from tinyvmm.devices.virtio.mmio import VirtioMmio
+from tinyvmm.devices.virtio.pci import NOTIFY, NOTIFY_OFF_MULTIPLIER
+from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.eventfds import MsiRoutes
+from tinyvmm.machine import Machine
+from tinyvmm.vcpu import StopCause
+
+pytestmark = pytest.mark.kvm
+
+VECTOR = 0x50
+MESSAGE = (layout.LOCAL_APIC_GPA, VECTOR)  # to the local APIC with id 0
+SVR, APIC_ENABLED = 0xF0, 1 << 8  # Spurious Interrupt Vector Register
+GDT, IDT, HANDLER = 0x3000, 0x4000, 0x2000
+
+
+class Rung(VirtioRng):
+    """A device that notes its doorbells and who rang."""
+
+    def __init__(self, *, ioeventfd: bool = True) -> None:
+        super().__init__()
+        self.ioeventfd = ioeventfd
+        self.bells: list[tuple[int, str]] = []
+        self.heard = threading.Event()
+
+    def notify(self, index: int) -> None:
+        self.bells.append((index, threading.current_thread().name))
+        self.heard.set()
+
+
+class Ender(Device):
+    """Ends the run when it is written to."""
+
+    name = "ender"
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.machine.stop(f"{value:#x}")
+
+
+def writes(*stores: tuple[int, int]) -> bytes:
+    """Code for flat 32-bit mode: store each 32-bit value at its address, then out 0xF4."""
+    code = b"".join(b"\xc7\x05" + struct.pack("<II", gpa, value) for gpa, value in stores)
+    return code + b"\xe6\xf4\xf4"
+
+
+def protected_mode(machine: Machine, code: bytes) -> None:
+    machine.memory.write(0x1000, code)
+    handle = machine.vcpus[0].handle
+    sregs = handle.get_sregs()
+    machine.memory.write(GDT, struct.pack("<3Q", 0, 0xCF9B00_0000FFFF, 0xCF9300_0000FFFF))
+    sregs.gdt = kvm.kvm_dtable(base=GDT, limit=23)
+    sregs.idt = kvm.kvm_dtable(base=IDT, limit=0x7FF)
+    flat = {"limit": 0xFFFF_FFFF, "present": 1, "s": 1, "g": 1, "db": 1}
+    sregs.cs = kvm.kvm_segment(selector=0x8, type=0xB, **flat)
+    for name in ("ds", "es", "fs", "gs", "ss"):
+        setattr(sregs, name, kvm.kvm_segment(selector=0x10, type=0x3, **flat))
+    sregs.cr0 |= 1
+    handle.set_sregs(sregs)
+    handle.set_regs(kvm.kvm_regs(rip=0x1000, rsp=0x8000, rflags=1 << 1))
+
+
+def run(machine: Machine, code: bytes) -> list[trace.Access]:
+    """Run the code to its end; every access that reached us."""
+    seen: list[trace.Record] = []
+    machine.ports.add(0xF4, 4, Ender(machine))
+    protected_mode(machine, code)
+    trace.hook = seen.append
+    try:
+        machine.start()
+        assert machine.wait(30)
+    finally:
+        trace.hook = None
+    return [record for record in seen if isinstance(record, trace.Access)]
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_a_doorbell_rings_in_the_devices_thread_without_an_exit(transport: str) -> None:
+    device = Rung()
+    with Machine(memory=1 << 20, transport=transport) as machine:
+        machine.add_virtio(device)
+        if transport == "pci":
+            bell = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE + NOTIFY
+        else:
+            bell = layout.VIRTIO_MMIO_GPA + VirtioMmio.QUEUE_NOTIFY
+        exits = run(machine, writes((bell, 0)))
+        assert [(e.space, e.address) for e in exits] == [("port", 0xF4)]
+        assert device.heard.wait(30)
+    assert device.bells == [(0, "io virtio-rng")]
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_a_doorbell_may_be_an_exit(transport: str) -> None:
+    device = Rung(ioeventfd=False)
+    with Machine(memory=1 << 20, transport=transport) as machine:
+        machine.add_virtio(device)
+        if transport == "pci":
+            bell = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE + NOTIFY
+        else:
+            bell = layout.VIRTIO_MMIO_GPA + VirtioMmio.QUEUE_NOTIFY
+        assert len(run(machine, writes((bell, 0)))) == 2
+    assert device.bells == [(0, "vcpu0")]
+
+
+def test_the_machine_may_overrule_the_device() -> None:
+    device = Rung(ioeventfd=True)
+    with Machine(memory=1 << 20, ioeventfd=False) as machine:
+        machine.add_virtio(device)
+        bell = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE + NOTIFY
+        assert len(run(machine, writes((bell, 0)))) == 2
+
+
+def test_a_bell_of_a_queue_there_is_none_of_is_an_exit_and_harmless() -> None:
+    device = Rung()
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(device)
+        bell = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE + NOTIFY + NOTIFY_OFF_MULTIPLIER
+        assert len(run(machine, writes((bell, 0)))) == 2
+    assert device.bells == [(1, "vcpu0")]
+
+
+def test_doorbells_move_with_the_bar() -> None:
+    device = Rung()
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(device)
+        assert machine.pci is not None
+        config = layout.PCI_ECAM_GPA + (1 << 15)
+        old = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE
+        new = old + 0x100_0000
+        code = writes((config + 0x10, new), (old + NOTIFY, 0), (new + NOTIFY, 0))
+        exits = run(machine, code)
+        # the BAR's register, and 0xF4; what is at the old place is nobody's
+        assert [e.address for e in exits] == [config + 0x10, 0xF4]
+        assert device.heard.wait(30)
+    assert device.bells == [(0, "io virtio-rng")]
+
+
+def test_an_error_on_a_devices_thread_ends_the_run_and_is_raised() -> None:
+    class Broken(Rung):
+        def notify(self, index: int) -> None:
+            raise RuntimeError("a bug of ours")
+
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(Broken())
+        protected_mode(
+            machine, writes((layout.PCI_WINDOW_GPA + 0x1_0000 + NOTIFY, 0))[:-3] + b"\xeb\xfe"
+        )
+        machine.start()
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            machine.wait(30)
+        assert machine.cause == StopCause.ERROR
+
+
+def test_a_message_interrupts_through_its_eventfd() -> None:
+    with Machine(memory=1 << 20) as machine:
+        machine.ports.add(0xF4, 4, Ender(machine))
+        enable = writes((layout.LOCAL_APIC_GPA + SVR, APIC_ENABLED | 0xFF))[:-3]
+        protected_mode(machine, enable + b"\xfb\xf4\xeb\xfd")  # sti; hlt for ever
+        machine.memory.write(HANDLER, b"\xb0\x42\xe6\xf4\xf4")  # mov al, 0x42; out 0xF4, al
+        machine.memory.write(IDT + 8 * VECTOR, struct.pack("<HHHH", HANDLER, 0x8, 0x8E00, 0))
+        routes = MsiRoutes(machine.open_vm())
+        line = routes.line()
+        line.fire()  # leads nowhere: nothing happens
+        line.route(*MESSAGE)
+        machine.start()
+        assert machine.wait(0.2) is None
+        line.fire()
+        assert machine.wait(30) == "0x42"
+        routes.close()
+
+
+def test_the_controllers_pins_still_lead_where_they_did() -> None:
+    """The PIC, as the BIOS leaves it to real mode: pin 4 is vector 0x0C."""
+    with Machine(memory=1 << 20) as machine:
+        machine.ports.add(0xF4, 4, Ender(machine))
+        machine.memory.write(0x0C * 4, struct.pack("<HH", 0x2000, 0))
+        machine.memory.write(0x2000, b"\xb0\x43\xe6\xf4\xf4")
+        init = b"".join(
+            bytes((0xB0, value, 0xE6, port))
+            for port, value in ((0x20, 0x11), (0x21, 8), (0x21, 4), (0x21, 1), (0x21, 0))
+        )
+        machine.boot_real_mode(init + b"\xfb\xf4\xeb\xfd")
+        routes = MsiRoutes(machine.open_vm())
+        routes.line().route(*MESSAGE)  # which replaces the whole table
+        machine.start()
+        line = machine.irq_line(4)
+        line.set(True)
+        assert machine.wait(30) == "0x43"
+        routes.close()
+
+
+def test_a_thousand_vectors_cost_descriptors_only_once_routed() -> None:
+    with Machine(memory=1 << 20) as machine:
+        before = len(os.listdir("/proc/self/fd"))
+        routes = MsiRoutes(machine.open_vm())
+        lines = [routes.line() for _ in range(1000)]
+        assert len(os.listdir("/proc/self/fd")) == before
+        lines[-1].route(*MESSAGE)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        routes.close()
+        assert len(os.listdir("/proc/self/fd")) == before

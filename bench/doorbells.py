@@ -5,6 +5,8 @@ its own: it advances the available ring, rings the doorbell, and watches the use
 reply is there. So a figure is the whole way of one request, in microseconds, but for Linux's own
 part and the interrupt. `inline`: the doorbell is an exit. `thread`: it is an ioeventfd, and a
 thread of the device sleeps in poll(2). `spinning`: that looks for 200 us before it sleeps.
+
+Then the first two with Linux in the guest, as `bench guest9p` has it, and how many exits they take.
 """
 
 import os
@@ -14,6 +16,7 @@ import tempfile
 from statistics import median
 from time import perf_counter, perf_counter_ns, sleep
 
+from bench.guest9p import Entry, prepared, run_ours, where_linux_runs
 from tinyvmm import eventfds, kvm, layout, ninep
 from tinyvmm.devices.virtio.device import (
     ACKNOWLEDGE,
@@ -134,6 +137,42 @@ def measure(where: str, what: str, cpus: int, path: str) -> float:
         eventfds.Doorbells = plain  # type: ignore[misc]
 
 
+def in_linux(source: str, program: str, count: int) -> list[Entry]:
+    """Do what guest9p does with each kind of doorbell, `count` times, with one vCPU and two."""
+    found = []
+    with prepared(source, program) as (tree_path, archive, cmdline):
+        for turn in range(count):
+            for cpus in (1, 2):
+                for way in ("inline", "thread"):
+                    ioeventfd = way == "thread"
+                    found += [
+                        entry._replace(vmm=f"{way} {cpus}")
+                        for entry in run_ours(
+                            tree_path,
+                            archive,
+                            f"reboot=a {cmdline}",
+                            turn,
+                            cpus=cpus,
+                            ioeventfd=ioeventfd,
+                        )
+                    ]
+    return found
+
+
+def show_linux(found: list[Entry]) -> None:
+    """Print times as ratios to inline, and exits."""
+    ways = [(way, cpus) for cpus in (1, 2) for way in ("inline", "thread")]
+    print(f"{'microseconds each (exits)':28}" + "".join(f"{way:>14} {cpus}" for way, cpus in ways))
+    for cache, what in dict.fromkeys((entry.cache, entry.what) for entry in found):
+        line = f"{cache:6}{what:22}"
+        for way, cpus in ways:
+            those = [e for e in found if (e.vmm, e.cache, e.what) == (f"{way} {cpus}", cache, what)]
+            (first,) = (entry for entry in those if not entry.turn)
+            middle = median(e.ns / e.often / 1000 for e in those if e.turn)
+            line += f"{middle:9.0f} ({first.exits / first.often:.1f})"
+        print(line)
+
+
 def main() -> None:
     """Measure, interleaved, and print medians."""
     ways = ("inline", "thread", "spinning")
@@ -150,3 +189,4 @@ def main() -> None:
                 figures = "".join(f"{median(found[way]):10.1f}" for way in ways)
                 print(f"{what:20} {cpus} vCPU{'s' * (cpus > 1):4}{figures}")
                 sys.stdout.flush()
+    show_linux(where_linux_runs("bench.doorbells.in_linux"))

@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
@@ -178,22 +180,29 @@ def run_qemu(tree_path: str, vmlinuz: str, initrd: str, cmdline: str, turn: int)
 
 def measure(source: str, program: str, count: int) -> list[Entry]:
     """Run both `count` times in turn on a copy of `source`, after once to warm caches."""
-    from tinyvmm.fileserver.descriptors import raise_nofile_limit
     from tinyvmm.images import kernels
 
-    raise_nofile_limit()
     found = []
-    with tempfile.TemporaryDirectory() as work:
-        tree_path = os.path.join(work, "tree")
-        shutil.copytree(source, tree_path, symlinks=True)
-        archive, modules = initramfs(program)
-        initrd = os.path.join(work, "initrd")
+    with prepared(source, program) as (tree_path, archive, cmdline):
+        initrd = tree_path + ".initrd"
         Path(initrd).write_bytes(archive)
-        cmdline = f"{COMMON} -- {FILES} {MIB} {' '.join(modules)}"
         for turn in range(count + 1):
             found += run_ours(tree_path, archive, f"reboot=a {cmdline}", turn)
             found += run_qemu(tree_path, kernels.find().vmlinuz, initrd, cmdline, turn)
     return found
+
+
+@contextmanager
+def prepared(source: str, program: str) -> Iterator[tuple[str, bytes, str]]:
+    """Give a copy of `source`, an initramfs with `program`, and its kernel's command line."""
+    from tinyvmm.fileserver.descriptors import raise_nofile_limit
+
+    raise_nofile_limit()
+    with tempfile.TemporaryDirectory() as work:
+        tree_path = os.path.join(work, "tree")
+        shutil.copytree(source, tree_path, symlinks=True)
+        archive, modules = initramfs(program)
+        yield tree_path, archive, f"{COMMON} -- {FILES} {MIB} {' '.join(modules)}"
 
 
 def show(found: list[Entry]) -> None:
@@ -215,26 +224,32 @@ def show(found: list[Entry]) -> None:
         )
 
 
-def main() -> None:
-    """Measure, here or in the lab, and print."""
+def where_linux_runs(function: str) -> list[Entry]:
+    """Call bench.`function` with a tree, the program and ROUNDS, here or in the lab."""
     from tinyvmm.lab import Lab, python_command
     from tinyvmm.probe import missing_for_linux
 
+    module, _, name = function.rpartition(".")
     with tempfile.TemporaryDirectory() as directory:
         source, program = os.path.join(directory, "source"), os.path.join(directory, "program")
         make_tree(source)
         subprocess.run(["gcc", "-O2", "-static", "-o", program, str(C_PROGRAM)], check=True)
         initramfs(program)  # which fills the cache that the lab sees as well
         if missing_for_linux() is None:
-            found = measure(source, program, ROUNDS)
+            found = list(getattr(import_module(module), name)(source, program, ROUNDS))
         else:
             code = (
-                f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.guest9p import measure"
-                f"; print(json.dumps(measure({source!r}, {program!r}, {ROUNDS})))"
+                f"import sys, json; sys.path.insert(0, {ROOT!r}); from {module} import {name}"
+                f"; print(json.dumps({name}({source!r}, {program!r}, {ROUNDS})))"
             )
             with Lab() as lab:
                 done = lab.run(python_command(code, []), timeout=LIMIT * 2 * (ROUNDS + 1))
             if done.status:
                 sys.exit(done.stderr.decode())
             found = [Entry(*entry) for entry in json.loads(done.stdout)]
-    show(found)
+    return found
+
+
+def main() -> None:
+    """Measure, here or in the lab, and print."""
+    show(where_linux_runs("bench.guest9p.measure"))

@@ -195,8 +195,12 @@ def test_the_controllers_pins_still_lead_where_they_did() -> None:
         routes.line().route(*MESSAGE)  # which replaces the whole table
         machine.start()
         line = machine.irq_line(4)
-        line.set(True)
-        assert machine.wait(30) == "0x43"
+        for _ in range(300):  # the PIC forgets what came before it was set up
+            line.set(True)
+            line.set(False)
+            if machine.wait(0.1):
+                break
+        assert machine.cause == "0x43"
         routes.close()
 
 

@@ -118,6 +118,15 @@ class kvm_ioeventfd(Struct):
     pad: Annotated[Sequence[int], c_uint8 * 36] = ()
 
 
+@c_struct(size=72)
+class kvm_guest_debug(Struct):
+    """How a vCPU is debugged; `arch` is its debug registers DR0 to DR7."""
+
+    control: u32 = 0
+    pad: u32 = 0
+    arch: Annotated[Sequence[int], c_uint64 * 8] = ()
+
+
 @c_struct(size=144)
 class kvm_regs(Struct):
     """General registers."""
@@ -379,6 +388,7 @@ KVM_GET_REGS = _ior(0x81, _sizeof(kvm_regs))
 KVM_SET_REGS = _iow(0x82, _sizeof(kvm_regs))
 KVM_GET_SREGS = _ior(0x83, _sizeof(kvm_sregs))
 KVM_SET_SREGS = _iow(0x84, _sizeof(kvm_sregs))
+KVM_SET_GUEST_DEBUG = _iow(0x9B, _sizeof(kvm_guest_debug))
 KVM_TRANSLATE = _iowr(0x85, _sizeof(kvm_translation))
 KVM_SET_MSRS = _iow(0x89, _COUNTED_HEADER)
 KVM_SET_CPUID2 = _iow(0x90, _COUNTED_HEADER)
@@ -392,6 +402,7 @@ KVM_CAP_EXT_CPUID = 7
 KVM_CAP_NR_VCPUS = 9
 KVM_CAP_PIT2 = 33
 KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
+KVM_CAP_SET_GUEST_DEBUG = 23
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_IMMEDIATE_EXIT = 136
@@ -403,6 +414,9 @@ KVM_IRQ_ROUTING_IRQCHIP = 1
 KVM_IRQ_ROUTING_MSI = 2
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
 KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
+
+KVM_GUESTDBG_ENABLE = 1 << 0
+KVM_GUESTDBG_SINGLESTEP = 1 << 1
 
 KVM_PIT_SPEAKER_DUMMY = 1 << 0
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # spelled so in the header
@@ -596,6 +610,10 @@ class VCPU(Handle):
         done = self._ioctl("KVM_SET_MSRS", _counted(entries))
         if done != len(entries):
             raise KvmError(f"KVM_SET_MSRS of {entries[done].index:#x}", errno.EINVAL)
+
+    def set_guest_debug(self, control: int) -> None:
+        """Have KVM_RUN come back with KVM_EXIT_DEBUG as `control` (KVM_GUESTDBG_*) says."""
+        self._ioctl("KVM_SET_GUEST_DEBUG", kvm_guest_debug(control=control))
 
     def translate(self, linear_address: int) -> int | None:
         """Return the guest-physical address behind a linear one, or None where none is mapped."""

@@ -95,6 +95,8 @@ class Machine:
         self.exit_value: int | None = None
         """What a device gave to `end`."""
         self._error: BaseException | None = None
+        self.paused = False
+        self._pause_lock = threading.Lock()
         self._stop_lock = threading.Lock()
         self._stopped = threading.Event()
         self._irqchip = irqchip
@@ -313,8 +315,30 @@ class Machine:
         sys.setswitchinterval(SWITCH_INTERVAL)
         for doorbells in self._doorbells:
             doorbells.start()
-        for vcpu in self.vcpus:
-            vcpu.start()
+        with self._pause_lock:
+            for vcpu in self.vcpus:
+                vcpu.start()
+
+    def pause(self) -> None:
+        """Take every vCPU out of the guest; return when they are. From any thread but a vCPU's.
+
+        Then registers and RAM can be read and changed, and vCPUs stepped (`Vcpu.step`). Devices go
+        on: they finish what the guest has asked of them, and interrupts that they raise arrive once
+        the guest goes on. Harmless when paused, ended or not yet started; then it starts paused.
+        """
+        with self._pause_lock:
+            for vcpu in self.vcpus:
+                vcpu.begin_pause()
+            for vcpu in self.vcpus:
+                vcpu.await_pause()
+            self.paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`; harmless if the machine is not paused. From any thread."""
+        with self._pause_lock:
+            for vcpu in self.vcpus:
+                vcpu.resume()
+            self.paused = False
 
     def stop(self, cause: str, error: BaseException | None = None) -> None:
         """End the run for `cause` (StopCause); the first call counts. From any thread."""
@@ -325,7 +349,7 @@ class Machine:
         for device in self._virtio_devices:
             device.halt()
         for vcpu in self.vcpus:
-            vcpu.kick()
+            vcpu.stop()
         self._stopped.set()
 
     def end(self, value: int) -> None:

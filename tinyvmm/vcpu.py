@@ -6,9 +6,15 @@ bytes of a port exit (direction, size, port, count) are read as one integer, whi
 table of ready-made handlers; and nothing in the loop allocates, chases attributes or raises.
 
 Threads: `_loop` runs on the vCPU's own thread and is the only code that touches struct kvm_run,
-except for `kick`, which any thread may call: it sets `immediate_exit` and sends a signal, so that a
-vCPU inside KVM_RUN, or about to enter it, comes out (api.rst, "immediate_exit"). No lock is needed:
-`_stopping` and `immediate_exit` are only ever set.
+but for `immediate_exit`: who wants the vCPU out of KVM_RUN, or never to enter it, sets that and
+sends a signal (api.rst, "immediate_exit"). The vCPU then looks why, in `_interrupted`: to end, or
+to pause. By then it has been in KVM_RUN once more since the last exit it handled, so what the guest
+read from a device has reached its register (api.rst, KVM_RUN, the note on KVM_EXIT_IO).
+
+To stop takes no lock, so that signal handlers may: `_stopping` is set first and `immediate_exit`
+after, and the vCPU clears the latter first and looks at the former after. To pause does: `_gate`
+guards `_pausing` and whether the vCPU is `_parked`. A parked vCPU does what arrives in `_mail`,
+whose `put` anybody may call, a signal handler too.
 """
 
 import ctypes
@@ -18,6 +24,7 @@ import signal
 import threading
 from collections.abc import Callable
 from mmap import mmap
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from tinyvmm import kvm
@@ -32,6 +39,9 @@ _PR_SET_TIMERSLACK = 29
 
 class StopCause:
     """Why a vCPU left its loop; the machine makes the end of the run of it."""
+
+    STEP = "step"  # one instruction was executed; ends no run
+    INTERRUPTED = "interrupted"  # it was not; ends no run
 
     HALT = "halt"
     TRIPLE_FAULT = "triple fault"
@@ -63,6 +73,10 @@ class Vcpu:
         self.handle = handle
         self._owner = owner
         self._stopping = False
+        self._gate = threading.Lock()
+        self._pausing = False
+        self._parked = threading.Event()
+        self._mail: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._run = kvm.kvm_run.from_buffer(handle.run_area)
         self._views = Views(handle.run_area)
@@ -74,13 +88,117 @@ class Vcpu:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
-    def kick(self) -> None:
+    def stop(self) -> None:
         """Make the vCPU leave its loop soon; from any thread, also before it has started."""
         self._stopping = True
+        self._mail.put(None)
+        self._kick()
+
+    def _kick(self) -> None:
+        """Get the vCPU out of KVM_RUN."""
         self._run.immediate_exit = 1
         thread = self._thread
         if thread is not None and thread.ident is not None and thread.is_alive():
             signal.pthread_kill(thread.ident, KICK_SIGNAL)
+
+    def begin_pause(self) -> None:
+        """Have the vCPU stay out of the guest from soon on; from any thread but its own."""
+        with self._gate:
+            if self._pausing:
+                return
+            self._pausing = True
+            self._kick()
+
+    def await_pause(self) -> None:
+        """Wait until it is out, or has not started, or has ended: its registers can be read."""
+        if self._thread is not None:
+            self._parked.wait()
+
+    def resume(self) -> None:
+        """Go on with the guest; harmless if it was not paused."""
+        with self._gate:
+            self._pausing = False
+        self._mail.put(None)
+
+    def step(self, timeout: float = 1.0) -> bool:
+        """Execute one instruction of a paused vCPU; False if the guest waits at it for something.
+
+        Not on the vCPU's own thread. What the instruction asks of devices is done. An interrupt
+        that is due comes first, and then its handler's first instruction is not executed. `timeout`
+        is in seconds. KvmError where this KVM cannot step.
+        """
+        with self._gate:
+            if not self._pausing or not self._parked.is_set() or self._stopping:
+                raise RuntimeError(f"vCPU {self.handle.vcpu_id} is not paused")
+        done: SimpleQueue[str | BaseException] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                done.put(self._step())
+            except BaseException as error:  # noqa: BLE001 (belongs to who asked)
+                done.put(error)
+
+        self._mail.put(work)
+        try:
+            result = done.get(timeout=timeout)
+        except Empty:
+            self._kick()
+            result = done.get()
+        if isinstance(result, BaseException):
+            raise result
+        if result not in {StopCause.STEP, StopCause.INTERRUPTED}:
+            self._owner.stop(result)
+        return result != StopCause.INTERRUPTED
+
+    def _step(self) -> str:
+        self.handle.set_guest_debug(kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_SINGLESTEP)
+        answered = False
+        try:
+            while True:
+                try:
+                    self.handle.run()
+                except KvmError as error:
+                    if error.errno not in {errno.EINTR, errno.EAGAIN}:
+                        raise
+                    return StopCause.STEP if answered else StopCause.INTERRUPTED
+                cause = self._answer()
+                if cause is not None:
+                    return cause
+                # KVM reports no step for an instruction that it had to ask us about. So complete it
+                # (it may ask for another part), and go no further.
+                answered = True
+                self._run.immediate_exit = 1
+        finally:
+            self._run.immediate_exit = 0
+            self.handle.set_guest_debug(0)
+
+    def _answer(self) -> str | None:
+        """Handle one exit, as `_loop` does."""
+        views, mmio = self._views, self._owner.mmio
+        reason, size = views.u32[2], views.u32[12]
+        if reason == kvm.KVM_EXIT_IO:
+            self._handlers[views.u64[4]]()
+        elif reason != kvm.KVM_EXIT_MMIO:
+            return self._uncommon(reason)
+        elif views.u8[52]:
+            mmio.write(views.u64[4], size, views.u64[5] & (1 << 8 * size) - 1)
+        else:
+            views.u64[5] = mmio.read(views.u64[4], size)
+        return None
+
+    def _interrupted(self) -> str | None:
+        """Say how to leave the loop after KVM_RUN was interrupted; None to go on."""
+        self._run.immediate_exit = 0
+        while not self._stopping:
+            with self._gate:
+                if not self._pausing:
+                    self._parked.clear()
+                    return None
+                self._parked.set()
+            work = self._mail.get()
+            if work is not None:
+                work()
+        return StopCause.STOPPED
 
     def join(self) -> None:
         """Wait until the thread has ended, unless this is that thread."""
@@ -107,9 +225,11 @@ class Vcpu:
             # The frames may hold structs that lie in the mapping, which would keep it open.
             clear_frames(error.__traceback__)
             self._owner.stop(StopCause.ERROR, error)
+        finally:
+            self._parked.set()
 
     def _loop(self) -> str:
-        """Run the guest until it ends or `kick` is called; a StopCause."""
+        """Run the guest until it ends or `stop` is called; a StopCause."""
         ioctl, fd, KVM_RUN = fcntl.ioctl, self.handle.fd, kvm.KVM_RUN
         KVM_EXIT_IO, KVM_EXIT_MMIO = kvm.KVM_EXIT_IO, kvm.KVM_EXIT_MMIO
         # Offsets in struct kvm_run: exit_reason 8; io: the key 32; mmio: phys_addr 32, data 40,
@@ -125,8 +245,9 @@ class Vcpu:
                     raise VcpuError(
                         self.describe(str(KvmError("KVM_RUN", error.errno or 0)))
                     ) from None
-                if self._stopping:
-                    return StopCause.STOPPED
+                cause = self._interrupted()
+                if cause is not None:
+                    return cause
                 continue
             reason = u32[2]
             if reason == KVM_EXIT_IO:
@@ -148,8 +269,10 @@ class Vcpu:
             return StopCause.HALT
         if reason == kvm.KVM_EXIT_SHUTDOWN:
             return StopCause.TRIPLE_FAULT
+        if reason == kvm.KVM_EXIT_DEBUG:
+            return StopCause.STEP
         if reason in {kvm.KVM_EXIT_INTR, kvm.KVM_EXIT_IRQ_WINDOW_OPEN}:
-            return StopCause.STOPPED if self._stopping else None
+            return self._interrupted()
         if reason == kvm.KVM_EXIT_SYSTEM_EVENT:
             event = kvm.kvm_run_system_event.from_buffer(
                 self.handle.run_area, kvm.KVM_RUN_UNION

@@ -1,0 +1,260 @@
+"""Pause, resume and single step, on tiny guests: at any moment, from any thread, nothing lost."""
+
+import os
+import random
+import struct
+import threading
+from collections.abc import Iterator
+from time import sleep
+
+import pytest
+
+from tests.test_eventfds import MESSAGE, Ender, protected_mode
+from tinyvmm import kvm, layout
+from tinyvmm.errors import KvmError
+from tinyvmm.eventfds import MsiRoutes
+from tinyvmm.machine import Machine
+from tinyvmm.vcpu import StopCause
+
+pytestmark = pytest.mark.kvm
+
+COUNTER = 0x3000
+COUNT = bytes.fromhex("66ff060030 ebf9")  # again: inc dword [0x3000]; jmp again
+HLT = b"\xf4"
+
+
+class Slow:
+    """A device that answers when it is let, and counts."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.may_answer = threading.Event()
+        self.written: list[int] = []
+
+    def read(self, offset: int, size: int) -> int:
+        self.asked.set()
+        assert self.may_answer.wait(30)
+        return 0x5A
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.written.append(value)
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with Machine(memory=1 << 20, irqchip=False) as machine:
+        yield machine
+
+
+def count(machine: Machine) -> int:
+    return int(struct.unpack("<I", machine.memory.read(COUNTER, 4))[0])
+
+
+def wait_for_progress(machine: Machine) -> None:
+    before = count(machine)
+    while count(machine) == before:
+        assert not machine.cause
+        sleep(0.001)
+
+
+def test_a_paused_guest_stands_still_and_goes_on(machine: Machine) -> None:
+    machine.boot_real_mode(COUNT)
+    machine.start()
+    for _ in range(20):
+        wait_for_progress(machine)
+        machine.pause()
+        before = count(machine)
+        assert 0x1000 <= machine.vcpus[0].handle.get_regs().rip < 0x1000 + len(COUNT)
+        sleep(0.005)
+        assert count(machine) == before
+        machine.resume()
+
+
+def test_pause_and_resume_are_idempotent_and_may_come_first(machine: Machine) -> None:
+    machine.boot_real_mode(COUNT)
+    machine.resume()
+    machine.pause()
+    machine.pause()
+    machine.start()
+    sleep(0.02)
+    machine.pause()
+    assert count(machine) == 0
+    assert machine.paused
+    machine.resume()
+    machine.resume()
+    wait_for_progress(machine)
+
+
+def test_what_a_device_answers_while_a_pause_is_wanted_is_in_the_register(
+    machine: Machine,
+) -> None:
+    device = Slow()
+    machine.ports.add(0xE0, 1, device)
+    machine.boot_real_mode(bytes.fromhex("e4e0 e6e0") + HLT)  # in al,0xe0; out 0xe0,al; hlt
+    machine.start()
+    assert device.asked.wait(30)
+    pauser = threading.Thread(target=machine.pause)
+    pauser.start()
+    while not machine.vcpus[0]._pausing:
+        sleep(0.001)
+    device.may_answer.set()
+    pauser.join(30)
+    regs = machine.vcpus[0].handle.get_regs()
+    assert (regs.rax & 0xFF, regs.rip) == (0x5A, 0x1002)
+    assert device.written == []
+    machine.resume()
+    assert machine.wait(30) == StopCause.HALT
+    assert device.written == [0x5A]
+
+
+def test_a_paused_machine_can_be_stopped(machine: Machine) -> None:
+    machine.boot_real_mode(COUNT)
+    machine.start()
+    machine.pause()
+    machine.stop(StopCause.STOPPED)
+    assert machine.wait(30) == StopCause.STOPPED
+    machine.pause()
+    machine.resume()
+
+
+def test_registers_changed_while_paused_are_the_guests(machine: Machine) -> None:
+    machine.boot_real_mode(COUNT)
+    machine.memory.write(0x2000, HLT)
+    machine.start()
+    machine.pause()
+    handle = machine.vcpus[0].handle
+    regs = handle.get_regs()
+    regs.rip = 0x2000
+    handle.set_regs(regs)
+    machine.resume()
+    assert machine.wait(30) == StopCause.HALT
+
+
+def test_vcpus_that_wait_for_their_sipi_or_are_halted_are_paused_too() -> None:
+    with Machine(memory=1 << 20, cpus=3) as machine:
+        machine.boot_real_mode(HLT)
+        machine.start()
+        for _ in range(10):
+            machine.pause()
+            machine.resume()
+        assert machine.wait(0) is None
+
+
+def test_an_interrupt_that_comes_while_paused_arrives_after() -> None:
+    with Machine(memory=1 << 20) as machine:
+        machine.ports.add(0xF4, 4, Ender(machine))
+        # mov dword [SVR], enabled; sti; hlt; jmp to the hlt
+        code = b"\xc7\x05" + struct.pack("<II", layout.LOCAL_APIC_GPA + 0xF0, 0x1FF) + b"\xfb"
+        protected_mode(machine, code + b"\xf4\xeb\xfd")
+        machine.memory.write(0x2000, b"\xb0\x42\xe6\xf4\xf4")  # mov al, 0x42; out 0xF4, al
+        machine.memory.write(0x4000 + 8 * MESSAGE[1], struct.pack("<HHHH", 0x2000, 8, 0x8E00, 0))
+        routes = MsiRoutes(machine.open_vm())
+        line = routes.line()
+        line.route(*MESSAGE)
+        machine.start()
+        assert machine.wait(0.2) is None
+        machine.pause()
+        line.fire()
+        assert machine.wait(0.05) is None
+        machine.resume()
+        assert machine.wait(30) == "0x42"
+        routes.close()
+
+
+def can_step() -> bool:
+    """A software KVM may not."""
+    with Machine(memory=1 << 20, irqchip=False) as machine:
+        machine.boot_real_mode(COUNT)
+        machine.pause()
+        machine.start()
+        machine.pause()
+        try:
+            machine.vcpus[0].step()
+        except KvmError:
+            return False
+        return machine.vcpus[0].handle.get_regs().rip == 0x1005
+
+
+def test_a_step_is_one_instruction(machine: Machine) -> None:
+    if not can_step():
+        pytest.skip("this KVM cannot single-step")
+    # inc ax; inc ax; out 0xe0,al; in al,0xe0; jmp +0; hlt
+    starts = [0x1000, 0x1001, 0x1002, 0x1004, 0x1006, 0x1008]
+    device = Slow()
+    device.may_answer.set()
+    machine.ports.add(0xE0, 1, device)
+    machine.boot_real_mode(bytes.fromhex("40 40 e6e0 e4e0 eb00") + HLT)
+    machine.pause()
+    machine.start()
+    machine.pause()
+    vcpu = machine.vcpus[0]
+    seen = [vcpu.handle.get_regs().rip]
+    for _ in range(5):
+        assert vcpu.step()
+        seen.append(vcpu.handle.get_regs().rip)
+    assert seen == starts
+    assert device.written == [2]
+    assert vcpu.handle.get_regs().rax & 0xFF == 0x5A
+    machine.resume()
+    assert machine.wait(30) == StopCause.HALT
+
+
+def test_only_a_paused_vcpu_can_be_stepped(machine: Machine) -> None:
+    machine.boot_real_mode(COUNT)
+    with pytest.raises(RuntimeError, match="vCPU 0 is not paused"):
+        machine.vcpus[0].step()
+    machine.start()
+    with pytest.raises(RuntimeError, match="vCPU 0 is not paused"):
+        machine.vcpus[0].step()
+
+
+def test_a_step_of_a_vcpu_that_sleeps_gives_up() -> None:
+    with Machine(memory=1 << 20) as machine:
+        machine.boot_real_mode(HLT)
+        machine.start()
+        assert machine.wait(0.1) is None
+        machine.pause()
+        assert not machine.vcpus[0].step(timeout=0.05)
+        machine.resume()
+        assert machine.wait(0.05) is None
+
+
+def test_whoever_pauses_resumes_and_stops_when_they_like_nothing_hangs_or_is_lost() -> None:
+    for seed in range(3):
+        with Machine(memory=1 << 20, cpus=2, irqchip=False) as machine:
+            machine.boot_real_mode(COUNT)
+            second = machine.vcpus[1].handle
+            sregs = second.get_sregs()
+            sregs.cs.base = sregs.cs.selector = 0
+            second.set_sregs(sregs)
+            second.set_regs(kvm.kvm_regs(rip=0x1000, rsp=0x1000, rflags=1 << 1))
+            machine.start()
+
+            def meddle(number: int, machine: Machine = machine, seed: int = seed) -> None:
+                choose = random.Random(f"{seed} {number}")  # noqa: S311 (the same each time)
+                for _ in range(60):
+                    choose.choice((machine.pause, machine.resume, os.sched_yield))()
+
+            meddlers = [threading.Thread(target=meddle, args=(n,), daemon=True) for n in range(3)]
+            for thread in meddlers:
+                thread.start()
+            for thread in meddlers:
+                thread.join(60)
+                assert not thread.is_alive()
+            machine.resume()
+            wait_for_progress(machine)
+            machine.pause()
+            before = count(machine)
+            sleep(0.002)
+            assert count(machine) == before
+            stoppers = [
+                threading.Thread(target=machine.stop, args=(cause,))
+                for cause in (StopCause.POWEROFF, StopCause.RESET)
+            ]
+            for thread in stoppers:
+                thread.start()
+            for thread in stoppers:
+                thread.join(30)
+            assert machine.wait(30) in {StopCause.POWEROFF, StopCause.RESET}

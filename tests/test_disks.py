@@ -33,6 +33,9 @@ def image(tmp_path: Path) -> Path:
         ("a,b,ro", DiskOptions("a,b", read_only=True)),
         ("a,ro,b", DiskOptions("a,ro,b")),
         ("a,serial=x,queues=4", DiskOptions("a", serial="x", queues=4)),
+        ("a,overlay=b,c,ro", DiskOptions("a,overlay=b,c", read_only=True)),
+        ("a,overlay=b", DiskOptions("a", overlay="b")),
+        ("a,format=qcow2,ephemeral", DiskOptions("a", ephemeral=True, format="qcow2")),
         ("a=b,serial=", DiskOptions("a=b", serial="")),
     ],
 )
@@ -40,10 +43,25 @@ def test_what_is_said_of_a_disk_is_understood(text: str, options: DiskOptions) -
     assert parse_disk(text) == options
 
 
-@pytest.mark.parametrize("text", ["", ",ro", "a,queues=two", "a,queues=-1", "a,queues="])
+@pytest.mark.parametrize(
+    "text", ["", ",ro", "a,queues=two", "a,queues=-1", "a,queues=", "a,overlay="]
+)
 def test_what_is_no_disk_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="give"):
         parse_disk(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        (DiskOptions("a"), "a"),
+        (DiskOptions("a", overlay="b"), "b"),
+        (DiskOptions("a", read_only=True), None),
+        (DiskOptions("a", ephemeral=True), None),
+    ],
+)
+def test_one_file_is_written_or_none(options: DiskOptions, written: str | None) -> None:
+    assert options.written == written
 
 
 # --- what cannot be opened --------------------------------------------------------------------

@@ -30,8 +30,10 @@ none or mmap (the default) nothing, so that each side sees the other's changes a
 default with ro, and for the root) all it has seen, which is much quicker, but it may go on seeing
 a file as it was when it first looked, until it forgets: echo 3 > /proc/sys/vm/drop_caches.
 
-A disk is --disk PATH[,ro][,serial=ID][,queues=N]: a raw image, or a block device of this computer,
-which the guest sees as /dev/vda, the next as /dev/vdb; ext4 is there to mount it with.
+An IMAGE is PATH[,OPTION]...: a raw image, a block device of this computer or, with format=qcow2, a
+qcow2 image, which the guest sees as /dev/vda, the next as /dev/vdb; ext4 is there to mount it with.
+What it writes goes to the image, with overlay=FILE to that file, with ephemeral nowhere; with ro it
+cannot. Also serial=ID and queues=N. A comma that begins no option is part of the path.
 
 --private-writes says where writes go that nothing keeps: to a temporary directory here (server),
 or to the guest's RAM (guest), which is quicker, up to half of --memory.
@@ -121,7 +123,8 @@ def parse_disk(text: str) -> "DiskOptions":
         options = opening.parse_disk(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return options._replace(path=os.path.abspath(options.path))
+    overlay = None if options.overlay is None else os.path.abspath(options.overlay)
+    return options._replace(path=os.path.abspath(options.path), overlay=overlay)
 
 
 def parse_environment(text: str) -> str:

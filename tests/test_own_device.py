@@ -11,6 +11,7 @@ import pytest
 
 from tinyvmm import layout, own_device, placement
 from tinyvmm.acpi import DeviceNode
+from tinyvmm.cli.main import main
 from tinyvmm.command import RunOptions, check_options
 from tinyvmm.devices.device import Device, GuestMemory, IrqLine
 from tinyvmm.devices.virtio.device import VirtioDevice
@@ -144,6 +145,23 @@ def test_a_module_that_is_broken_is_said_in_one_line(here: Path, source: str, wo
 def test_a_run_is_checked_before_anything_is_started(here: Path) -> None:
     with pytest.raises(ConfigError, match="no module nowhere"):
         check_options(RunOptions(["true"], devices=["nowhere:Widget"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "nowhere:Widget"], "no module nowhere"),
+        (["--balloon", "2G"], "--balloon 2048M takes all of --memory 1024M"),
+    ],
+)
+def test_the_command_fails_with_one_line(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *options, "--", "true"]) == 125
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert len(said.splitlines()) == 1
+    assert words in said
 
 
 # --- making it --------------------------------------------------------------------------------

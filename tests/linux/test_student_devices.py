@@ -29,16 +29,19 @@ for line in child.stdout:
 sys.exit(child.wait())
 """
 
-SCRIPT = f"""
-ask() {{ echo '?'; read -r "$1"; }}
+KNOB = MAIN.replace("tinyvmm.cli.main import main", "tests.linux.balloon_knob import run as main")
+
+SCRIPT = r"""
+ask() { echo '?'; read -r "$1"; }
 ask before
 head -c 200M /dev/zero > /dev/shm/large
 ask used
 rm /dev/shm/large
 
-{interpreter()} -I -S examples/crc_guest.py
+$1 -I -S examples/crc_guest.py
 echo acpi=$(cat /sys/bus/acpi/devices/CRCD0001:00/hid /sys/bus/acpi/devices/DICE0001:00/uid)
 echo thrown=$(echo $(dd if=/dev/port bs=1 skip=1280 count=1 status=none | od -An -tu1))
+echo interrupt=$(cat /sys/kernel/irq/23/chip_name /sys/kernel/irq/23/type)
 cd /sys/class/misc/hw_random
 echo generators=$(cat rng_available)
 echo virtio_rng.1 > rng_current
@@ -49,6 +52,18 @@ n=0
 while ask after; [ $after -gt $((before + 60)) ] && [ $n -lt 40 ]; do
   sleep 0.5; n=$((n + 1))
 done
+knob() { dd if=/dev/port bs=1 skip=$1 count=1 status=none | od -An -tu1; }
+turn() { printf "\\$2" | dd of=/dev/port bs=1 seek=$1 count=1 conv=notrunc status=none; }
+await() { n=0; until [ $(knob $1) $2 ] || [ $n -ge 60 ]; do sleep 0.1; n=$((n + 1)); done; }
+await 1312 '-eq 16'
+echo begun=$(echo $(knob 1312))
+turn 1312 040; await 1312 '-eq 32'
+echo larger=$(echo $(knob 1312))
+turn 1313 1; await 1313 '-ne 255'
+while read -r name kib _; do [ $name = MemTotal: ] && total=$((kib >> 12)); done < /proc/meminfo
+echo total=$total told=$(echo $(knob 1313))
+turn 1312 0; await 1312 '-eq 0'
+echo empty=$(echo $(knob 1312))
 echo before=$before
 echo used=$used
 echo after=$after
@@ -60,14 +75,17 @@ echo complaints=$(dmesg --level=emerg,alert,crit,err,warn | grep -ciE 'balloon|D
 
 
 def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) -> None:
-    own = [MAIN, "run", "--no-lab", "--memory", "512M", "--balloon", "64M"]
+    own = [KNOB, "run", "--no-lab", "--memory", "512M", "--balloon", "64M"]
     for device in (
         "examples.crc_device:CrcDevice",
         "examples.dice_port:Dice,sides=1",
+        "tests.linux.balloon_knob:Knob",
         "examples.pattern_rng:PatternRng,text=abcd",
     ):
         own += ["--device", device]
-    done = guest.program(python_command(SUPERVISOR, [*own, "--", "sh", "-c", SCRIPT]))
+    done = guest.program(
+        python_command(SUPERVISOR, [*own, "--", "sh", "-c", SCRIPT, "sh", interpreter()])
+    )
     assert (done.status, done.stderr) == (0, b""), done
     told = dict(re.findall(r"^(\w+)=(.*)$", done.stdout.decode(), re.MULTILINE))
 
@@ -77,6 +95,7 @@ def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) 
     assert told["crc"] == "right"
     assert told["acpi"] == "CRCD0001 1"
     assert told["thrown"] == "1"
+    assert told["interrupt"] == "IO-APIC level"
     assert told["generators"] == "virtio_rng.0 virtio_rng.1"
     # It begins where the driver's own reading for the kernel's pool has left it.
     assert told["pattern"] in {("abcd" * 7)[start : start + 24] for start in range(4)}
@@ -84,6 +103,9 @@ def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) 
     before, used, after = (int(told[name]) for name in ("before", "used", "after"))
     assert used > before + 180
     assert after < before + 61
-    assert int(told["balloon_inflate"]) >= 64 << 20 >> 12
-    assert told["balloon_deflate"] == "0"
+    assert int(told["balloon_inflate"]) >= 128 << 20 >> 12
+    assert (told["begun"], told["larger"], told["empty"]) == ("16", "32", "0")
+    total, answer = told["total"].split(" told=")
+    assert total == answer
+    assert int(told["balloon_deflate"]) == 128 << 20 >> 12
     assert told["complaints"] == "0"

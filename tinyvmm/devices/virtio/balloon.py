@@ -25,8 +25,8 @@ FREE_PAGE_HINT (a migration's helper), PAGE_POISON.
 What the guest says may be false: it loses only what it had. Page frames that are not RAM are
 ignored, and of one buffer no more than PFNS_MAX are looked at, the rest staying as they are.
 
-Threads: `handle` on the transport's; `resize`, `stats` on any of the host's, `stats` waiting
-without the lock (`_news`, a Condition on it) for the guest to answer.
+Threads: `handle` on the one that its doorbells wake; `resize` and `stats` on any of the host's,
+`stats` waiting without the lock (`_news`, a Condition on it) for the guest to answer.
 """
 
 import struct
@@ -67,6 +67,8 @@ class ReclaimableMemory(Protocol):
 
 class VirtioBalloon(VirtioDevice):
     """A balloon in `memory`, at first as large as `size` bytes."""
+
+    ioeventfd = True  # to free megabytes takes its time, and meanwhile the guest can do other work
 
     def __init__(self, memory: ReclaimableMemory, size: int = 0) -> None:
         super().__init__(

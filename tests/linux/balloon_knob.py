@@ -1,0 +1,66 @@
+"""`tinyvmm run` whose guest can turn its own balloon: what a host would do, when a test wants it.
+
+A device on two ports, of bytes, as /dev/port reads and writes them. In steps of 4 MiB:
+
+    0x520  W  how large the balloon is to be          R  how large it is
+    0x521  W  ask the guest's driver for statistics   R  the total memory it told; 255 until then
+"""
+
+import sys
+import threading
+from typing import Any
+
+import tinyvmm.command
+from tinyvmm.cli.main import main
+from tinyvmm.devices.device import Device, IrqLine
+from tinyvmm.devices.virtio.balloon import VirtioBalloon
+
+STEP = 22
+UNKNOWN = 255
+
+
+class Known(VirtioBalloon):
+    """A balloon that can be found."""
+
+    made: "Known"
+
+    def __init__(self, memory: Any, size: int = 0) -> None:
+        super().__init__(memory, size)
+        Known.made = self
+
+
+class Knob(Device):
+    """Turns it; the interrupt is never raised, but Linux is to know of it."""
+
+    PORTS = (0x520, 2)
+    HID = "KNOB0001"
+    name = "knob"
+
+    def __init__(self, irq: IrqLine) -> None:
+        self.irq = irq
+        self.total = UNKNOWN
+
+    def read(self, offset: int, size: int) -> int:
+        del size
+        return self.total if offset else Known.made.actual >> STEP
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        del size
+        if offset:
+            self.total = UNKNOWN
+            threading.Thread(target=self.ask, daemon=True).start()  # the CPU that asks must go on
+        else:
+            Known.made.resize(value << STEP)
+
+    def ask(self) -> None:
+        stats = Known.made.stats(timeout=30)
+        self.total = UNKNOWN if stats is None else stats["total"] >> STEP
+
+
+def run() -> int:
+    vars(tinyvmm.command)["VirtioBalloon"] = Known
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -144,6 +144,18 @@ def test_memory_reported_free_returns_to_the_host(ram: RealRam, index: int) -> N
     assert not ram.holds(800)
 
 
+def test_without_statistics_queue_2_is_one_for_reports(ram: RealRam) -> None:
+    device = VirtioBalloon(ram.memory)
+    driver = Driver(device, ram)
+    queue = driver.start(without=1 << 1, size=2)[STATS]
+    ram.fill(600, 4)
+    queue.write_descriptor(0, 600 * PAGE, 4 * PAGE, WRITE)
+    queue.publish(0)
+    queue.kick()
+    assert queue.used() == [(0, 0)]
+    assert device.reclaimed == 4 * PAGE
+
+
 def test_of_a_buffer_only_whole_pages_go(ram: RealRam) -> None:
     device, _, queues = start(ram)
     ram.fill(600, 4)

@@ -8,13 +8,13 @@ host wants fewer it takes pages back through deflateq and uses them again: they 
     queue 0  inflateq      le32 page frame numbers: the host may have these
     queue 1  deflateq      le32 page frame numbers: in use again
     queue 2  statsq        { le16 tag, le64 val }[], kept until the host wants newer ones
-    queue 3  free_page_vq  not offered; used as reporting_vq, see below
+    queue 3  free_page_vq  not offered; taken for reporting_vq, see below
     queue 4  reporting_vq  writable buffers that lie in free memory, free until they come back
 
 With VIRTIO_BALLOON_F_PAGE_REPORTING the kernel tells by itself, again and again, what memory it has
 free: what a guest once used and freed returns to the host without anybody asking. The specification
-makes that queue 4. A driver of Linux that is not offered VIRTIO_BALLOON_F_FREE_PAGE_HINT leaves no
-gap and uses queue 3; so both are the same here.
+makes that queue 4. Linux (vp_find_vqs) numbers the queues that it uses without gaps, so there it is
+queue 3, or 2 for a driver without statistics; here each of them will do.
 
 VIRTIO_BALLOON_F_DEFLATE_ON_OOM lets the guest take pages back before it kills a process for want of
 memory: the balloon is a wish, not a limit.
@@ -131,7 +131,7 @@ class VirtioBalloon(VirtioDevice):
         """Take what the guest gives, says, or takes back."""
         index = queue.index
         while (chain := queue.pop()) is not None:
-            if index == STATSQ:
+            if index == STATSQ and self.driver_features & VIRTIO_BALLOON_F_STATS_VQ:
                 self._take_stats(queue, chain)
                 continue
             if index == INFLATEQ:

@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 
 from tests.bad_guests import ON_THE_BUS, TRANSPORTS, VIRTIO, Board, Made
 from tests.virtio_driver import INDIRECT_TABLE, NEEDS_RESET, NEXT, WRITE, Queue
+from tinyvmm.devices.debug_exit import DebugExit
+from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.machine import Machine
+from tinyvmm.vcpu import StopCause
 
 Access = tuple[bool, int, int, int]  # whether to write; offset, width, value
 Descriptor = tuple[int, int, int, int]
@@ -324,3 +328,31 @@ def test_two_drivers_that_fight_over_a_device_break_nothing(made: Made, transpor
         sys.setswitchinterval(interval)
     assert raised == []
     assert made.works(board.start())
+
+
+# --- a guest with a processor -----------------------------------------------------------------
+
+# Every port below 0x7F8, written and read in each width; then a good write, which ends the run.
+HAMMER = bytes.fromhex(
+    "31 d2"  #              xor dx, dx
+    "66 b8 55 55 55 55"  #  mov eax, 0x55555555     asks nobody to reset or to sleep
+    "ee ef 66 ef"  #        out dx, al / ax / eax
+    "ec ed 66 ed"  #        in al / ax / eax, dx
+    "42"  #                 inc dx
+    "81 fa f8 07"  #        cmp dx, 0x7f8
+    "75 eb"  #              jne -21
+    "b0 07 ee"  #           mov al, 7; out dx, al
+    "f4"  #                 hlt
+)
+
+
+@pytest.mark.kvm
+def test_a_guest_that_hammers_on_every_port_ends_when_it_says_so() -> None:
+    with Machine(memory=1 << 20) as machine:
+        machine.add_board(console=lambda data: None)
+        machine.add_virtio(VirtioRng())  # so that there is PCI, and its ports
+        machine.ports.add(0x7F8, 1, DebugExit(machine.end))
+        machine.boot_real_mode(HAMMER)
+        machine.start()
+        assert machine.wait(60) == StopCause.DEVICE
+        assert machine.exit_value == 7

@@ -32,9 +32,11 @@ from tinyvmm import ninep
 from tinyvmm.bus import Bus
 from tinyvmm.devices import pci
 from tinyvmm.devices.debug_exit import DebugExit
+from tinyvmm.devices.fw_cfg import FwCfg
 from tinyvmm.devices.i8042 import I8042
 from tinyvmm.devices.pci import ConfigPorts, Ecam, PciBus
 from tinyvmm.devices.power import PowerControl
+from tinyvmm.devices.reset_control import ResetControl
 from tinyvmm.devices.rtc import Rtc
 from tinyvmm.devices.uart import Uart
 from tinyvmm.devices.virtio import pci as virtio_pci
@@ -133,13 +135,28 @@ def _debug_exit() -> Registers:
     return Registers(bus, 0xF4, 4, works)
 
 
-def _pci_ports() -> Registers:
+def _fw_cfg() -> Registers:
     bus = Bus("port")
-    bus.add(0xCF8, 8, ConfigPorts(PciBus()))
+    bus.add(0x510, 2, FwCfg(ram_size=1 << 20, cpus=1, files={"opt/a": b"content"}))
 
     def works() -> bool:
+        bus.write(0x510, 2, 0x20)
+        return bytes(bus.read(0x511, 1) for _ in range(8)) == b"content\0"
+
+    return Registers(bus, 0x510, 2, works)
+
+
+def _pci_ports() -> Registers:
+    bus = Bus("port")
+    resets: list[bool] = []
+    bus.add(0xCF8, 8, ConfigPorts(PciBus(), ResetControl(lambda: resets.append(True))))
+
+    def works() -> bool:
+        del resets[:]
+        bus.write(0xCF9, 1, 0x02)
+        bus.write(0xCF9, 1, 0x06)
         bus.write(0xCF8, 4, 1 << 31)
-        return bus.read(0xCFC, 2) == 0x1B36
+        return bus.read(0xCFC, 2) == 0x1B36 and bool(resets)
 
     return Registers(bus, 0xCF8, 8, works)
 
@@ -175,6 +192,7 @@ ON_THE_BUS: dict[str, Callable[[], Registers]] = {
     "i8042": _i8042,
     "power": _power,
     "debug-exit": _debug_exit,
+    "fw-cfg": _fw_cfg,
     "pci-config": _pci_ports,
     "pci-ecam": _ecam,
     "example crc": _crc,

@@ -16,9 +16,20 @@ LAYERS = [
     ("kvm",),
     ("memory", "bus"),
     ("devices", "disks", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
-    ("boot", "acpi", "placement", "vcpu", "streams", "terminal", "scratch", "eventfds"),
+    (
+        "boot",
+        "elf_image",
+        "bare_kernel",
+        "acpi",
+        "placement",
+        "vcpu",
+        "streams",
+        "terminal",
+        "scratch",
+        "eventfds",
+    ),
     ("machine", "session", "guest", "images"),
-    ("probe", "command", "own_device", "mounts", "lab", "qemu", "lab_agent"),
+    ("probe", "command", "own_device", "bare", "mounts", "lab", "qemu", "lab_agent"),
     ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

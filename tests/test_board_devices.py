@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tinyvmm.devices.debug_exit import DebugExit
 from tinyvmm.devices.device import Device
+from tinyvmm.devices.fw_cfg import FwCfg
 from tinyvmm.devices.i8042 import I8042
 from tinyvmm.devices.power import PowerControl
+from tinyvmm.devices.reset_control import ResetControl
 from tinyvmm.devices.rtc import Rtc
 from tinyvmm.devices.uart import Uart
 
@@ -37,6 +39,8 @@ DEVICES: dict[str, tuple[int, Callable[[World], Device]]] = {
     "uart": (8, lambda world: Uart(world, world.note)),
     "rtc": (2, lambda _: Rtc(lambda: NOON)),
     "i8042": (5, lambda world: I8042(world.note)),
+    "fw_cfg": (FwCfg.length, lambda _: FwCfg(ram_size=1 << 20, cpus=1, files={"a": b"12"})),
+    "reset_control": (ResetControl.length, lambda world: ResetControl(world.note)),
     "power": (PowerControl.length, lambda world: PowerControl(world, world.note, world.note)),
 }
 NAMES = sorted(DEVICES)

@@ -143,7 +143,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
         own_devices = [own_device.load(text) for text in options.devices]
-        disks = open_disks(options, cleanup)
+        disks = open_disks(options.disks, cleanup)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
@@ -240,10 +240,10 @@ def _check_balloon(options: RunOptions) -> None:
         )
 
 
-def open_disks(options: RunOptions, cleanup: ExitStack) -> list[VirtioBlk]:
+def open_disks(disks: Sequence[DiskOptions], cleanup: ExitStack) -> list[VirtioBlk]:
     """Open and lock every disk, until `cleanup`; ConfigError for what cannot be."""
     devices = []
-    for number, given in enumerate(options.disks):
+    for number, given in enumerate(disks):
         disk = open_disk(given)
         cleanup.callback(disk.close)
         serial = f"disk{number}" if given.serial is None else given.serial

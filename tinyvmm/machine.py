@@ -30,10 +30,12 @@ from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
 
 if TYPE_CHECKING:
     from tinyvmm.acpi import DeviceNode
+    from tinyvmm.bare_kernel import BareKernel, Module
     from tinyvmm.boot import Entry, Kernel
     from tinyvmm.devices.device import Device
     from tinyvmm.devices.pci import PciBus
     from tinyvmm.devices.power import PowerControl
+    from tinyvmm.devices.reset_control import ResetControl
     from tinyvmm.devices.uart import Uart
     from tinyvmm.devices.virtio.device import VirtioDevice
     from tinyvmm.eventfds import Doorbells, MsiRoutes
@@ -91,6 +93,7 @@ class Machine:
         self._virtio_devices: list[VirtioDevice] = []
         self.uart: Uart | None = None
         self.power: PowerControl | None = None
+        self._reset_control: ResetControl | None = None
         self.cause = ""
         self.exit_value: int | None = None
         """What a device gave to `end`."""
@@ -146,12 +149,13 @@ class Machine:
         return self._vm
 
     def add_board(self, console: Callable[[bytes], None]) -> None:
-        """Add what a PC kernel looks for: UART, RTC, i8042, ACPI power control.
+        """Add what a PC kernel looks for: UART, RTC, i8042, ACPI power control, reset control.
 
         `console` takes what the guest's kernel prints; on a vCPU thread.
         """
         from tinyvmm.devices.i8042 import I8042
         from tinyvmm.devices.power import PowerControl
+        from tinyvmm.devices.reset_control import ResetControl
         from tinyvmm.devices.rtc import Rtc
         from tinyvmm.devices.uart import Uart
 
@@ -166,6 +170,8 @@ class Machine:
         self.ports.add(layout.COM1_PORT, 8, self.uart)
         self.ports.add(layout.RTC_PORT, 2, Rtc())
         self.ports.add(layout.I8042_PORT, 5, I8042(reset))
+        self._reset_control = ResetControl(reset)
+        self.ports.add(layout.RESET_CONTROL_PORT, 1, self._reset_control)
         self.ports.add(layout.POWER_PORT, self.power.length, self.power)
 
     def add_device(self, device: "Device", gsi: int | None = None) -> None:
@@ -251,7 +257,10 @@ class Machine:
 
             self.pci = PciBus()
             self.mmio.add(layout.PCI_ECAM_GPA, layout.PCI_ECAM_LEN, Ecam(self.pci))
-            self.ports.add(layout.PCI_CONFIG_PORT, 8, ConfigPorts(self.pci))
+            if self._reset_control is not None:
+                self.ports.remove(self._reset_control)  # which from now on is one of those
+            config_ports = ConfigPorts(self.pci, self._reset_control)
+            self.ports.add(layout.PCI_CONFIG_PORT, 8, config_ports)
         return self.pci
 
     # --- booting ----------------------------------------------------------------------------
@@ -269,7 +278,38 @@ class Machine:
         self, kernel: "Kernel", *, initrd: Sequence[bytes | memoryview], cmdline: str
     ) -> None:
         """Put `kernel`, its initramfs and the ACPI tables in RAM, and vCPU 0 at its entry."""
-        from tinyvmm import acpi, boot
+        from tinyvmm import boot
+
+        self._write_acpi_tables()
+        entry = boot.load(
+            self.memory, kernel, initrd=initrd, cmdline=cmdline, acpi_rsdp_gpa=layout.ACPI_GPA
+        )
+        self.enter_long_mode(entry)
+
+    def boot_bare(
+        self, kernel: "BareKernel", *, modules: "Sequence[Module]" = (), cmdline: str = ""
+    ) -> None:
+        """Put a PVH or multiboot kernel with its modules in RAM, and vCPU 0 at its entry."""
+        from tinyvmm import bare_kernel
+
+        self._write_acpi_tables()
+        entry = bare_kernel.load(self.memory, kernel, modules=modules, cmdline=cmdline)
+        self.memory.write(layout.GDT_GPA, bare_kernel.GDT)
+        handle = self.vcpus[0].handle
+        flat = {"limit": 0xFFFF_FFFF, "present": 1, "s": 1, "g": 1, "db": 1}
+        data = kvm.kvm_segment(selector=0x10, type=0x3, **flat)
+        sregs = handle.get_sregs()
+        sregs.cs = kvm.kvm_segment(selector=0x8, type=0xB, **flat)
+        sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+        sregs.tr = kvm.kvm_segment(limit=0x67, present=1, type=0xB)  # a busy 32-bit TSS: PVH's
+        sregs.gdt = kvm.kvm_dtable(base=layout.GDT_GPA, limit=len(bare_kernel.GDT) - 1)
+        sregs.cr0 = 1 << 4 | 1 << 0  # ET, PE
+        handle.set_sregs(sregs)
+        regs = kvm.kvm_regs(rip=entry.rip, rax=entry.rax, rbx=entry.rbx, rflags=1 << 1)
+        handle.set_regs(regs)
+
+    def _write_acpi_tables(self) -> None:
+        from tinyvmm import acpi
 
         nodes = [
             acpi.VirtioMmioNode(gpa, layout.VIRTIO_MMIO_STRIDE, gsi)
@@ -284,10 +324,6 @@ class Machine:
             devices=self.device_nodes,
         )
         self.memory.write(layout.ACPI_GPA, tables)
-        entry = boot.load(
-            self.memory, kernel, initrd=initrd, cmdline=cmdline, acpi_rsdp_gpa=layout.ACPI_GPA
-        )
-        self.enter_long_mode(entry)
 
     def enter_long_mode(self, entry: "Entry", extra_cr4: int = 0) -> None:
         """Set vCPU 0 as the 64-bit boot protocol demands (Documentation/x86/boot.rst)."""

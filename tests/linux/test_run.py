@@ -387,7 +387,7 @@ def test_a_trace_shows_the_messages_that_the_guide_says(guest: Runner) -> None:
 
 
 def test_virtio_works_over_either_bus_with_doorbells_of_either_kind(guest: Runner) -> None:
-    command = script("cat", "ls -l /usr/bin /sys/bus/pci/devices >&2", "cat /proc/interrupts >&2")
+    command = script("cat", "ls -l /etc /sys/bus/pci/devices >&2", "cat /proc/interrupts >&2")
     bells = {}
     for transport, ioeventfd, interrupts in (
         ("mmio", "on", "IO-APIC.*virtio"),
@@ -400,7 +400,7 @@ def test_virtio_works_over_either_bus_with_doorbells_of_either_kind(guest: Runne
         said = done.stderr.decode()
         assert re.search(interrupts, said)
         requests = len(re.findall(r"^9p root +\d+ T", said, re.MULTILINE))
-        assert requests > 500
+        assert requests > 200
         writes = [int(gpa, 16) for gpa in re.findall(r"^mmio (\S+) <-", said, re.MULTILINE)]
         bell, end, stride = (
             (0x050, 0x054, VIRTIO_MMIO_STRIDE)

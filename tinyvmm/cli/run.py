@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tinyvmm.cli import tracing
+from tinyvmm.cli import no_root, tracing
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default="auto",
         help="serve virtio queues on threads of the devices', or on the vCPUs' (default auto)",
     )
+    no_root.add_options(parser)
     tracing.add_options(parser)
     add(
         "--no-lab",
@@ -261,6 +262,9 @@ def open_console(where: str | None) -> Callable[[bytes], None] | None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it: here if this KVM can, else in the lab."""
+    if args.no_root:
+        return no_root.main(args)
+    no_root.check_unused(args)
     argv = args.argv + args.guest_argv
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
@@ -351,7 +355,8 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
     limit = None if args.timeout is None else args.timeout + LAB_ALLOWANCE
     command = [*own, "--", *args.guest_argv]
     with ExitStack() as cleanup:
-        open_disks(options, cleanup)  # locked out here, because in there nobody else's locks show
+        # Locked out here, because in there nobody else's locks show.
+        open_disks(options.disks, cleanup)
         return reexec(command, shares=list(dict.fromkeys(shares)), timeout=limit)
 
 

@@ -201,20 +201,26 @@ class Ecam(Device):
             function.load(saved)
 
 
+_RESET_CONTROL = (1, 1)  # offset and size: another register in the midst of CONFIG_ADDRESS
+
+
 class ConfigPorts(Device):
     """Configuration mechanism #1: eight ports from 0xCF8."""
 
     name = "pci-config"
 
-    def __init__(self, bus: PciBus) -> None:
-        """Lead to `bus`."""
+    def __init__(self, bus: PciBus, reset_control: Device | None = None) -> None:
+        """Lead to `bus`; single bytes at 0xCF9 are `reset_control`'s."""
         self._bus = bus
+        self._reset_control = reset_control
         self._address = 0
 
     def read(self, offset: int, size: int) -> int:
         """CONFIG_ADDRESS as written, or what it leads to."""
         if offset == 0 and size == 4:
             return self._address
+        if (offset, size) == _RESET_CONTROL and self._reset_control is not None:
+            return self._reset_control.read(0, 1)
         target = self._target(offset)
         return (1 << 8 * size) - 1 if target is None else self._bus.read(*target, size)
 
@@ -222,6 +228,9 @@ class ConfigPorts(Device):
         """Choose a register, or write the chosen one."""
         if offset == 0 and size == 4:
             self._address = value & 0x80FF_FFFC
+            return
+        if (offset, size) == _RESET_CONTROL and self._reset_control is not None:
+            self._reset_control.write(0, 1, value)
             return
         target = self._target(offset)
         if target is not None:

@@ -1,0 +1,358 @@
+"""A student's own kernel: built here with gcc, run as `tinyvmm run --no-root` on this KVM."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import sleep
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyvmm import bare_kernel, elf_image
+from tinyvmm.bare_kernel import Module
+from tinyvmm.errors import ConfigError
+from tinyvmm.layout import HIGH_RAM_GPA
+from tinyvmm.memory import GuestMemory
+
+SOURCES = Path(__file__).parent / "kernels"
+ROOT = Path(__file__).parent.parent
+MIB = 1 << 20
+
+Build = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Builds a kernel of tests/kernels: `build("told", start="pvh")`."""
+    if shutil.which("gcc") is None or shutil.which("ld") is None:
+        pytest.skip("no gcc or ld here: apt-get install gcc binutils")
+    where = tmp_path_factory.mktemp("kernels")
+    options = ["-m32", "-ffreestanding", "-fno-pie", "-fno-stack-protector", "-mno-sse", "-O1"]
+    options += ["-fno-asynchronous-unwind-tables", "-mgeneral-regs-only"]
+
+    def made(name: str, start: str | None = "multiboot") -> str:
+        kernel = where / f"{name}-{start}"
+        if not kernel.exists():
+            objects = []
+            for source in (f"{start}.S" if start else f"{name}.S", f"{name}.c" if start else None):
+                if source is not None:
+                    objects.append(str(where / f"{source}.o"))
+                    command = ["gcc", *options, "-c", str(SOURCES / source), "-o", objects[-1]]
+                    subprocess.run(command, check=True)
+            command = [
+                "ld",
+                "-m",
+                "elf_i386",
+                "-n",
+                "--no-warn-rwx-segments",
+                "-T",
+                str(SOURCES / "link.ld"),
+                *objects,
+            ]
+            subprocess.run([*command, "-o", str(kernel)], check=True)
+        return str(kernel)
+
+    return made
+
+
+def tinyvmm(
+    *arguments: str, stdin: bytes = b"", timeout: float = 60
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--memory", "64M", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, input=stdin, capture_output=True, timeout=timeout, check=False
+    )
+
+
+def said(output: bytes) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in output.decode().splitlines():
+        name, _, value = line.partition("=")
+        found.setdefault(name, []).append(value)
+    return found
+
+
+# --- what kernels are told --------------------------------------------------------------------
+
+
+@pytest.fixture
+def modules(tmp_path: Path) -> list[str]:
+    (tmp_path / "first").write_bytes(b"the first module")
+    (tmp_path / "second").write_bytes(b"x" * 5000)
+    return ["--module", f"{tmp_path}/first one two", "--initrd", f"{tmp_path}/second"]
+
+
+RANGES = {
+    "range": ["0x0", "0x9fc00", "0xe0000", "0x100000"],
+    "size": ["0x9fc00", "0x400", "0x20000", hex(63 * MIB)],
+    "type": ["0x1", "0x2", "0x3", "0x1"],
+    "content": ["the first module", "x" * 32],
+    "length": ["0x10", "0x1388"],
+    "words": ["one two", ""],
+    "cmdline": ["all of it"],
+    "interrupts": ["0x0"],
+}
+
+
+@pytest.mark.kvm
+def test_a_multiboot_kernel_is_told_what_the_specification_says(
+    build: Build, modules: list[str]
+) -> None:
+    done = tinyvmm("--kernel", build("told"), "--append", "all of it", *modules)
+    assert (done.returncode, done.stderr) == (21 << 1 | 1, b"")
+    told = said(done.stdout)
+    assert told["magic"] == ["0x2badb002"]
+    assert told["cr0"] == ["0x11"]
+    assert told["flags"] == ["0x24d"]  # memory, command line, modules, memory map, our name
+    assert (told["lower"], told["upper"]) == ([hex(639)], [hex(63 * 1024)])
+    assert told["loader"] == ["tinyvmm"]
+    assert {name: told[name] for name in RANGES} == RANGES
+    assert all(int(gpa, 16) % 4096 == 0 for gpa in told["module"])
+
+
+@pytest.mark.kvm
+def test_a_pvh_kernel_is_told_what_xen_says(build: Build, modules: list[str]) -> None:
+    done = tinyvmm("--kernel", build("told", "pvh"), "--append", "all of it", *modules)
+    assert (done.returncode, done.stderr) == (21 << 1 | 1, b"")
+    told = said(done.stdout)
+    assert told["start info"] == ["0x336ec578"]
+    assert told["version"] == ["0x1"]
+    assert told["cr0"] == ["0x11"]
+    assert told["rsdp"] == ["RSD PTR "]
+    assert {name: told[name] for name in RANGES} == RANGES
+
+
+@pytest.mark.kvm
+def test_a_kernel_may_go_on_to_64_bits(build: Build) -> None:
+    done = tinyvmm("--kernel", build("long", None))
+    assert (done.returncode, done.stdout, done.stderr) == (1 << 1 | 1, b"", b"")
+
+
+@pytest.mark.kvm
+def test_fw_cfg_has_numbers_and_files(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"from the host")
+    file = f"opt/greeting={tmp_path}/file"
+    done = tinyvmm("--kernel", build("ask"), "--cpus", "3", "--fw-cfg", file)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert said(done.stdout) == {
+        "signature": ["QEMU"],
+        "id": ["0x1"],
+        "ram": [hex(64 * MIB)],
+        "cpus": ["0x3"],
+        "files": ["0x1"],
+        "name": ["opt/greeting"],
+        "content": ["from the host"],
+        "past the end": ["0x0"],
+    }
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("cpus", [2, 16])
+def test_processors_wake_by_init_and_sipi(build: Build, cpus: int) -> None:
+    done = tinyvmm("--kernel", build("wake"), "--cpus", str(cpus))
+    assert (done.returncode, done.stdout) == (
+        (cpus - 1) << 1 | 1,
+        f"awake={cpus - 1:#x}\n".encode(),
+    )
+
+
+@pytest.mark.kvm
+def test_the_timer_interrupts_through_the_pic(build: Build) -> None:
+    done = tinyvmm("--kernel", build("tick"))
+    assert (done.returncode, done.stdout) == (3, b"ticks=0xa\n")
+
+
+# --- the serial line --------------------------------------------------------------------------
+
+
+@pytest.mark.kvm
+def test_the_serial_line_goes_both_ways(build: Build) -> None:
+    text = b"all that is typed, and more than the UART holds: " + b"0123456789abcdef" * 400
+    done = tinyvmm("--kernel", build("echo"), stdin=text + b".not this")
+    assert (done.returncode, done.stderr) == (2 << 1 | 1, b"")
+    assert done.stdout == b"ready\n" + text.upper()
+
+
+@pytest.mark.kvm
+def test_the_serial_line_may_be_a_file_or_nowhere(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "line"
+    done = tinyvmm("--kernel", build("tick"), "--serial", f"file:{path}")
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert path.read_bytes() == b"ticks=0xa\n"
+    done = tinyvmm("--kernel", build("tick"), "--serial", "none")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"", b"")
+
+
+# --- how it ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ("byte", 0x41 << 1 & 0xFF | 1),
+        ("word", 0x1234 << 1 & 0xFF | 1),
+        ("acpi-off", 0),
+        ("acpi-reset", 0),
+        ("cf9", 0),
+        ("i8042", 0),
+    ],
+)
+def test_the_end_of_the_run_is_its_exit_status(build: Build, how: str, status: int) -> None:
+    done = tinyvmm("--kernel", build("leave"), "--append", how)
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"once\n", b"")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("transport", "how"), [("pci", "cf9"), ("mmio", "cf9"), ("pci", "i8042")])
+def test_a_reset_may_start_the_machine_anew(build: Build, transport: str, how: str) -> None:
+    options = ["--append", how, "--on-reboot", "reset", "--transport", transport]
+    command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--kernel", build("leave")]
+    with subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == b"once\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+@pytest.mark.kvm
+def test_a_time_limit_ends_a_kernel_that_does_not(build: Build) -> None:
+    done = tinyvmm("--kernel", build("leave"), "--timeout", "0.5")
+    assert done.returncode == 124
+    assert done.stderr == b"tinyvmm: timed out after 0.5 s: the machine was stopped\n"
+
+
+@pytest.mark.kvm
+def test_a_triple_fault_is_a_crash(build: Build) -> None:
+    done = tinyvmm("--kernel", build("leave"), "--append", "fault")
+    assert (done.returncode, done.stdout) == (255, b"once\n")
+    assert done.stderr == b"tinyvmm: the guest crashed: triple fault\n"
+
+
+@pytest.mark.kvm
+def test_ctrl_c_ends_a_kernel_that_does_not(build: Build) -> None:
+    command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--kernel", build("leave")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"once\n"
+        sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+# --- files that are no kernels ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "--no-root needs a kernel: give --kernel FILE"),
+        (["--kernel", "KERNEL", "--", "true"], "--no-root runs no command"),
+        (["--kernel", "/nowhere"], "nowhere"),
+        (["--kernel", "KERNEL", "--read", "/"], "--read is for a root"),
+        (["--kernel", "KERNEL", "--serial", "telnet"], "--serial telnet: give stdio"),
+        (["--kernel", "KERNEL", "--serial", "file:/nowhere/x"], "cannot be written"),
+        (["--kernel", "KERNEL", "--module", "/nowhere/x"], "module /nowhere/x: cannot be opened"),
+        (["--kernel", "KERNEL", "--fw-cfg", "a=/nowhere"], "fw_cfg file /nowhere"),
+        (["--kernel", "KERNEL", "--fw-cfg", f"{'n' * 56}=/etc/hostname"], "1 to 55"),
+        (["--kernel", "KERNEL", "--boot-protocol", "pvh"], "is no ELF file with a PVH entry"),
+        (["--kernel", "/bin/true"], "where no kernel can be"),
+    ],
+)
+@pytest.mark.kvm
+def test_what_cannot_be_is_one_line(build: Build, arguments: list[str], why: str) -> None:
+    kernel = build("told")
+    done = tinyvmm(*[word.replace("KERNEL", kernel) for word in arguments])
+    assert done.returncode == 125
+    assert done.stdout == b""
+    (line,) = done.stderr.decode().splitlines()
+    assert why in line
+
+
+def test_options_of_a_kernel_by_itself_need_no_root() -> None:
+    command = [sys.executable, "-m", "tinyvmm", "run", "--serial", "none", "--", "true"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 125
+    assert done.stderr == b"tinyvmm: --serial needs --no-root; leave it out\n"
+
+
+def test_a_kernel_too_large_for_its_ram_is_refused(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(3 * MIB))
+    kernel = bare_kernel.read_kernel(build("told"))
+    assert kernel is not None
+    with pytest.raises(ConfigError, match="needs 4 MiB of RAM or more, there are 2"):
+        bare_kernel.load(GuestMemory(2 * MIB), kernel, modules=[Module(str(tmp_path / "large"))])
+
+
+def test_demands_that_cannot_be_met_are_refused(build: Build, tmp_path: Path) -> None:
+    data = bytearray(Path(build("told")).read_bytes())
+    at = data.index(0x1BADB002.to_bytes(4, "little"))
+    for flags, why in ((1 << 2, "a video mode"), (1 << 5, "features 0x20")):
+        checksum = -(0x1BADB002 + flags) & 0xFFFF_FFFF
+        data[at + 4 : at + 12] = flags.to_bytes(4, "little") + checksum.to_bytes(4, "little")
+        path = tmp_path / "kernel"
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=why):
+            bare_kernel.read_kernel(str(path))
+
+
+def test_a_flat_file_says_in_its_header_where_it_goes(tmp_path: Path) -> None:
+    """The a.out kludge: header_addr, load_addr, load_end_addr, bss_end_addr, entry_addr."""
+    flags = 1 << 16
+    words = [0x1BADB002, flags, -(0x1BADB002 + flags) & 0xFFFF_FFFF]
+    words += [HIGH_RAM_GPA + 16, HIGH_RAM_GPA, 0, HIGH_RAM_GPA + 0x3000, HIGH_RAM_GPA + 48]
+    path = tmp_path / "flat"
+    path.write_bytes(bytes(16) + b"".join(w.to_bytes(4, "little") for w in words) + b"\xf4" * 100)
+    kernel = bare_kernel.read_kernel(str(path))
+    assert kernel is not None
+    assert kernel.segments == ((HIGH_RAM_GPA, 0, 16 + 32 + 100),)
+    assert (kernel.memory_end, kernel.entry) == (HIGH_RAM_GPA + 0x3000, HIGH_RAM_GPA + 48)
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_refused_or_harmless(
+    build: Build, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    whole = bytearray(
+        Path(build("told", data.draw(st.sampled_from(["multiboot", "pvh"])))).read_bytes()
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        where = data.draw(st.integers(0, 0x200) | st.integers(0, len(whole) - 1))
+        whole[where] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(whole)) | st.just(len(whole)))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(whole[:end])
+    memory = GuestMemory(4 * MIB)
+    try:
+        kernel = bare_kernel.read_kernel(str(path))
+        if kernel is not None:
+            bare_kernel.load(memory, kernel)
+    except ConfigError as error:
+        words = str(error)
+    else:
+        words = ""
+    finally:
+        memory.close()
+    assert "\n" not in words
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_elf_file_or_none(content: bytes) -> None:
+    for prefix in (b"", b"\x7fELF\1\1", b"\x7fELF\2\1"):
+        with suppress(elf_image.ElfError):
+            assert elf_image.parse(prefix + content).loads
+
+
+def test_nothing_is_left_behind(build: Build) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        bare_kernel.read_kernel(build("told"))
+    assert len(os.listdir("/proc/self/fd")) == before

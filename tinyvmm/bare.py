@@ -1,0 +1,271 @@
+"""Run a kernel by itself, with no root and no PID 1 of ours: `tinyvmm run --kernel K --no-root`.
+
+The machine is the same board: what the kernel has beside it are the UART, whose line leads where
+`serial` says, the debug exit port, fw_cfg, and the disks and devices that were asked for. It may be
+a PVH or multiboot kernel, or a Linux one with an initramfs of the user's.
+
+How it ends is the exit status: a value written to port 0xF4 gives (value << 1) | 1, of which the
+shell sees eight bits, so 0 and a success can be told apart; power off and reset give 0.
+
+Threads: the main thread waits for the machine and for signals; `_Typist` reads standard input on a
+thread of its own; the UART's output is written on vCPU threads.
+"""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
+
+from tinyvmm import bare_kernel, boot, layout, own_device
+from tinyvmm.bare_kernel import Module
+from tinyvmm.command import open_disks
+from tinyvmm.devices.debug_exit import DebugExit
+from tinyvmm.devices.fw_cfg import FwCfg
+from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.disks.opening import DiskOptions
+from tinyvmm.errors import ConfigError, VcpuError
+from tinyvmm.machine import Machine
+from tinyvmm.session import (
+    STATUS_MACHINE_FAILED,
+    STATUS_SIGNAL,
+    STATUS_TIMEOUT,
+    Result,
+    write_all,
+)
+from tinyvmm.terminal import EscapeKeys, Terminal, is_terminal_session
+from tinyvmm.vcpu import StopCause
+
+if TYPE_CHECKING:
+    from tinyvmm.devices.uart import Uart
+
+_LOOK_AGAIN_MS = 10  # for a guest that does not read what was typed
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class BareOptions(NamedTuple):
+    """What to run and in what machine; sizes in bytes, times in seconds."""
+
+    kernel: str
+    protocol: str | None = None
+    """One of bare_kernel.PROTOCOLS; None for what the file says it wants."""
+    modules: Sequence[Module] = ()
+    """What else is in RAM; for Linux they are the initramfs, one behind the other."""
+    append: str = ""
+    """The kernel's command line."""
+    memory: int = 1 << 30
+    cpus: int = 1
+    serial: str = "stdio"
+    """Where the UART's line leads: "stdio", "none", or "file:PATH"."""
+    fw_cfg: Sequence[tuple[str, str]] = ()
+    """(name, path) of each file offered by fw_cfg."""
+    disks: Sequence[DiskOptions] = ()
+    devices: Sequence[str] = ()
+    timeout: float | None = None
+    on_reboot: str = "exit"
+    """What a reset does: "exit" ends the run, "reset" starts the machine anew."""
+    transport: str = "pci"
+    ioeventfd: bool | None = None
+
+
+def run_bare(options: BareOptions) -> Result:
+    """Run the kernel to its end. Main thread. ConfigError for what cannot be done."""
+    with ExitStack() as cleanup:
+        output, typed = _open_serial(options.serial, cleanup)
+        console = _Interruption(cleanup)
+        deadline = _Deadline(options.timeout)
+        while True:
+            result, again = _run_once(options, output, console, deadline, typed=typed)
+            if not again:
+                return result
+
+
+def _run_once(
+    options: BareOptions,
+    output: Callable[[bytes], None],
+    interruption: "_Interruption",
+    deadline: "_Deadline",
+    *,
+    typed: bool,
+) -> tuple[Result, bool]:
+    """Make the machine and run it once; whether it is to be run again."""
+    with ExitStack() as cleanup:
+        own_devices = [own_device.load(text) for text in options.devices]
+        disks = open_disks(options.disks, cleanup)
+        files = {name: bare_kernel.read_file(path, "fw_cfg file") for name, path in options.fw_cfg}
+        machine = cleanup.enter_context(
+            Machine(
+                memory=options.memory,
+                cpus=options.cpus,
+                transport=options.transport,
+                ioeventfd=options.ioeventfd,
+            )
+        )
+        machine.add_board(console=output)
+        machine.ports.add(layout.DEBUG_EXIT_PORT, 4, DebugExit(machine.end))
+        fw_cfg = FwCfg(ram_size=options.memory, cpus=options.cpus, files=files)
+        machine.ports.add(layout.FW_CFG_PORT, fw_cfg.length, fw_cfg)
+        machine.add_virtio(VirtioRng())
+        for own in own_devices:
+            own_device.add(own, machine)
+        for disk in disks:
+            machine.add_virtio(disk)
+        _boot(machine, options)
+        interruption.machine = machine
+        if typed and machine.uart is not None:
+            typist = _Typist(machine.uart, interruption.escape)
+            cleanup.callback(typist.close)
+        machine.start()
+        try:
+            cause = machine.wait(deadline.left())
+        except VcpuError as error:
+            return Result(STATUS_MACHINE_FAILED, "machine", str(error)), False
+        if cause is None:
+            late = f"timed out after {options.timeout:g} s: the machine was stopped"
+            return Result(STATUS_TIMEOUT, "timeout", late), False
+        if interruption.result is not None:
+            return interruption.result, False
+        again = cause == StopCause.RESET and options.on_reboot == "reset"
+        return _meaning(cause, machine.exit_value), again
+
+
+def _boot(machine: Machine, options: BareOptions) -> None:
+    kernel = bare_kernel.read_kernel(options.kernel, options.protocol)
+    if kernel is not None:
+        machine.boot_bare(kernel, modules=options.modules, cmdline=options.append)
+        return
+    archives = [bare_kernel.read_file(module.path, "initrd") for module in options.modules]
+    with boot.load_kernel(options.kernel) as linux:
+        machine.boot_linux(linux, initrd=archives, cmdline=options.append)
+
+
+def _meaning(cause: str, value: int | None) -> Result:
+    if cause == StopCause.DEVICE and value is not None:
+        return Result((value << 1 | 1) & 0xFF, "exited")
+    if cause in {StopCause.POWEROFF, StopCause.RESET}:
+        return Result(0, cause)
+    return Result(STATUS_MACHINE_FAILED, "machine", f"the guest crashed: {cause}")
+
+
+class _Deadline:
+    """A time limit that begins now."""
+
+    def __init__(self, timeout: float | None) -> None:
+        from time import monotonic
+
+        self._now = monotonic
+        self._end = None if timeout is None else monotonic() + timeout
+
+    def left(self) -> float | None:
+        """Seconds left, at least 0."""
+        return None if self._end is None else max(0.0, self._end - self._now())
+
+
+class _Interruption:
+    """Signals, and the keys that stand for one: they stop whichever machine runs."""
+
+    def __init__(self, cleanup: ExitStack) -> None:
+        """Catch signals until `cleanup`."""
+        self.machine: Machine | None = None
+        self.result: Result | None = None
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    cleanup.callback(signal.signal, number, signal.signal(number, self._handle))
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self._end(Result(STATUS_SIGNAL + number, "signal"))
+
+    def escape(self) -> None:
+        """End the run as Ctrl-C would; from any thread."""
+        number = STATUS_SIGNAL + signal.SIGINT
+        self._end(Result(number, "escape", "stopped by Ctrl-]"))
+
+    def _end(self, result: Result) -> None:
+        if self.result is None:
+            self.result = result
+        if self.machine is not None:
+            self.machine.stop(StopCause.STOPPED)
+
+
+def _open_serial(where: str, cleanup: ExitStack) -> tuple[Callable[[bytes], None], bool]:
+    """Return what takes the UART's output, and whether standard input is typed into it."""
+    kind, _, path = where.partition(":")
+    if where == "stdio":
+        if is_terminal_session():
+            terminal = Terminal()
+            cleanup.callback(terminal.restore)
+            terminal.enter_raw()
+        return _writer(1), True
+    if where == "none":
+        return _nobody, False
+    if kind == "file" and path:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(f"--serial {where}: cannot be written ({error.strerror})") from None
+        cleanup.callback(os.close, fd)
+        return _writer(fd), False
+    raise ConfigError(f"--serial {where}: give stdio, none or file:PATH")
+
+
+def _writer(fd: int) -> Callable[[bytes], None]:
+    """A sink that forgets what its reader does not want any more."""
+
+    def write(data: bytes) -> None:
+        try:
+            write_all(fd, data)
+        except BrokenPipeError:
+            return
+
+    return write
+
+
+def _nobody(_data: bytes) -> None:
+    """Take output that nobody wants."""
+
+
+class _Typist:
+    """Types standard input into the UART, on a thread of its own, until it ends or is closed."""
+
+    def __init__(self, uart: "Uart", escape: Callable[[], None]) -> None:
+        self._uart = uart
+        self._escape = escape
+        self._quit_read, self._quit_write = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._main, name="serial input", daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        keys = EscapeKeys() if is_terminal_session() else None
+        waiting = b""
+        poller = select.poll()
+        poller.register(self._quit_read, select.POLLIN)
+        while True:
+            if waiting:
+                waiting = waiting[self._uart.receive(waiting) :]
+                if poller.poll(_LOOK_AGAIN_MS if waiting else 0):
+                    return
+                continue
+            with_input = select.poll()
+            with_input.register(self._quit_read, select.POLLIN)
+            with_input.register(0, select.POLLIN)
+            if any(fd == self._quit_read for fd, _ in with_input.poll()):
+                return
+            try:
+                waiting = os.read(0, 4096)
+            except OSError:
+                return  # a closed standard input, or a terminal that hung up, types nothing
+            if not waiting:
+                return
+            if keys is not None and keys.seen(waiting):
+                self._escape()
+                return
+
+    def close(self) -> None:
+        """Stop typing; what was read and not yet typed is gone."""
+        os.close(self._quit_write)
+        self._thread.join()
+        os.close(self._quit_read)

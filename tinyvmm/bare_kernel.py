@@ -61,6 +61,9 @@ XEN_HVM_START_MAGIC_VALUE = 0x336EC578
 _INFO_GPA = BOOT_PARAMS_GPA
 _LISTS_END = PAGE_TABLES_GPA  # two pages for the lists
 _MODULES_MAX = 64
+# Linkers put the file's headers on the page before 1 MiB, unless told otherwise (-n); ACPI's tables
+# are far from there.
+_KERNEL_GPA = HIGH_RAM_GPA - (64 << 10)
 _LOADER_NAME = b"tinyvmm\0"
 
 # flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr, syms[4], mmap_length,
@@ -205,7 +208,7 @@ def _elf_kernel(
 
 
 def _check_place(path: str, start: int, end: int) -> None:
-    if start < HIGH_RAM_GPA or end > 1 << 32:
+    if start < _KERNEL_GPA or end > 1 << 32:
         raise ConfigError(
             f"kernel {path}: wants to be at {start:#x} to {end:#x}; link it to 1 MiB or above"
         )

@@ -1,6 +1,6 @@
 """Reset Control Register: port 0xCF9, the chipset's way to reset a PC.
 
-Model: Intel ICH9 data sheet, 13.7.5 "RST_CNT, Reset Control Register". One byte at 0xCF9, which is
+Model: Intel ICH9 data sheet, 13.7.5 "RST_CNT, Reset Control Register". Port 0xCF9, one byte that is
 within the four of PCI's CONFIG_ADDRESS but another register when a single byte is accessed. A write
 that raises bit 2 (RST_CPU) resets; bit 1 (SYS_RST) says whether soft or hard, which here is one.
 

@@ -129,6 +129,17 @@ def test_a_pvh_kernel_is_told_what_xen_says(build: Build, modules: list[str]) ->
 
 
 @pytest.mark.kvm
+def test_a_kernel_drives_a_device_of_the_users_own(build: Build) -> None:
+    device = ["--device", "tests.own_copier:Copier,limit=100"]
+    done = tinyvmm("--kernel", build("own"), *device)
+    assert (done.returncode, done.stderr) == (9 << 1 | 1, b"")
+    told = said(done.stdout)
+    assert told["status"] == ["0x1"] * 3
+    assert told["text"] == ["moved by the device"] * 3
+    assert told["bad"] == ["0x2"]
+
+
+@pytest.mark.kvm
 def test_a_kernel_may_go_on_to_64_bits(build: Build) -> None:
     done = tinyvmm("--kernel", build("long", None))
     assert (done.returncode, done.stdout, done.stderr) == (1 << 1 | 1, b"", b"")

@@ -173,6 +173,34 @@ def test_the_lock_of_a_killed_process_is_gone(image: Path) -> None:
     RawDisk(str(image)).close()
 
 
+# --- devices ----------------------------------------------------------------------------------
+
+
+def test_a_block_device_is_a_disk_of_its_size(image: Path) -> None:
+    try:
+        attached = subprocess.run(
+            ["losetup", "--show", "-f", str(image)], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop device to be had: {error}")
+    device = attached.stdout.strip()
+    try:
+        with contextlib.closing(RawDisk(device)) as disk:
+            assert disk.size == MIB
+            disk.write_from([memoryview(b"w" * 1024)], 4096)
+            disk.write_zeroes(8192, 8192, unmap=False)
+            disk.discard(65536, 512)
+            disk.discard(131072, 65536)
+            disk.flush()
+            with pytest.raises(ConfigError, match="in use"):
+                RawDisk(device)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+    found = image.read_bytes()
+    assert found[4096:5120] == b"w" * 1024
+    assert found[8192:16384] == bytes(8192)
+
+
 # --- space ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import stat
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -341,6 +342,11 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         devices=args.device,
     )
     shared = check_options(options)  # what is wrong with a map shows here
+    for disk in args.disk:
+        if stat.S_ISBLK(os.stat(disk.path).st_mode if os.path.exists(disk.path) else 0):
+            raise ConfigError(
+                f"disk {disk.path} is a block device, which the lab cannot reach: copy it to a file"
+            )
     # What is fetched, unpacked and cached here need not be there, where everything is slow.
     prepare_kernel(args.kernel, modules_for(options))[0].close()
     shares = [host for _, host in args.write]

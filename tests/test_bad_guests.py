@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from tests.bad_guests import ON_THE_BUS, TRANSPORTS, VIRTIO, Board, Made
 from tests.virtio_driver import INDIRECT_TABLE, NEEDS_RESET, NEXT, WRITE, Queue
+from tinyvmm import layout
 from tinyvmm.devices.debug_exit import DebugExit
+from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
@@ -356,3 +358,35 @@ def test_a_guest_that_hammers_on_every_port_ends_when_it_says_so() -> None:
         machine.start()
         assert machine.wait(60) == StopCause.DEVICE
         assert machine.exit_value == 7
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("seed", range(6))
+def test_doorbells_and_vectors_that_a_guest_moves_about_stay_with_their_devices(
+    transport: str, seed: int
+) -> None:
+    """KVM itself is told of each: ioeventfds wherever a BAR is put, routes for whatever message."""
+    chosen = random.Random(seed)  # noqa: S311
+    places = (0, 0x1000, 0xC000_0000, *range(0xE100_0000, 0xE108_0000, 0x1_0000), 0xFEE0_0000)
+    with Machine(memory=1 << 22, transport=transport, ioeventfd=True) as machine:
+        machine.add_board(console=lambda data: None)
+        for _ in range(3):
+            machine.add_virtio(VirtioRng())
+            machine.add_virtio(VirtioBalloon(machine.memory))
+        for _ in range(400):
+            size = chosen.choice(WIDTHS)
+            value = chosen.choice((*VALUES, *places)) & (1 << 8 * size) - 1
+            slot = chosen.randrange(8)
+            register = chosen.choice((0x04, 0x10, 0x10, 0x14, 0x40, 0x42, chosen.randrange(0x100)))
+            window = layout.PCI_WINDOW_GPA + slot * layout.PCI_SLOT_STRIDE
+            part = chosen.randrange(6) << 12 | chosen.choice((chosen.randrange(64), 0xFFF))
+            mmio = layout.VIRTIO_MMIO_GPA + (slot << 12) + chosen.randrange(0x110)
+            machine.mmio.write(layout.PCI_ECAM_GPA + (slot << 15) + register, size, value)
+            machine.mmio.write(chosen.choice((window + part, mmio)), size, value)
+            machine.mmio.read(chosen.choice((window + part, mmio)), size)
+            machine.ports.write(0xCF8, 4, 1 << 31 | slot << 11 | register & 0xFC)
+            machine.ports.write(0xCFC, min(size, 4), value & 0xFFFF_FFFF)
+        assert not machine.cause
+        vendor = machine.mmio.read(layout.PCI_ECAM_GPA + (1 << 15), 2)
+        assert vendor == (0x1AF4 if transport == "pci" else 0xFFFF)

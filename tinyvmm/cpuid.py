@@ -43,7 +43,8 @@ def for_vcpu(
             leaf.edx = leaf.edx | _HTT if cpus > 1 else leaf.edx & ~_HTT
         elif leaf.function in {4, 0x8000001D} and leaf.eax & 0x1F:
             shared = cpus if leaf.eax >> 5 & 7 == _LAST_LEVEL_CACHE else 1
-            cores = cpus - 1 << 26 if leaf.function == 4 else 0
+            # A field of six bits; for more cores there is leaf 0xB.
+            cores = min(cpus, 64) - 1 << 26 if leaf.function == 4 else 0
             leaf.eax = leaf.eax & 0x3FFF | shared - 1 << 14 | cores
         elif leaf.function == 0x80000008:
             leaf.ecx = leaf.ecx & ~0xF0FF | id_bits << 12 | cpus - 1

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -64,14 +64,14 @@ def make_tree(where: str) -> None:
         subprocess.run([*git, *command], check=True)
 
 
-def initramfs(program: str) -> tuple[bytes, list[str]]:
+def initramfs(program: str, names: Sequence[str] = MODULES) -> tuple[bytes, list[str]]:
     """Return the archive with the modules and `program` as PID 1, and the modules' paths in it."""
     import stat
 
     from tinyvmm.command import prepare_kernel
     from tinyvmm.guest.initramfs import Archive
 
-    kernel, modules = prepare_kernel(None, MODULES)
+    kernel, modules = prepare_kernel(None, names)
     kernel.close()
     own = Archive().add_device("/dev/console", stat.S_IFCHR | 0o600, 5, 1)
     own.add_file("/init", Path(program).read_bytes(), mode=0o755)

@@ -9,10 +9,12 @@ no whole sectors, a write to a read-only disk, an error of the host's.
 
 Not emulated: geometry and topology, CONFIG_WCE, lifetime, secure erase, zones.
 
-Where a request runs: reads and writes at once, on the thread that brought the doorbell, with the
-device's lock held. `preadv` and `pwritev` take the guest's own RAM and let other threads run
-meanwhile. What waits for a real disk, FLUSH, or may take its time, DISCARD and WRITE_ZEROES, goes
-to the device's one worker, which holds the lock only to take a task and to give the chain back.
+Where a request runs: reads and writes at once, on the thread that answers the doorbell, with the
+device's lock held. Unless the user says otherwise that is a thread of the device's, because a
+kernel has many requests in flight, and goes on with its own work (docs/decisions/0004). `preadv`
+and `pwritev` take the guest's own RAM and let other threads run meanwhile. What waits for a real
+disk, FLUSH, or may take its time, DISCARD and WRITE_ZEROES, goes to the device's one worker, which
+holds the lock only to take a task and to give the chain back.
 
 What a flush covers: every write whose chain was given back before the flush was made available
 (5.2.6.2). Writes are in the disk's hands before their chain is given back, so nothing needs to be
@@ -112,6 +114,8 @@ class _Task(NamedTuple):
 
 class VirtioBlk(VirtioDevice):
     """A disk."""
+
+    ioeventfd = True
 
     def __init__(self, disk: Disk, *, serial: str = "", queues: int = 1) -> None:
         """Offer `disk`, which somebody else closes; ConfigError for odd `serial` or `queues`."""

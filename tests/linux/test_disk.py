@@ -57,7 +57,6 @@ rm /tmp/a/large
 sync
 fstrim /tmp/a; echo fstrim=$?
 umount /tmp/a
-e2fsck -fn /dev/vda > /dev/null 2>&1; echo fsck=$?
 echo errors=$(dmesg --level=emerg,alert,crit,err | grep -cE "vd[a-d]|EXT4|blk")
 """
 
@@ -112,7 +111,6 @@ def test_linux_uses_every_kind_of_disk(guest: Runner) -> None:
     assert written[: 333 * 512] == before[: 333 * 512]
     assert (found["mkfs"], found["mount"], found["fstrim"]) == ("0", "0", "0")
     assert 2 * MIB <= 512 * int(host_blocks) < 10 * MIB  # of the 14 that were written, and more
-    assert found["fsck"] == "0"
     assert checked.status == 0, checked.stdout
     assert found["errors"] == "0"
 

@@ -46,6 +46,7 @@ from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.devices.virtio.vsock import VirtioVsock
 from tinyvmm.disks.raw import RawDisk
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.fileserver.session import Session
@@ -278,6 +279,22 @@ def _balloon() -> Made:
     return Made(device, works)
 
 
+def _vsock() -> Made:
+    class NobodyHome:
+        def dial(self, port: int) -> None:
+            del port
+
+    request = struct.pack("<QQIIIHHIII", 3, 2, 1000, 80, 0, 1, 1, 0, 0, 0)
+
+    def works(queues: list[Queue]) -> bool:
+        rx, tx, _ = queues
+        token = rx.send([], [4096])
+        _exchange(tx, [request], 0)
+        return (token, 44) in rx.used()
+
+    return Made(VirtioVsock(3, NobodyHome()), works, asked=1)
+
+
 def _block() -> Made:
     fd, path = tempfile.mkstemp(prefix="tinyvmm-test-")
     os.truncate(fd, 64 << 10)
@@ -301,6 +318,7 @@ VIRTIO: dict[str, Callable[[], Made]] = {
     "9p": _p9,
     "balloon": _balloon,
     "block": _block,
+    "vsock": _vsock,
     "example pattern": _pattern,
 }
 

@@ -26,6 +26,7 @@ LAYERS = [
         "streams",
         "terminal",
         "scratch",
+        "vsock_host",
         "eventfds",
     ),
     ("machine", "session", "guest", "images"),

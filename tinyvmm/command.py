@@ -55,11 +55,13 @@ from tinyvmm.vcpu import StopCause
 if TYPE_CHECKING:
     from tinyvmm.kernel_image import Kernel
     from tinyvmm.terminal import Terminal
+    from tinyvmm.vsock_host import VsockHost
 
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
 # The file system is not found by itself, because the guest's /lib/modules is another kernel's; nor
 # is what it computes checksums with, which newer kernels have built in.
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
+VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
@@ -106,6 +108,8 @@ class RunOptions(NamedTuple):
     """Devices of the user's own, each `package.module:Class[,key=value...]` (own_device.py)."""
     balloon: int | None = None
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
+    vsock: tuple[str, int] | None = None
+    """Path of the host's Unix socket to the guest's AF_VSOCK, and the guest's CID."""
     ioeventfd: bool | None = None
     """Whether virtio queues are served on devices' threads; None: as each device's class says."""
 
@@ -146,6 +150,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         disks = open_disks(options.disks, cleanup)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
+        vsock_host = _open_vsock(options, cleanup)
         trees = _trees(options, warn, cleanup)
         terminal = _terminal(options)
         config = _init_config(options, modules, terminal)
@@ -171,6 +176,8 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         for disk in disks:
             machine.add_virtio(disk)
+        if options.vsock is not None and vsock_host is not None:
+            _add_vsock(machine, vsock_host, options.vsock[1])
         machine.boot_linux(
             kernel,
             initrd=[modules.archive, init_archive(config)],
@@ -218,7 +225,8 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
     balloon = () if options.balloon is None else ("virtio_balloon",)
     disks = DISK_MODULES if options.disks else ()
-    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks)
+    vsock = () if options.vsock is None else VSOCK_MODULES
+    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *vsock)
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
@@ -262,6 +270,30 @@ def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:
     if scratch is not None:
         writes.append(("/", scratch))
     return open_tree(options.reads, writes)
+
+
+def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> None:
+    """Add a vsock device with `host` behind it."""
+    from tinyvmm.devices.virtio.vsock import VirtioVsock
+
+    device = VirtioVsock(cid, host)
+    machine.add_virtio(device)
+
+    def failed(error: BaseException) -> None:
+        machine.stop(StopCause.ERROR, error)
+
+    host.start(device, failed)
+
+
+def _open_vsock(options: RunOptions, cleanup: ExitStack) -> "VsockHost | None":
+    """Listen for the vsock device, until `cleanup`."""
+    if options.vsock is None:
+        return None
+    from tinyvmm.vsock_host import VsockHost
+
+    host = VsockHost(options.vsock[0])
+    cleanup.callback(host.close)
+    return host
 
 
 def _trees(

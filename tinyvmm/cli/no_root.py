@@ -20,6 +20,7 @@ _FOR_A_ROOT: dict[str, object] = {
     "env": [],
     "console": None,
     "balloon": None,
+    "vsock": None,
 }
 _OWN: dict[str, object] = {"boot_protocol": "auto", "module": [], "fw_cfg": [], "serial": None}
 

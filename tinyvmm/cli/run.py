@@ -128,6 +128,20 @@ def parse_disk(text: str) -> "DiskOptions":
     return options._replace(path=os.path.abspath(options.path), overlay=overlay)
 
 
+def parse_vsock(text: str) -> tuple[str, int]:
+    """Parse `PATH[,cid=N]` into (absolute path, the guest's CID)."""
+    from tinyvmm.devices.virtio.vsock import CID_MAX, CID_MIN
+
+    path, comma, number = text.rpartition(",cid=")
+    if not comma:
+        path, number = text, str(CID_MIN)
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text!r} names no socket")
+    if not number.isascii() or not number.isdigit() or not CID_MIN <= int(number) <= CID_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a CID of {CID_MIN} to {CID_MAX}")
+    return os.path.abspath(path), int(number)
+
+
 def parse_environment(text: str) -> str:
     """Parse `K=V`, or `K` to pass on the variable of this process."""
     name, equals, _ = text.partition("=")
@@ -221,6 +235,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a device of your own: a Python class, found from here (the guide's chapter 7)",
     )
     add(
+        "--vsock",
+        type=parse_vsock,
+        metavar="PATH[,cid=N]",
+        help="a Unix socket that leads to the guest's AF_VSOCK, and PATH_N what leads from it",
+    )
+    add(
         "--ioeventfd",
         choices=("auto", "on", "off"),
         default="auto",
@@ -299,6 +319,7 @@ def main(args: argparse.Namespace) -> int:
         transport=args.transport,
         balloon=args.balloon,
         devices=args.device,
+        vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
     )
     result = run_command(options, warn)
@@ -320,6 +341,12 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         open_disks,
         prepare_kernel,
     )
+
+    if args.vsock is not None:
+        raise ConfigError(
+            f"--vsock: this KVM cannot run Linux ({problem}), and sockets of the lab cannot be "
+            "reached from here; use a computer with a KVM of its own"
+        )
     from tinyvmm.lab import reexec
     from tinyvmm.qemu import find_program
 

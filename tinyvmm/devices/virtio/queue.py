@@ -199,6 +199,10 @@ class Virtqueue:
             raise VirtqueueError(f"descriptor {index} of a table of {size}")
         raise VirtqueueError(f"the chain at {head} has a loop")
 
+    def unpop(self) -> None:
+        """Let the next `pop` take the chain that the last one took, which was not pushed."""
+        self.last_avail = self.last_avail - 1 & 0xFFFF
+
     def push(self, chain: Chain, written: int) -> None:
         """Give `chain` back with the first `written` bytes of its writable part filled.
 

@@ -1,0 +1,669 @@
+"""The vsock device from the driver's side, and its host's side with real sockets."""
+
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import sleep
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.virtio_driver import NEEDS_RESET, WRITE, Driver, Queue
+from tinyvmm.devices.virtio.vsock import (
+    ANSWERS_MAX,
+    BUF_ALLOC,
+    CONNECTIONS_MAX,
+    FIRST_HOST_PORT,
+    VirtioVsock,
+)
+from tinyvmm.errors import ConfigError
+from tinyvmm.vsock_host import VsockHost
+
+REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
+RCV, SEND = 1, 2
+CID, HOST = 3, 2
+HEADER = "<QQIIIHHIII"
+HEADER_LEN = 44
+
+
+class FakePeer:
+    """A host's end that does as it is told."""
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.room = room  # bytes it takes
+        self.got = bytearray()
+        self.to_send: deque[bytes] = deque()
+        self.ended = self.closed = self.at_end = self.broken = False
+        self.output_ended = False
+        self.host_port: int | None = None
+        self.watched = (False, False)
+
+    def accepted(self, host_port: int) -> None:
+        self.host_port = host_port
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        if self.broken:
+            raise BrokenPipeError
+        data = b"".join(views)[: self.room]
+        self.room -= len(data)
+        self.got += data
+        return len(data)
+
+    def receive(self, views: Sequence[memoryview]) -> int | None:
+        if self.broken:
+            raise ConnectionResetError
+        if not self.to_send:
+            return 0 if self.at_end else None
+        data, done = self.to_send.popleft(), 0
+        for view in views:
+            piece = data[done : done + len(view)]
+            view[: len(piece)] = piece
+            done += len(piece)
+        if data[done:]:
+            self.to_send.appendleft(data[done:])
+        return done
+
+    def end_output(self) -> None:
+        self.output_ended = True
+
+    def watch(self, *, readable: bool, writable: bool) -> None:
+        self.watched = (readable, writable)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class FakeDialer:
+    def __init__(self) -> None:
+        self.listening: dict[int, FakePeer] = {}
+        self.dialled: list[int] = []
+
+    def dial(self, port: int) -> FakePeer | None:
+        self.dialled.append(port)
+        return self.listening.pop(port, None)
+
+
+class Packet(NamedTuple):
+    guest_port: int
+    host_port: int
+    op: int
+    flags: int
+    buf_alloc: int
+    fwd_cnt: int
+    data: bytes
+
+
+class Guest:
+    """A driver with rx buffers, and packets by name."""
+
+    def __init__(self, device: VirtioVsock, buffers: int = 16, size: int = 4096) -> None:
+        self.device = device
+        self.driver = Driver(device)
+        self.rx, self.tx, self.event = self.driver.start()
+        self.size = size
+        self.spare: list[int] = []  # buffers that came back
+        self.buffers: dict[int, int] = {}
+        self.backlog: deque[Packet] = deque()
+        self.offer(buffers)
+
+    def offer(self, count: int) -> None:
+        ram, rx = self.driver.ram, self.rx
+        for _ in range(count):
+            gpa = self.spare.pop() if self.spare else ram.alloc(self.size, 1)
+            token = rx.free.pop()
+            rx.write_descriptor(token, gpa, self.size, WRITE)
+            rx.in_flight[token] = ([token], [ram.view(gpa, self.size)])
+            self.buffers[token] = gpa
+            rx.publish(token)
+        rx.kick()
+
+    def say(
+        self,
+        guest_port: int,
+        host_port: int,
+        op: int,
+        data: bytes = b"",
+        *,
+        flags: int = 0,
+        alloc: int = 1 << 20,
+        count: int = 0,
+        source: int = CID,
+        target: int = HOST,
+        kind: int = 1,
+        length: int | None = None,
+    ) -> None:
+        said = len(data) if length is None else length
+        head = struct.pack(
+            HEADER, source, target, guest_port, host_port, said, kind, op, flags, alloc, count
+        )
+        mark = self.driver.ram.mark()
+        token = self.tx.send([head, data] if data else [head], [])
+        if self.tx.used() == [(token, 0)]:
+            self.tx.filled(token, 0)
+            self.driver.ram.rewind(mark)
+
+    def heard(self, *, again: bool = True) -> list[Packet]:
+        """What came, each buffer being offered again."""
+        found: list[Packet] = []
+        while True:
+            used = self.rx.used()
+            if not used:
+                return found
+            for token, length in used:
+                data = self.rx.filled(token, length)
+                self.spare.append(self.buffers.pop(token))
+                fields = struct.unpack_from(HEADER, data)
+                source, target, host_port, guest_port, size, kind, op, flags, alloc, fwd = fields
+                assert (source, target, kind) == (HOST, CID, 1)
+                assert size == length - HEADER_LEN
+                packet = Packet(guest_port, host_port, op, flags, alloc, fwd, data[HEADER_LEN:])
+                found.append(packet)
+            if again:
+                self.offer(len(used))
+
+    def ops(self) -> list[int]:
+        return [packet.op for packet in self.heard()]
+
+
+def open_to_host(room: int = 1 << 30, **options: int) -> tuple[Guest, FakePeer, VirtioVsock]:
+    """A connection that the guest opened: its port 1000, the host's 80."""
+    dialer = FakeDialer()
+    peer = dialer.listening[80] = FakePeer(room)
+    device = VirtioVsock(CID, dialer)
+    guest = Guest(device, **options)
+    guest.say(1000, 80, REQUEST)
+    (answer,) = guest.heard()
+    assert answer == (1000, 80, RESPONSE, 0, BUF_ALLOC, 0, b"")
+    return guest, peer, device
+
+
+# --- opening ----------------------------------------------------------------------------------
+
+
+def test_it_says_who_the_guest_is() -> None:
+    device = VirtioVsock(0x1234_5678, FakeDialer())
+    driver = Driver(device)
+    assert driver.read(0x008) == 19
+    assert driver.mmio.read(0x100, 8) == 0x1234_5678
+    assert len(driver.start()) == 3
+
+
+def test_a_port_nobody_listens_at_is_refused() -> None:
+    dialer = FakeDialer()
+    guest = Guest(VirtioVsock(CID, dialer))
+    guest.say(1000, 81, REQUEST)
+    assert [(p.guest_port, p.host_port, p.op) for p in guest.heard()] == [(1000, 81, RST)]
+    assert dialer.dialled == [81]
+
+
+def test_the_host_connects_when_the_guest_agrees() -> None:
+    device = VirtioVsock(CID, FakeDialer())
+    guest = Guest(device)
+    peer = FakePeer()
+    assert device.connect(peer, 22) is not None
+    (request,) = guest.heard()
+    assert (request.guest_port, request.op) == (22, REQUEST)
+    assert request.host_port == FIRST_HOST_PORT
+    assert peer.host_port is None
+    guest.say(22, request.host_port, RESPONSE)
+    assert peer.host_port == request.host_port
+    peer.to_send.append(b"hello")
+    device.readable(peer)
+    assert [p.data for p in guest.heard()] == [b"hello"]
+
+
+def test_the_host_is_told_when_the_guest_refuses() -> None:
+    device = VirtioVsock(CID, FakeDialer())
+    guest = Guest(device)
+    peer = FakePeer()
+    device.connect(peer, 22)
+    (request,) = guest.heard()
+    guest.say(22, request.host_port, RST)
+    assert peer.closed
+    assert guest.heard() == []
+
+
+def test_nobody_connects_to_a_guest_without_a_driver() -> None:
+    assert VirtioVsock(CID, FakeDialer()).connect(FakePeer(), 22) is None
+
+
+# --- data and credit --------------------------------------------------------------------------
+
+
+def test_bytes_go_both_ways_in_any_framing() -> None:
+    guest, peer, device = open_to_host()
+    guest.say(1000, 80, RW, b"to the host")
+    assert peer.got == b"to the host"
+    peer.to_send.append(b"x" * 10_000)
+    device.readable(peer)
+    packets = guest.heard()
+    device.readable(peer)
+    packets += guest.heard()
+    assert b"".join(p.data for p in packets) == b"x" * 10_000
+    assert {p.op for p in packets} == {RW}
+    assert packets[-1].fwd_cnt == 11
+
+
+def test_what_the_host_does_not_take_is_kept_and_counted() -> None:
+    guest, peer, device = open_to_host(room=10)
+    guest.say(1000, 80, RW, b"0123456789abcdef")
+    assert peer.got == b"0123456789"
+    assert peer.watched == (True, True)
+    guest.say(1000, 80, CREDIT_REQUEST)
+    (credit,) = guest.heard()
+    assert (credit.op, credit.fwd_cnt) == (CREDIT_UPDATE, 10)
+    peer.room = 100
+    device.writable(peer)
+    assert peer.got == b"0123456789abcdef"
+    assert peer.watched == (True, False)
+
+
+def test_credit_is_given_back_before_it_is_all_gone() -> None:
+    guest, peer, _ = open_to_host()
+    for _ in range(20):
+        guest.say(1000, 80, RW, b"x" * 4096)
+    updates = [p for p in guest.heard() if p.op == CREDIT_UPDATE]
+    assert [p.fwd_cnt for p in updates] == [BUF_ALLOC // 2, BUF_ALLOC]
+    assert len(peer.got) == 20 * 4096
+
+
+def test_a_guest_that_ignores_credit_is_cut_off() -> None:
+    guest, peer, device = open_to_host(room=0)
+    for _ in range(BUF_ALLOC // 4096):
+        guest.say(1000, 80, RW, b"x" * 4096)
+    assert guest.ops() == []
+    guest.say(1000, 80, RW, b"x")
+    assert guest.ops() == [RST]
+    assert peer.closed
+    assert device._connections == {}
+
+
+def test_the_guest_is_never_sent_more_than_it_has_room_for() -> None:
+    guest, peer, device = open_to_host()
+    guest.say(1000, 80, CREDIT_UPDATE, alloc=5000, count=0)
+    peer.to_send.append(b"x" * 20_000)
+    device.readable(peer)
+    assert sum(len(p.data) for p in guest.heard()) == 5000
+    assert peer.watched == (False, False)
+    device.readable(peer)
+    assert guest.heard() == []
+    guest.say(1000, 80, CREDIT_UPDATE, alloc=5000, count=3000)
+    assert peer.watched == (True, False)
+    device.readable(peer)
+    assert sum(len(p.data) for p in guest.heard()) == 3000
+
+
+def test_without_rx_buffers_the_hosts_bytes_stay_where_they_are() -> None:
+    guest, peer, device = open_to_host(buffers=1)
+    peer.to_send.append(b"x" * 10_000)
+    device.readable(peer)
+    assert len(guest.heard(again=False)[0].data) == 4096 - HEADER_LEN
+    device.readable(peer)
+    assert guest.heard() == []
+    assert peer.watched == (False, False)
+    guest.offer(1)
+    assert peer.watched == (True, False)
+
+
+# --- the end ----------------------------------------------------------------------------------
+
+
+def test_each_direction_ends_by_itself() -> None:
+    guest, peer, device = open_to_host()
+    guest.say(1000, 80, SHUTDOWN, flags=SEND)
+    assert peer.output_ended
+    assert not peer.closed
+    peer.to_send.append(b"still")
+    device.readable(peer)
+    peer.at_end = True
+    device.readable(peer)
+    packets = guest.heard()
+    assert [(p.op, p.data, p.flags) for p in packets] == [(RW, b"still", 0), (SHUTDOWN, b"", SEND)]
+    guest.say(1000, 80, SHUTDOWN, flags=RCV)
+    assert guest.ops() == [RST]
+    assert peer.closed
+
+
+def test_what_was_sent_before_the_end_arrives_before_it() -> None:
+    guest, peer, device = open_to_host(room=0)
+    guest.say(1000, 80, RW, b"last words")
+    guest.say(1000, 80, SHUTDOWN, flags=RCV | SEND)
+    assert guest.ops() == []
+    assert not peer.closed
+    peer.room = 4
+    device.writable(peer)
+    assert not peer.closed
+    peer.room = 100
+    device.writable(peer)
+    assert peer.got == b"last words"
+    assert peer.closed
+    assert guest.ops() == [RST]
+
+
+def test_a_host_that_breaks_off_is_a_reset_for_the_guest() -> None:
+    guest, peer, _ = open_to_host()
+    peer.broken = True
+    guest.say(1000, 80, RW, b"hello?")
+    assert guest.ops() == [RST]
+    guest, peer, device = open_to_host()
+    peer.broken = True
+    device.readable(peer)
+    assert guest.ops() == [RST]
+    assert peer.closed
+
+
+def test_data_after_its_end_is_refused() -> None:
+    guest, peer, _ = open_to_host()
+    guest.say(1000, 80, SHUTDOWN, flags=SEND)
+    guest.say(1000, 80, RW, b"more")
+    assert guest.ops() == [RST]
+    assert peer.got == b""
+
+
+def test_a_driver_that_resets_closes_everything() -> None:
+    guest, peer, device = open_to_host()
+    other = FakePeer()
+    device.connect(other, 22)
+    guest.driver.write(0x070, 0)
+    assert peer.closed
+    assert other.closed
+    assert (device._connections, device._by_peer, len(device._due)) == ({}, {}, 0)
+
+
+def test_thousands_of_connections_leave_nothing_behind() -> None:
+    dialer = FakeDialer()
+    device = VirtioVsock(CID, dialer)
+    guest = Guest(device)
+    for port in range(3000):
+        dialer.listening[80] = peer = FakePeer()
+        guest.say(port, 80, REQUEST)
+        guest.say(port, 80, RW, b"x")
+        guest.say(port, 80, SHUTDOWN, flags=RCV | SEND)
+        assert peer.closed
+        assert guest.ops() == [RESPONSE, RST]
+    assert (device._connections, device._by_peer, len(device._due)) == ({}, {}, 0)
+    assert not device._thirsty
+
+
+# --- hostile guests ---------------------------------------------------------------------------
+
+
+def test_there_is_a_limit_to_connections() -> None:
+    dialer = FakeDialer()
+    device = VirtioVsock(CID, dialer)
+    guest = Guest(device)
+    answers = []
+    for port in range(CONNECTIONS_MAX + 2):
+        dialer.listening[80] = FakePeer()
+        guest.say(port, 80, REQUEST)
+        answers += guest.ops()
+    assert answers == [RESPONSE] * CONNECTIONS_MAX + [RST] * 2
+    assert device.connect(FakePeer(), 22) is None
+
+
+def test_a_guest_that_asks_and_never_listens_is_not_served_for_ever() -> None:
+    device = VirtioVsock(CID, FakeDialer())
+    guest = Guest(device, buffers=0)
+    for port in range(ANSWERS_MAX + 100):
+        head = struct.pack(HEADER, CID, HOST, port, 80, 0, 1, RW, 0, 0, 0)
+        if not guest.tx.free:
+            break
+        guest.tx.send([head], [])
+        for token, length in guest.tx.used():
+            guest.tx.filled(token, length)
+    assert len(device._due) == ANSWERS_MAX
+    guest.offer(100)
+    assert len(guest.heard()) >= ANSWERS_MAX
+
+
+def test_an_rst_is_never_answered_by_one() -> None:
+    guest = Guest(VirtioVsock(CID, FakeDialer()))
+    guest.say(1, 2, RST)
+    assert guest.heard() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ({"kind": 2}, [RST]),
+        ({"length": 5}, [RST]),
+        ({"source": 4}, []),
+        ({"target": 9}, []),
+        ({"op": 99}, [RST]),
+        ({"op": REQUEST}, [RST]),
+        ({"op": 0}, [RST]),
+    ],
+)
+def test_packets_that_make_no_sense(options: dict[str, int], answer: list[int]) -> None:
+    guest, peer, _ = open_to_host()
+    options = {"op": RW, **options}
+    op = options.pop("op")
+    guest.say(1000, 80, op, **options)  # type: ignore[arg-type]
+    assert guest.ops() == answer
+    assert peer.closed == bool(answer)
+
+
+def test_an_rx_buffer_without_room_is_the_drivers_fault() -> None:
+    guest, _, _ = open_to_host(size=HEADER_LEN)
+    assert not guest.driver.status & NEEDS_RESET
+    guest = Guest(VirtioVsock(CID, FakeDialer()), size=HEADER_LEN - 1)
+    guest.say(1, 2, RW)
+    assert guest.driver.status & NEEDS_RESET
+
+
+NUMBERS = st.integers(0, 3) | st.integers(0, (1 << 32) - 1)
+PACKETS = st.tuples(
+    st.sampled_from([(1000, 80), (1000, 81), (22, FIRST_HOST_PORT), (5, 6)]),
+    st.integers(0, 8),
+    st.binary(max_size=60),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "flags": NUMBERS,
+            "alloc": NUMBERS,
+            "count": NUMBERS,
+            "source": st.sampled_from([CID, 0, 9]),
+            "kind": st.sampled_from([1, 1, 1, 2]),
+            "length": NUMBERS,
+        },
+    ),
+)
+
+
+@given(st.lists(PACKETS, max_size=30), st.integers(0, 100))
+@settings(deadline=None)
+def test_whatever_the_guest_says_the_device_goes_on(
+    packets: list[tuple[tuple[int, int], int, bytes, dict[str, int]]], room: int
+) -> None:
+    dialer = FakeDialer()
+    device = VirtioVsock(CID, dialer)
+    guest = Guest(device)
+    device.connect(mine := FakePeer(), 22)
+    for ports, op, data, options in packets:
+        dialer.listening.setdefault(80, FakePeer(room)).to_send.append(data)
+        guest.say(*ports, op, data, **options)
+        for peer in list(device._by_peer):
+            device.readable(peer)
+            device.writable(peer)
+        guest.heard()
+        assert sum(len(c.waiting) for c in device._connections.values()) <= 2 * BUF_ALLOC
+    assert not guest.driver.status & NEEDS_RESET
+    guest.driver.write(0x070, 0)
+    assert mine.closed
+    assert device._connections == {}
+
+
+@given(
+    chunks=st.lists(st.binary(min_size=1, max_size=3000), max_size=20),
+    rooms=st.lists(st.integers(0, 5000), min_size=1, max_size=30),
+    alloc=st.integers(1, 10_000),
+)
+@settings(deadline=None)
+def test_bytes_arrive_complete_and_in_order_both_ways(
+    chunks: list[bytes], rooms: list[int], alloc: int
+) -> None:
+    guest, peer, device = open_to_host(room=0)
+    peer.to_send.extend(chunks)
+    sent = received = 0
+    got = b""
+    whole = b"".join(chunks)
+    told = 0
+    for turn in range(20_000):
+        peer.room += rooms[turn % len(rooms)] + 1
+        if sent < len(whole):
+            piece = whole[sent : sent + min(3000, BUF_ALLOC - (sent - told))]
+            if piece:
+                guest.say(1000, 80, RW, piece, alloc=alloc, count=received)
+                sent += len(piece)
+        else:
+            guest.say(1000, 80, CREDIT_UPDATE, alloc=alloc, count=received)
+        device.writable(peer)
+        device.readable(peer)
+        for packet in guest.heard():
+            got += packet.data
+            received += len(packet.data)
+            told = packet.fwd_cnt
+        assert len(got) - received <= alloc
+        if got == peer.got == whole:
+            break
+    assert got == whole
+    assert bytes(peer.got) == whole
+
+
+# --- state ------------------------------------------------------------------------------------
+
+
+def test_connections_do_not_outlive_a_load_and_the_guest_is_told() -> None:
+    guest, _, _ = open_to_host()
+    state = guest.driver.mmio.save()
+    token = guest.event.send([], [8])
+    state["device"]["queues"] = guest.driver.mmio.save()["device"]["queues"]
+    guest.driver.mmio.load(state)
+    guest.event.kick()
+    assert guest.event.used() == [(token, 4)]
+    assert guest.event.filled(token, 4) == b"\0\0\0\0"
+    guest.say(1000, 80, RW, b"x")
+    assert guest.ops() == [RST]
+
+
+# --- the host's sockets -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[tuple[VsockHost, Guest]]:
+    errors: list[BaseException] = []
+    sockets = VsockHost(str(tmp_path / "vsock"))
+    device = VirtioVsock(CID, sockets)
+    guest = Guest(device, buffers=64)
+    sockets.start(device, errors.append)
+    yield sockets, guest
+    device.detach()
+    sockets.close()
+    assert errors == []
+    assert os.listdir(tmp_path) in ([], ["vsock_80"])
+
+
+def until(guest: Guest, op: int) -> Packet:
+    """Wait for a packet of this kind; those before it are of no interest."""
+    for _ in range(3000):
+        with guest.device.lock:
+            guest.backlog.extend(guest.heard())
+        while guest.backlog:
+            packet = guest.backlog.popleft()
+            if packet.op == op:
+                return packet
+        sleep(0.01)
+    raise AssertionError(f"no packet with op {op}")
+
+
+def ask(path: str, request: bytes) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(30)
+    client.connect(path)
+    client.sendall(request)
+    return client
+
+
+def test_a_program_connects_by_asking(host: tuple[VsockHost, Guest]) -> None:
+    sockets, guest = host
+    with ask(sockets.path, b"CONN") as client:
+        sleep(0.02)
+        client.sendall(b"ECT 1024\nand more")
+        request = until(guest, REQUEST)
+        assert request.guest_port == 1024
+        with guest.device.lock:
+            guest.say(1024, request.host_port, RESPONSE)
+        assert client.recv(100) == f"OK {request.host_port}\n".encode()
+        assert until(guest, RW).data == b"and more"
+        with guest.device.lock:
+            guest.say(1024, request.host_port, RW, b"answer")
+        assert client.recv(100) == b"answer"
+        client.shutdown(socket.SHUT_WR)
+        assert until(guest, SHUTDOWN).flags == SEND
+        with guest.device.lock:
+            guest.say(1024, request.host_port, SHUTDOWN, flags=RCV | SEND)
+        assert client.recv(100) == b""
+    assert os.stat(sockets.path).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "request_", [b"CONNECT\n", b"connect 1\n", b"CONNECT 1x\n", b"CONNECT 4294967296\n", b"x" * 40]
+)
+def test_what_is_no_request_is_hung_up_on(host: tuple[VsockHost, Guest], request_: bytes) -> None:
+    with ask(host[0].path, request_) as client:
+        try:
+            assert client.recv(100) == b""
+        except ConnectionResetError:
+            return
+
+
+def test_a_guest_that_refuses_closes_the_socket(host: tuple[VsockHost, Guest]) -> None:
+    sockets, guest = host
+    with ask(sockets.path, b"CONNECT 7\n") as client:
+        request = until(guest, REQUEST)
+        with guest.device.lock:
+            guest.say(7, request.host_port, RST)
+        assert client.recv(100) == b""
+
+
+def test_the_guest_reaches_sockets_by_port(host: tuple[VsockHost, Guest]) -> None:
+    sockets, guest = host
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{sockets.path}_80")
+        listener.listen()
+        with guest.device.lock:
+            guest.say(1000, 80, REQUEST)
+        assert until(guest, RESPONSE).host_port == 80
+        server, _ = listener.accept()
+        with server:
+            data = os.urandom(1 << 20)
+            sender = threading.Thread(target=server.sendall, args=(data,))
+            sender.start()
+            got = b""
+            while len(got) < len(data):
+                got += until(guest, RW).data
+                with guest.device.lock:
+                    guest.say(1000, 80, CREDIT_UPDATE, alloc=1 << 16, count=len(got))
+            sender.join(30)
+            assert got == data[: len(got)]
+        assert until(guest, SHUTDOWN).flags == SEND
+
+
+def test_a_path_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "vsock").touch()
+    with pytest.raises(ConfigError, match=r"cannot listen there .* give another path"):
+        VsockHost(str(tmp_path / "vsock"))
+    with pytest.raises(ConfigError, match="cannot listen there"):
+        VsockHost(str(tmp_path / ("x" * 200)))
+
+
+def test_queues_of_the_driver_are_as_linux_has_them() -> None:
+    assert [queue.size for queue in VirtioVsock(CID, FakeDialer()).queues] == [128] * 3
+    assert isinstance(Guest(VirtioVsock(CID, FakeDialer())).rx, Queue)

@@ -1,0 +1,488 @@
+"""virtio socket device: stream sockets between guest and host: virtio 1.2, section 5.10.
+
+Device ID 19. Queues rx (0), tx (1) and event (2); the configuration space is the guest's CID. The
+host is CID 2. Every chain is one packet, a header of 44 bytes and perhaps data. Read `_packet`,
+what the guest may say, then `_fill`, what we say to it.
+
+A connection is two ports, ours and the guest's. Either side opens it (REQUEST, then RESPONSE or
+RST). Flow control is by credit (5.10.6.3): each side says how large its buffer is and how much of
+what it got it has passed on, and never is sent more than that leaves room for. Our buffer is filled
+only where the host's socket does not take data at once; what goes to the guest waits in the host's
+socket, not here. SHUTDOWN ends one direction or both; RST is the last word.
+
+The tx queue is not served while too many answers wait for rx buffers (5.10.6.1.2), so a guest that
+asks and never listens costs nothing. Neither does one that ignores credit: it gets RST.
+
+Not emulated: datagrams and SEQPACKET; connections between guests. Connections do not outlive
+`save` and `load`: the guest is told by the event VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+
+Threads: vCPU threads through the transport, the host's through the methods that say so; all hold
+the device's lock. A `Peer` and the `Dialer` are called with it held, and do not wait.
+"""
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tinyvmm.devices.virtio.device import VirtioDevice
+from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+
+VIRTIO_ID_VSOCK = 19
+VMADDR_CID_HOST = 2
+CID_MIN, CID_MAX = 3, 0xFFFF_FFFE
+
+VIRTIO_VSOCK_TYPE_STREAM = 1
+VIRTIO_VSOCK_OP_REQUEST = 1
+VIRTIO_VSOCK_OP_RESPONSE = 2
+VIRTIO_VSOCK_OP_RST = 3
+VIRTIO_VSOCK_OP_SHUTDOWN = 4
+VIRTIO_VSOCK_OP_RW = 5
+VIRTIO_VSOCK_OP_CREDIT_UPDATE = 6
+VIRTIO_VSOCK_OP_CREDIT_REQUEST = 7
+VIRTIO_VSOCK_SHUTDOWN_RCV = 1 << 0
+VIRTIO_VSOCK_SHUTDOWN_SEND = 1 << 1
+VIRTIO_VSOCK_EVENT_TRANSPORT_RESET = 0
+
+RX, TX, EVENT = 0, 1, 2
+QUEUE_SIZE = 128
+BUF_ALLOC = 64 * 1024  # of a connection
+CONNECTIONS_MAX = 1024
+ANSWERS_MAX = 256  # packets that wait for an rx buffer, before tx has to wait
+FIRST_HOST_PORT = 1 << 30  # of connections that the host opens
+_BOTH = VIRTIO_VSOCK_SHUTDOWN_RCV | VIRTIO_VSOCK_SHUTDOWN_SEND
+_U32 = 0xFFFF_FFFF
+
+# src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt
+_header = struct.Struct("<QQIIIHHIII")
+
+
+class Peer(Protocol):
+    """The host's end of a connection: a stream that never waits."""
+
+    def accepted(self, host_port: int) -> None:
+        """The guest has answered."""
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        """Take some of the guest's bytes and return how many; OSError if none ever again."""
+
+    def receive(self, views: Sequence[memoryview]) -> int | None:
+        """Fill `views` with bytes for the guest: how many, 0 at the end, None if none are there.
+
+        OSError if there never will be.
+        """
+
+    def end_output(self) -> None:
+        """Let the host see the end of what the guest sent."""
+
+    def watch(self, *, readable: bool, writable: bool) -> None:
+        """Say when bytes are there, or can be taken: by `VirtioVsock.readable` and `writable`."""
+
+    def close(self) -> None:
+        """Be done with it, both ways."""
+
+
+class Dialer(Protocol):
+    """Who connects the guest to the host's services."""
+
+    def dial(self, port: int) -> Peer | None:
+        """Connect to what listens at `port` of the host; None if nobody does."""
+
+
+class Connection:
+    """One connection: what was said, what is still to be, and the bytes in between."""
+
+    def __init__(self, guest_port: int, host_port: int, peer: Peer, *, open_: bool) -> None:
+        self.guest_port, self.host_port = guest_port, host_port
+        self.peer: Peer | None = peer
+        self.open = open_  # both sides have agreed
+        self.waiting = bytearray()  # of the guest's bytes, for a host that does not take them yet
+        self.received = self.forwarded = self.told = 0  # of them; `told` is the last fwd_cnt sent
+        self.sent = 0  # to the guest
+        self.guest_buf_alloc = self.guest_fwd_cnt = 0
+        self.guest_shutdown = self.host_shutdown = 0  # VIRTIO_VSOCK_SHUTDOWN_*, as each side said
+        self.answers: deque[int] = deque()  # operations to be sent; each at most once
+
+    def credit(self) -> int:
+        """How many more bytes the guest has room for."""
+        return max(0, self.guest_buf_alloc - (self.sent - self.guest_fwd_cnt & _U32))
+
+
+class VirtioVsock(VirtioDevice):
+    """The device: guest `cid` on one side, a `dialer` and `connect` on the other."""
+
+    def __init__(self, cid: int, dialer: Dialer) -> None:
+        super().__init__(
+            "virtio-vsock",
+            VIRTIO_ID_VSOCK,
+            queue_sizes=(QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE),
+            config=struct.pack("<Q", cid),
+        )
+        self.cid = cid
+        self._dialer = dialer
+        self._connections: dict[tuple[int, int], Connection] = {}  # by guest's and host's port
+        self._by_peer: dict[Peer, Connection] = {}
+        self._thirsty: set[Connection] = set()  # those that would read, were there rx buffers
+        self._due: deque[Connection | tuple[int, int]] = deque()  # who has answers; RST to nobody
+        self._transport_reset = False
+        self._next_port = FIRST_HOST_PORT
+
+    def reset(self) -> None:
+        """Forget the driver, and end what it had with the host."""
+        super().reset()
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._due.clear()
+        self._transport_reset = False
+
+    def handle(self, queue: Virtqueue) -> None:
+        """Serve `queue`: packets from the guest, or room for packets to it."""
+        if queue.index == EVENT:
+            self._flush_event()
+            return
+        if queue.index == RX:
+            self._fill()
+            thirsty, self._thirsty = self._thirsty, set()
+            for connection in thirsty:
+                self._watch(connection)
+        tx = self.queues[TX]
+        while len(self._due) < ANSWERS_MAX and (chain := tx.pop()) is not None:
+            self._packet(chain)
+            tx.push(chain, 0)
+        self._fill()
+
+    # --- what the guest says ----------------------------------------------------------------
+
+    def _packet(self, chain: Chain) -> None:
+        data = _cut(chain.readable, 0, _header.size)
+        head = b"".join(data)
+        if len(head) < _header.size:
+            return
+        source, target, guest_port, host_port, length, kind, op, flags, alloc, count = (
+            _header.unpack(head)
+        )
+        if (source, target) != (self.cid, VMADDR_CID_HOST):
+            return  # to nobody we know of, who cannot answer
+        connection = self._connections.get((guest_port, host_port))
+        body = _cut(chain.readable, _header.size, length)
+        if kind != VIRTIO_VSOCK_TYPE_STREAM or sum(map(len, body)) != length:
+            self._refuse(connection, guest_port, host_port, op)
+            return
+        if connection is None:
+            if op == VIRTIO_VSOCK_OP_REQUEST:
+                self._request(guest_port, host_port, alloc, count)
+            else:
+                self._refuse(None, guest_port, host_port, op)
+            return
+        connection.guest_buf_alloc, connection.guest_fwd_cnt = alloc, count
+        if op == VIRTIO_VSOCK_OP_RST:
+            self._drop(connection)
+        elif op == VIRTIO_VSOCK_OP_RESPONSE and not connection.open and connection.peer:
+            connection.open = True
+            connection.peer.accepted(host_port)
+        elif not connection.open or op == VIRTIO_VSOCK_OP_REQUEST:
+            self._refuse(connection, guest_port, host_port, op)
+            return
+        elif op == VIRTIO_VSOCK_OP_RW:
+            self._data(connection, body, length)
+        elif op == VIRTIO_VSOCK_OP_SHUTDOWN:
+            connection.guest_shutdown |= flags & _BOTH
+            self._settle(connection)
+        elif op == VIRTIO_VSOCK_OP_CREDIT_REQUEST:
+            self._say(connection, VIRTIO_VSOCK_OP_CREDIT_UPDATE)
+        elif op != VIRTIO_VSOCK_OP_CREDIT_UPDATE:
+            self._refuse(connection, guest_port, host_port, op)
+            return
+        self._watch(connection)
+
+    def _request(self, guest_port: int, host_port: int, alloc: int, count: int) -> None:
+        full = len(self._connections) >= CONNECTIONS_MAX
+        peer = None if full else self._dialer.dial(host_port)
+        if peer is None:
+            self._refuse(None, guest_port, host_port, VIRTIO_VSOCK_OP_REQUEST)
+            return
+        connection = Connection(guest_port, host_port, peer, open_=True)
+        connection.guest_buf_alloc, connection.guest_fwd_cnt = alloc, count
+        self._add(connection)
+        self._say(connection, VIRTIO_VSOCK_OP_RESPONSE)
+        self._watch(connection)
+
+    def _data(self, connection: Connection, body: list[memoryview], length: int) -> None:
+        connection.received += length
+        unheard = connection.host_shutdown & VIRTIO_VSOCK_SHUTDOWN_RCV
+        ended = connection.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_SEND
+        excess = connection.received - connection.forwarded > BUF_ALLOC
+        if connection.peer is None or unheard or ended or excess:
+            self._abort(connection)
+            return
+        taken = 0
+        if not connection.waiting and length:
+            try:
+                taken = connection.peer.send(body)
+            except OSError:
+                self._abort(connection)
+                return
+            self._forwarded(connection, taken)
+        for view in _cut(body, taken, length):
+            connection.waiting += view
+
+    def _refuse(
+        self, connection: Connection | None, guest_port: int, host_port: int, op: int
+    ) -> None:
+        """Answer what makes no sense, unless it is the last word itself."""
+        if connection is not None:
+            self._abort(connection)
+        elif op != VIRTIO_VSOCK_OP_RST:
+            self._due.append((guest_port, host_port))
+
+    # --- what becomes of a connection -------------------------------------------------------
+
+    def _add(self, connection: Connection) -> None:
+        self._connections[connection.guest_port, connection.host_port] = connection
+        if connection.peer is not None:
+            self._by_peer[connection.peer] = connection
+
+    def _drop(self, connection: Connection) -> None:
+        """Forget a connection: nobody says a word on it any more."""
+        connection.answers.clear()
+        self._connections.pop((connection.guest_port, connection.host_port), None)
+        self._thirsty.discard(connection)
+        peer, connection.peer = connection.peer, None
+        if peer is not None:
+            self._by_peer.pop(peer, None)
+            peer.close()
+
+    def _abort(self, connection: Connection) -> None:
+        """Forget it, with a word to the guest."""
+        self._drop(connection)
+        self._due.append((connection.guest_port, connection.host_port))
+
+    def _say(self, connection: Connection, op: int) -> None:
+        if op not in connection.answers:
+            connection.answers.append(op)
+            if len(connection.answers) == 1:
+                self._due.append(connection)
+
+    def _forwarded(self, connection: Connection, count: int) -> None:
+        connection.forwarded += count
+        # The guest thinks that there is less room than there is; tell it before it must stop.
+        if connection.forwarded - connection.told >= BUF_ALLOC // 2:
+            self._say(connection, VIRTIO_VSOCK_OP_CREDIT_UPDATE)
+
+    def _settle(self, connection: Connection) -> None:
+        """Act upon what both sides have shut down, once what was sent before has been passed on."""
+        if connection.waiting:
+            return
+        if connection.guest_shutdown == _BOTH:
+            self._abort(connection)  # 5.10.6.6: a clean end is answered with RST
+        elif connection.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_SEND and connection.peer is not None:
+            connection.peer.end_output()
+
+    def _watch(self, connection: Connection) -> None:
+        """Have the host's side wake us for what can be done now, and for nothing else."""
+        if connection.peer is None:
+            return
+        heard = not (
+            connection.host_shutdown & VIRTIO_VSOCK_SHUTDOWN_SEND
+            or connection.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_RCV
+        )
+        readable = connection.open and heard and connection.credit() > 0
+        if readable and not self._has_room():
+            readable = False
+            self._thirsty.add(connection)
+        connection.peer.watch(readable=readable, writable=bool(connection.waiting))
+
+    def _has_room(self) -> bool:
+        """Whether there is an rx buffer; if not, the driver will tell of the next."""
+        rx = self.queues[RX]
+        chain = rx.pop()
+        if chain is not None:
+            rx.unpop()
+        return chain is not None
+
+    # --- what the host says -----------------------------------------------------------------
+
+    def connect(self, peer: Peer, port: int) -> Connection | None:
+        """Open a connection to the guest's `port`; None if there can be none. Any thread."""
+        with self.lock:
+            if not self.running or len(self._connections) >= CONNECTIONS_MAX:
+                return None
+            while (port, self._next_port) in self._connections:
+                self._next_port = self._next_port + 1 & _U32 or FIRST_HOST_PORT
+            connection = Connection(port, self._next_port, peer, open_=False)
+            self._next_port = self._next_port + 1 & _U32 or FIRST_HOST_PORT
+            self._add(connection)
+            self._say(connection, VIRTIO_VSOCK_OP_REQUEST)
+            self._fill()
+            return connection
+
+    def readable(self, peer: Peer) -> None:
+        """Bytes, or their end, are there for the guest. Any thread."""
+        with self.lock:
+            connection = self._by_peer.get(peer)
+            if connection is None:
+                return
+            rx = self.queues[RX]
+            while connection.peer is not None and connection.credit() > 0:
+                chain = rx.pop()
+                if chain is None:
+                    break
+                if not self._send_data(connection, chain):
+                    break
+            self._fill()
+            self._watch(connection)
+
+    def _send_data(self, connection: Connection, chain: Chain) -> bool:
+        """Fill a chain with a packet of data; whether there may be more."""
+        rx = self.queues[RX]
+        room = sum(map(len, chain.writable)) - _header.size
+        if room <= 0:
+            self.fail(f"rx: a buffer of {room + _header.size} bytes")
+            return False
+        views = _cut(chain.writable, _header.size, min(room, connection.credit()))
+        try:
+            count = connection.peer.receive(views) if connection.peer is not None else None
+        except OSError:
+            rx.unpop()
+            self._abort(connection)
+            return False
+        if not count:
+            rx.unpop()
+            if count == 0:
+                connection.host_shutdown |= VIRTIO_VSOCK_SHUTDOWN_SEND
+                self._say(connection, VIRTIO_VSOCK_OP_SHUTDOWN)
+            return False
+        connection.sent += count
+        self._write_header(connection, chain, VIRTIO_VSOCK_OP_RW, count)
+        rx.push(chain, _header.size + count)
+        return True
+
+    def writable(self, peer: Peer) -> None:
+        """The host takes bytes again. Any thread."""
+        with self.lock:
+            connection = self._by_peer.get(peer)
+            if connection is None or connection.peer is None:
+                return
+            try:
+                with memoryview(connection.waiting) as waiting:
+                    taken = connection.peer.send([waiting])
+            except OSError:
+                self._abort(connection)
+            else:
+                del connection.waiting[:taken]
+                self._forwarded(connection, taken)
+                self._settle(connection)
+            self._fill()
+            self._watch(connection)
+
+    # --- to the guest -----------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Send what is to be said, as far as there are rx buffers."""
+        rx = self.queues[RX]
+        while self._due and self.running:
+            who = self._due[0]
+            if isinstance(who, Connection) and not who.answers:
+                self._due.popleft()  # it was dropped meanwhile, or has said it all
+                continue
+            chain = rx.pop()
+            if chain is None:
+                return
+            if sum(map(len, chain.writable)) < _header.size:
+                self.fail("rx: a buffer without room for a header")
+                return
+            if isinstance(who, Connection):
+                self._write_header(who, chain, who.answers.popleft(), 0)
+                if not who.answers:
+                    self._due.popleft()
+            else:
+                self._due.popleft()
+                gone = Connection(*who, _NOBODY, open_=False)
+                self._write_header(gone, chain, VIRTIO_VSOCK_OP_RST, 0)
+            rx.push(chain, _header.size)
+
+    def _write_header(self, connection: Connection, chain: Chain, op: int, length: int) -> None:
+        flags = connection.host_shutdown if op == VIRTIO_VSOCK_OP_SHUTDOWN else 0
+        connection.told = connection.forwarded
+        head = _header.pack(
+            VMADDR_CID_HOST,
+            self.cid,
+            connection.host_port,
+            connection.guest_port,
+            length,
+            VIRTIO_VSOCK_TYPE_STREAM,
+            op,
+            flags,
+            BUF_ALLOC,
+            connection.forwarded & _U32,
+        )
+        done = 0
+        for view in _cut(chain.writable, 0, _header.size):
+            view[:] = head[done : done + len(view)]
+            done += len(view)
+
+    def _flush_event(self) -> None:
+        queue = self.queues[EVENT]
+        if self._transport_reset and (chain := queue.pop()) is not None:
+            self._transport_reset = False
+            data = struct.pack("<I", VIRTIO_VSOCK_EVENT_TRANSPORT_RESET)
+            done = 0
+            for view in _cut(chain.writable, 0, len(data)):
+                view[:] = data[done : done + len(view)]
+                done += len(view)
+            queue.push(chain, done)
+
+    # --- state ------------------------------------------------------------------------------
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Become what `save` described; the guest is told that its connections are gone."""
+        with self.lock:
+            super().load(state)
+            self._transport_reset = self.running
+            if self.running:
+                self._flush_event()
+
+
+class _Nobody:
+    """A peer for connections that are no more."""
+
+    def accepted(self, host_port: int) -> None:
+        """Nothing."""
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        """Take nothing."""
+        del views
+        return 0
+
+    def receive(self, views: Sequence[memoryview]) -> int | None:
+        """Have nothing."""
+        del views
+        return None
+
+    def end_output(self) -> None:
+        """Nothing."""
+
+    def watch(self, *, readable: bool, writable: bool) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+_NOBODY = _Nobody()
+
+
+def _cut(views: Sequence[memoryview], start: int, count: int) -> list[memoryview]:
+    """The bytes from `start` on, `count` at most, as views of the same memory."""
+    pieces = []
+    for view in views:
+        if start >= len(view):
+            start -= len(view)
+            continue
+        if count <= 0:
+            break
+        piece = view[start : start + count]
+        pieces.append(piece)
+        count -= len(piece)
+        start = 0
+    return pieces

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from tinyvmm import own_device
@@ -108,6 +109,8 @@ class RunOptions(NamedTuple):
     """Devices of the user's own, each `package.module:Class[,key=value...]` (own_device.py)."""
     balloon: int | None = None
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
+    on_reboot: str = "exit"
+    """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
     """Path of the host's Unix socket to the guest's AF_VSOCK, and the guest's CID."""
     ioeventfd: bool | None = None
@@ -146,16 +149,81 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
     with ExitStack() as cleanup:
         options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
-        own_devices = [own_device.load(text) for text in options.devices]
-        disks = open_disks(options.disks, cleanup)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
-        vsock_host = _open_vsock(options, cleanup)
         trees = _trees(options, warn, cleanup)
         terminal = _terminal(options)
         config = _init_config(options, modules, terminal)
-        tail = _Tail(options.console)
+        initrd = [modules.archive, init_archive(config)]
+        end = None if options.timeout is None else monotonic() + options.timeout
+        while True:  # once, unless the guest reboots and is to
+            timeout = None if end is None else max(0.0, end - monotonic())
+            turn = _Turn(options, trees, terminal, timeout)
+            result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
+            if not (turn.rebooted and options.on_reboot == "reset"):
+                return result
 
+
+class _Turn:
+    """One machine, from its making to its end; `rebooted` says that the guest wanted another."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        trees: list[tuple[str, HostTree | UnionTree]],
+        terminal: "Terminal | None",
+        timeout: float | None,
+    ) -> None:
+        self._options = options
+        self._trees = trees
+        self._terminal = terminal
+        self._timeout = timeout
+        self._tail = _Tail(options.console)
+        self.rebooted = False
+
+    def run(
+        self,
+        kernel: "Kernel",
+        initrd: Sequence[bytes | memoryview],
+        describe: Callable[[int], str],
+    ) -> Result:
+        """Make the machine, boot it, and relay the command's streams until the end."""
+        with ExitStack() as cleanup:
+            machine, ports = self._machine(cleanup)
+            machine.boot_linux(kernel, initrd=initrd, cmdline=_cmdline(self._options))
+            stdin, stdout, stderr, control = ports
+            session = Session(
+                Ports(
+                    PortInput(stdin),
+                    PortOutput(stdout),
+                    PortOutput(stderr),
+                    PortOutput(control),
+                    PortInput(control),
+                ),
+                command=self._options.argv[0],
+                timeout=self._timeout,
+                terminal=self._terminal,
+                describe_step=describe,
+            )
+            machine.start()
+            arguments = (machine, session, self._tail)
+            watch = threading.Thread(target=_watch, args=arguments, daemon=True)
+            watch.start()
+            result = session.run()
+            machine.stop(StopCause.STOPPED)
+            watch.join()
+            with suppress(VcpuError):  # `_watch` told the session; another error is a bug of ours
+                machine.wait()
+            panicked = self._tail.panic() is not None  # which makes Linux reset at once
+            self.rebooted = machine.cause == StopCause.RESET and not panicked
+            return result
+
+    def _machine(self, cleanup: ExitStack) -> tuple[Machine, list[ConsolePort]]:
+        """Make the machine with all its devices, until `cleanup`; and the session's ports."""
+        options = self._options
+        own_devices = [own_device.load(text) for text in options.devices]
+        disks = open_disks(options.disks, cleanup)
+        vsock_host = _open_vsock(options, cleanup)
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,
@@ -164,7 +232,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
                 ioeventfd=options.ioeventfd,
             )
         )
-        machine.add_board(console=tail)
+        machine.add_board(console=self._tail)
         ports = [ConsolePort(name) for name in ("stdin", "stdout", "stderr", "control")]
         machine.add_virtio(VirtioConsole(ports))  # the first: its index is in the ports' names
         machine.add_virtio(VirtioRng())
@@ -172,41 +240,13 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
             machine.add_virtio(VirtioBalloon(machine.memory, options.balloon))
         for own in own_devices:
             own_device.add(own, machine)
-        for tag, tree in trees:
+        for tag, tree in self._trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         for disk in disks:
             machine.add_virtio(disk)
         if options.vsock is not None and vsock_host is not None:
             _add_vsock(machine, vsock_host, options.vsock[1])
-        machine.boot_linux(
-            kernel,
-            initrd=[modules.archive, init_archive(config)],
-            cmdline=_cmdline(options),
-        )
-
-        stdin, stdout, stderr, control = ports
-        session = Session(
-            Ports(
-                PortInput(stdin),
-                PortOutput(stdout),
-                PortOutput(stderr),
-                PortOutput(control),
-                PortInput(control),
-            ),
-            command=options.argv[0],
-            timeout=options.timeout,
-            terminal=terminal,
-            describe_step=lambda step: describe_step(config, step),
-        )
-        machine.start()
-        watch = threading.Thread(target=_watch, args=(machine, session, tail), daemon=True)
-        watch.start()
-        result = session.run()
-        machine.stop(StopCause.STOPPED)
-        watch.join()
-        with suppress(VcpuError):  # `_watch` told the session; any other error is a bug of ours
-            machine.wait()
-        return result
+        return machine, ports
 
 
 def prepare_kernel(

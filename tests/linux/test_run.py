@@ -386,6 +386,20 @@ def test_a_trace_shows_the_messages_that_the_guide_says(guest: Runner) -> None:
     assert after[: len(said)] == said
 
 
+def test_a_reboot_may_boot_the_guest_anew(guest: Runner) -> None:
+    live = guest.directory("reboots")
+    command = script(
+        "echo boot >> /live/log; echo private >> /var/tmp/probe; sync; read -r line && echo $line",
+        "test $(wc -l < /live/log) -ge 2 || echo b > /proc/sysrq-trigger",
+        "wc -l < /var/tmp/probe; exit 5",
+    )
+    options = ("--on-reboot", "reset", "--shared", f"/live={live}")
+    done = guest.run(*options, *command, stdin=b"typed once\n")
+    assert (live / "log").read_text() == "boot\n" * 2
+    assert (done.status, done.stderr) == (5, b"")
+    assert done.stdout == b"typed once\n2\n"  # what the guest wrote to its root is still there
+
+
 def test_virtio_works_over_either_bus_with_doorbells_of_either_kind(guest: Runner) -> None:
     command = script("cat", "ls -l /etc /sys/bus/pci/devices >&2", "cat /proc/interrupts >&2")
     bells = {}

@@ -1,5 +1,6 @@
 """vsock with Linux's own driver: programs on both sides, socat in the guest."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,15 @@ SHORT = int(TALK.read_text().partition("SHORT = ")[2].split()[0])
 GUEST = """
 socat VSOCK-LISTEN:1024,fork,backlog=64 EXEC:cat &
 socat VSOCK-LISTEN:1025,fork SYSTEM:sha256sum &
-while ! ss --vsock -l 2> /dev/null | grep -q 1025; do sleep 0.1; done
 echo "cid $(socat -V | grep -c VSOCK)"
 echo "from the guest" | socat -t 60 - VSOCK-CONNECT:2:5000
 socat -u /dev/null VSOCK-CONNECT:2:5001 2>&1 | grep -o 'Connection re[a-z ]*'
-read line
-while ss --vsock -n | grep -q ESTAB; do sleep 0.2; done
-echo "$line"
 cat
 """
 
 
 def test_programs_on_both_sides_talk(guest: Runner) -> None:
-    where = guest.directory("vsock") / "socket"
+    where = Path(f"/tmp/tinyvmm-vsock-{os.getpid()}")  # no file system of the lab's that is shared
     run = ("run", "--no-lab", "--vsock", str(where), "--", "sh", "-c", GUEST)
     command = [interpreter(), str(TALK), str(where), *python_command(MAIN, run)]
     done = guest.program(command, timeout=400)
@@ -43,7 +40,6 @@ def test_programs_on_both_sides_talk(guest: Runner) -> None:
         "half closed": "True",
         "nobody": "b''",
         "short": str(SHORT),
-        "settled": "settle",
         "left behind": "0",
         "status": "0",
         "socket": "False",

@@ -319,6 +319,7 @@ def main(args: argparse.Namespace) -> int:
         transport=args.transport,
         balloon=args.balloon,
         devices=args.device,
+        on_reboot=args.on_reboot,
         vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
     )

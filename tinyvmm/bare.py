@@ -20,9 +20,9 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinyvmm import bare_kernel, boot, layout, own_device
+from tinyvmm import bare_kernel, boot, layout
 from tinyvmm.bare_kernel import Module
-from tinyvmm.command import open_disks
+from tinyvmm.command import add_devices, add_disks, load_devices, open_disks
 from tinyvmm.devices.debug_exit import DebugExit
 from tinyvmm.devices.fw_cfg import FwCfg
 from tinyvmm.devices.virtio.rng import VirtioRng
@@ -41,6 +41,8 @@ from tinyvmm.vcpu import StopCause
 
 if TYPE_CHECKING:
     from tinyvmm.devices.uart import Uart
+    from tinyvmm.disks.qcow2 import Qcow2Image
+    from tinyvmm.disks.raw import RawDisk
 
 _LOOK_AGAIN_MS = 10  # for a guest that does not read what was typed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -77,14 +79,16 @@ def run_bare(options: BareOptions) -> Result:
         output, typed = _open_serial(options.serial, cleanup)
         console = _Interruption(cleanup)
         deadline = _Deadline(options.timeout)
+        disks = open_disks(options.disks, cleanup)
         while True:
-            result, again = _run_once(options, output, console, deadline, typed=typed)
+            result, again = _run_once(options, disks, output, console, deadline, typed=typed)
             if not again:
                 return result
 
 
 def _run_once(
     options: BareOptions,
+    disks: "list[RawDisk | Qcow2Image]",
     output: Callable[[bytes], None],
     interruption: "_Interruption",
     deadline: "_Deadline",
@@ -93,8 +97,6 @@ def _run_once(
 ) -> tuple[Result, bool]:
     """Make the machine and run it once; whether it is to be run again."""
     with ExitStack() as cleanup:
-        own_devices = [own_device.load(text) for text in options.devices]
-        disks = open_disks(options.disks, cleanup)
         files = {name: bare_kernel.read_file(path, "fw_cfg file") for name, path in options.fw_cfg}
         machine = cleanup.enter_context(
             Machine(
@@ -109,10 +111,8 @@ def _run_once(
         fw_cfg = FwCfg(ram_size=options.memory, cpus=options.cpus, files=files)
         machine.ports.add(layout.FW_CFG_PORT, fw_cfg.length, fw_cfg)
         machine.add_virtio(VirtioRng())
-        for own in own_devices:
-            own_device.add(own, machine)
-        for disk in disks:
-            machine.add_virtio(disk)
+        add_devices(machine, load_devices(options.devices))
+        add_disks(machine, options.disks, disks)
         _boot(machine, options)
         interruption.machine = machine
         if typed and machine.uart is not None:

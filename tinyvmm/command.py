@@ -16,14 +16,10 @@ from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinyvmm import own_device
 from tinyvmm.boot import load_kernel
-from tinyvmm.devices.virtio.balloon import VirtioBalloon
-from tinyvmm.devices.virtio.blk import VirtioBlk
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
-from tinyvmm.disks.opening import DiskOptions, open_disk
 from tinyvmm.errors import ConfigError, VcpuError
 from tinyvmm.fileserver.descriptors import raise_nofile_limit
 from tinyvmm.fileserver.host import HostTree
@@ -53,8 +49,13 @@ from tinyvmm.session import STATUS_MACHINE_FAILED, Ports, Result, Session
 from tinyvmm.streams import PortInput, PortOutput
 from tinyvmm.vcpu import StopCause
 
+# What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
+    from tinyvmm.disks.opening import DiskOptions
+    from tinyvmm.disks.qcow2 import Qcow2Image
+    from tinyvmm.disks.raw import RawDisk
     from tinyvmm.kernel_image import Kernel
+    from tinyvmm.own_device import OwnDevice
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
 
@@ -85,7 +86,7 @@ class RunOptions(NamedTuple):
     """As `reads`, for the trees that keep the guest's writes; / has a private one by default."""
     shared: Sequence[Shared] = ()
     """Host directories that are live on both sides, mounted in the root."""
-    disks: Sequence[DiskOptions] = ()
+    disks: "Sequence[DiskOptions]" = ()
     """/dev/vda, /dev/vdb and so on."""
     cache: str | None = None
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
@@ -149,6 +150,8 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
     with ExitStack() as cleanup:
         options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
+        own_devices = load_devices(options.devices)
+        disks = open_disks(options.disks, cleanup)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
@@ -158,7 +161,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         end = None if options.timeout is None else monotonic() + options.timeout
         while True:  # once, unless the guest reboots and is to
             timeout = None if end is None else max(0.0, end - monotonic())
-            turn = _Turn(options, trees, terminal, timeout)
+            turn = _Turn(options, trees, disks, own_devices, terminal, timeout)
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
                 return result
@@ -171,11 +174,15 @@ class _Turn:
         self,
         options: RunOptions,
         trees: list[tuple[str, HostTree | UnionTree]],
+        disks: "list[RawDisk | Qcow2Image]",
+        own_devices: "list[OwnDevice]",
         terminal: "Terminal | None",
         timeout: float | None,
     ) -> None:
         self._options = options
         self._trees = trees
+        self._disks = disks
+        self._own_devices = own_devices
         self._terminal = terminal
         self._timeout = timeout
         self._tail = _Tail(options.console)
@@ -221,8 +228,6 @@ class _Turn:
     def _machine(self, cleanup: ExitStack) -> tuple[Machine, list[ConsolePort]]:
         """Make the machine with all its devices, until `cleanup`; and the session's ports."""
         options = self._options
-        own_devices = [own_device.load(text) for text in options.devices]
-        disks = open_disks(options.disks, cleanup)
         vsock_host = _open_vsock(options, cleanup)
         machine = cleanup.enter_context(
             Machine(
@@ -237,13 +242,13 @@ class _Turn:
         machine.add_virtio(VirtioConsole(ports))  # the first: its index is in the ports' names
         machine.add_virtio(VirtioRng())
         if options.balloon is not None:
+            from tinyvmm.devices.virtio.balloon import VirtioBalloon
+
             machine.add_virtio(VirtioBalloon(machine.memory, options.balloon))
-        for own in own_devices:
-            own_device.add(own, machine)
+        add_devices(machine, self._own_devices)
         for tag, tree in self._trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
-        for disk in disks:
-            machine.add_virtio(disk)
+        add_disks(machine, options.disks, self._disks)
         if options.vsock is not None and vsock_host is not None:
             _add_vsock(machine, vsock_host, options.vsock[1])
         return machine, ports
@@ -274,8 +279,7 @@ def check_options(options: RunOptions) -> Sequence[Shared]:
     shared = arrange(options.shared)
     root_mounts(options.cache, options.private_writes)
     _check_balloon(options)
-    for text in options.devices:
-        own_device.load(text)
+    load_devices(options.devices)
     _open_root(options, None).close()
     return shared
 
@@ -288,15 +292,50 @@ def _check_balloon(options: RunOptions) -> None:
         )
 
 
-def open_disks(disks: Sequence[DiskOptions], cleanup: ExitStack) -> list[VirtioBlk]:
+def load_devices(texts: Sequence[str]) -> "list[OwnDevice]":
+    """Find the classes of the user's own devices; ConfigError for what is none."""
+    if not texts:
+        return []
+    from tinyvmm import own_device
+
+    return [own_device.load(text) for text in texts]
+
+
+def add_devices(machine: Machine, devices: "Sequence[OwnDevice]") -> None:
+    """Make the user's own devices and add them."""
+    if not devices:
+        return
+    from tinyvmm import own_device
+
+    for device in devices:
+        own_device.add(device, machine)
+
+
+def open_disks(disks: "Sequence[DiskOptions]", cleanup: ExitStack) -> "list[RawDisk | Qcow2Image]":
     """Open and lock every disk, until `cleanup`; ConfigError for what cannot be."""
-    devices = []
-    for number, given in enumerate(disks):
+    if not disks:
+        return []
+    from tinyvmm.disks.opening import open_disk
+
+    opened = []
+    for given in disks:
         disk = open_disk(given)
         cleanup.callback(disk.close)
-        serial = f"disk{number}" if given.serial is None else given.serial
-        devices.append(VirtioBlk(disk, serial=serial, queues=given.queues))
-    return devices
+        opened.append(disk)
+    return opened
+
+
+def add_disks(
+    machine: Machine, given: "Sequence[DiskOptions]", opened: "Sequence[RawDisk | Qcow2Image]"
+) -> None:
+    """Add a device for each disk."""
+    if not opened:
+        return
+    from tinyvmm.devices.virtio.blk import VirtioBlk
+
+    for number, (options, disk) in enumerate(zip(given, opened, strict=True)):
+        serial = f"disk{number}" if options.serial is None else options.serial
+        machine.add_virtio(VirtioBlk(disk, serial=serial, queues=options.queues))
 
 
 def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:

@@ -9,7 +9,7 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from examples.crc_device import CrcDevice
@@ -44,6 +44,7 @@ from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.blk import VirtioBlk
 from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.device import VirtioDevice
+from tinyvmm.devices.virtio.net import VirtioNet
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.devices.virtio.vsock import VirtioVsock
@@ -279,6 +280,35 @@ def _balloon() -> Made:
     return Made(device, works)
 
 
+def _net() -> Made:
+    class Wire:
+        vnet_header = False
+
+        def __init__(self) -> None:
+            self.sent = 0
+
+        def send(self, views: Sequence[memoryview]) -> bool:
+            self.sent = sum(map(len, views))
+            return True
+
+        def receive(self, views: Sequence[memoryview]) -> None:
+            del views
+
+        def watch(self, *, readable: bool) -> None:
+            del readable
+
+        def use(self, features: int) -> None:
+            del features
+
+    wire = Wire()
+
+    def works(queues: list[Queue]) -> bool:
+        _exchange(queues[1], [bytes(12), b"x" * 60], 0)
+        return wire.sent == 60
+
+    return Made(VirtioNet(wire, b"\x52\0\0\0\0\1"), works, asked=1)
+
+
 def _vsock() -> Made:
     class NobodyHome:
         def dial(self, port: int) -> None:
@@ -319,6 +349,7 @@ VIRTIO: dict[str, Callable[[], Made]] = {
     "balloon": _balloon,
     "block": _block,
     "vsock": _vsock,
+    "net": _net,
     "example pattern": _pattern,
 }
 

@@ -26,6 +26,7 @@ LAYERS = [
         "streams",
         "terminal",
         "scratch",
+        "net",
         "vsock_host",
         "eventfds",
     ),

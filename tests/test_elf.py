@@ -24,6 +24,7 @@ HEADERS = [
     "sys/socket.h",
     "linux/sockios.h",
     "linux/if.h",
+    "linux/route.h",
     "linux/reboot.h",
 ]
 

@@ -30,6 +30,7 @@ from tinyvmm.guest.init import (
     ROOT_TAG,
     STANDARD_MOUNTS,
     InitConfig,
+    Network,
     describe_step,
     search_path,
 )
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
     from tinyvmm.kernel_image import Kernel
+    from tinyvmm.net.options import NetOptions, Published
+    from tinyvmm.net.passt import Frames
+    from tinyvmm.net.tap import Tap
     from tinyvmm.own_device import OwnDevice
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
@@ -63,6 +67,7 @@ MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
 # The file system is not found by itself, because the guest's /lib/modules is another kernel's; nor
 # is what it computes checksums with, which newer kernels have built in.
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
+NET_MODULES = ("virtio_net",)
 VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
@@ -110,6 +115,10 @@ class RunOptions(NamedTuple):
     """Devices of the user's own, each `package.module:Class[,key=value...]` (own_device.py)."""
     balloon: int | None = None
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
+    net: "NetOptions | None" = None
+    """The network interface; None for none."""
+    publish: "Sequence[Published]" = ()
+    """Ports of this computer's that lead to the guest's."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
@@ -161,7 +170,7 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         end = None if options.timeout is None else monotonic() + options.timeout
         while True:  # once, unless the guest reboots and is to
             timeout = None if end is None else max(0.0, end - monotonic())
-            turn = _Turn(options, trees, disks, own_devices, terminal, timeout)
+            turn = _Turn(options, trees, disks, own_devices, terminal, timeout, warn)
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
                 return result
@@ -178,8 +187,10 @@ class _Turn:
         own_devices: "list[OwnDevice]",
         terminal: "Terminal | None",
         timeout: float | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._options = options
+        self._warn = warn
         self._trees = trees
         self._disks = disks
         self._own_devices = own_devices
@@ -229,6 +240,7 @@ class _Turn:
         """Make the machine with all its devices, until `cleanup`; and the session's ports."""
         options = self._options
         vsock_host = _open_vsock(options, cleanup)
+        backend = _open_net(options, self._warn, cleanup)
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,
@@ -251,6 +263,8 @@ class _Turn:
         add_disks(machine, options.disks, self._disks)
         if options.vsock is not None and vsock_host is not None:
             _add_vsock(machine, vsock_host, options.vsock[1])
+        if options.net is not None and backend is not None:
+            _add_net(machine, options.net, backend)
         return machine, ports
 
 
@@ -270,8 +284,9 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
     balloon = () if options.balloon is None else ("virtio_balloon",)
     disks = DISK_MODULES if options.disks else ()
+    net = () if options.net is None else NET_MODULES
     vsock = () if options.vsock is None else VSOCK_MODULES
-    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *vsock)
+    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock)
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
@@ -364,6 +379,31 @@ def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> None:
     host.start(device, failed)
 
 
+def _open_net(
+    options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
+) -> "Tap | Frames | None":
+    """Open what the network interface leads to, until `cleanup`; None if there is none."""
+    if options.net is None:
+        return None
+    from tinyvmm.net.options import open_backend
+
+    return open_backend(options.net, options.publish, warn, cleanup)
+
+
+def _add_net(machine: Machine, net: "NetOptions", backend: "Tap | Frames") -> None:
+    """Add a network interface with `backend` behind it."""
+    from tinyvmm.devices.virtio.net import VirtioNet
+    from tinyvmm.net.options import random_mac
+
+    device = VirtioNet(backend, net.mac or random_mac(), mtu=net.mtu)
+    machine.add_virtio(device)
+
+    def failed(error: BaseException) -> None:
+        machine.stop(StopCause.ERROR, error)
+
+    backend.pump.start(device, failed)
+
+
 def _open_vsock(options: RunOptions, cleanup: ExitStack) -> "VsockHost | None":
     """Listen for the vsock device, until `cleanup`."""
     if options.vsock is None:
@@ -415,11 +455,20 @@ def _init_config(
         root=root_mounts(options.cache, options.private_writes),
         mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
         hostname=options.hostname,
+        network=_network(options),
         terminal=terminal.size() if terminal is not None else None,
         # The end of the run is ours to make: on its way down Linux resets its devices, and what we
         # had not yet taken from their queues would be gone.
         await_goodbye=True,
     )
+
+
+def _network(options: RunOptions) -> Network | None:
+    """Return how PID 1 sets the interface up; None if there is none, or it is left alone."""
+    net = options.net
+    if net is None or net.address is None:
+        return None
+    return Network(net.address, net.gateway, net.nameservers)
 
 
 def _cmdline(options: RunOptions) -> str:

@@ -21,6 +21,8 @@ _FOR_A_ROOT: dict[str, object] = {
     "console": None,
     "balloon": None,
     "vsock": None,
+    "net": None,
+    "publish": [],
 }
 _OWN: dict[str, object] = {"boot_protocol": "auto", "module": [], "fw_cfg": [], "serial": None}
 

@@ -14,6 +14,7 @@ from tinyvmm.errors import ConfigError
 if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.mounts import Shared
+    from tinyvmm.net.options import NetOptions, Published
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -142,6 +143,26 @@ def parse_vsock(text: str) -> tuple[str, int]:
     return os.path.abspath(path), int(number)
 
 
+def parse_net(text: str) -> "NetOptions | None":
+    """Parse `none`, `user` or `tap`, with options as net/options.py says."""
+    from tinyvmm.net import options
+
+    try:
+        return None if text == "none" else options.parse_net(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_publish(text: str) -> "Published":
+    """Parse `[ADDRESS:]HOST:GUEST[/udp]`."""
+    from tinyvmm.net import options
+
+    try:
+        return options.parse_publish(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_environment(text: str) -> str:
     """Parse `K=V`, or `K` to pass on the variable of this process."""
     name, equals, _ = text.partition("=")
@@ -235,6 +256,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a device of your own: a Python class, found from here (the guide's chapter 7)",
     )
     add(
+        "--net",
+        type=parse_net,
+        metavar="KIND",
+        help="a network interface: user, tap=NAME[,address=A/P][,gateway=G][,dns=D] or none",
+    )
+    add(
+        "--publish",
+        type=parse_publish,
+        action="append",
+        default=[],
+        metavar="[ADDR:]HOST:GUEST",
+        help="with --net user: a port of this computer that leads to the guest's",
+    )
+    add(
         "--vsock",
         type=parse_vsock,
         metavar="PATH[,cid=N]",
@@ -286,6 +321,8 @@ def main(args: argparse.Namespace) -> int:
     if args.no_root:
         return no_root.main(args)
     no_root.check_unused(args)
+    if args.publish and (args.net is None or args.net.kind != "user"):
+        raise ConfigError("--publish is of --net user: give that too")
     argv = args.argv + args.guest_argv
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
@@ -319,6 +356,8 @@ def main(args: argparse.Namespace) -> int:
         transport=args.transport,
         balloon=args.balloon,
         devices=args.device,
+        net=args.net,
+        publish=args.publish,
         on_reboot=args.on_reboot,
         vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
@@ -343,6 +382,11 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         prepare_kernel,
     )
 
+    if args.net is not None:
+        raise ConfigError(
+            f"--net: this KVM cannot run Linux ({problem}), and the lab has no network; use a "
+            "computer with a KVM of its own"
+        )
     if args.vsock is not None:
         raise ConfigError(
             f"--vsock: this KVM cannot run Linux ({problem}), and sockets of the lab cannot be "

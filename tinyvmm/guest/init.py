@@ -106,6 +106,16 @@ STANDARD_MOUNTS: tuple[Filesystem, ...] = (
 )
 
 
+class Network(NamedTuple):
+    """How the guest's network interface is set up, IPv4."""
+
+    address: str
+    """`192.0.2.15/24`"""
+    gateway: str | None = None
+    nameservers: Sequence[str] = ()
+    interface: str = "eth0"
+
+
 class InitConfig(NamedTuple):
     """What one guest does. Every default is that of `tinyvmm run`."""
 
@@ -123,6 +133,8 @@ class InitConfig(NamedTuple):
     mounts: Sequence[Filesystem] = STANDARD_MOUNTS
     """What to mount and make inside the new root."""
     hostname: str = "tinyvmm"
+    network: Network | None = None
+    """None to leave every interface but lo alone."""
     terminal: tuple[int, int] | None = None
     """Rows and columns of the command's terminal, or None to start it on three pipes."""
     console: int = 0
@@ -257,6 +269,7 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
             (Value("socket"), abi.SIOCSIFFLAGS, lo_up),
             tolerates=ANYTHING,
         ),
+        *(_network_steps(config.network) if config.network else ()),
         Step("close the socket", abi.SYS_CLOSE, (Value("socket"),), tolerates=ANYTHING),
         Step("set the umask", abi.SYS_UMASK, (config.umask,)),
         Step(
@@ -277,6 +290,59 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
     # A vforked parent sleeps until its child has executed a program or ended, and they share
     # memory meanwhile: when it wakes, it can simply read whether execve failed.
     steps.append(Step("start a process", abi.SYS_VFORK, (), into="command"))
+    return steps
+
+
+RESOLV_CONF = "/run/tinyvmm-resolv.conf"
+
+
+def _network_steps(network: Network) -> list[Step]:
+    """Address, netmask, up, and a default route: netdevice(7), <linux/route.h>."""
+    from ipaddress import IPv4Interface
+
+    given = IPv4Interface(network.address)
+    name = network.interface.encode()
+
+    def internet(address: bytes) -> bytes:  # struct sockaddr_in
+        return struct.pack("<HH4s8x", abi.AF_INET, 0, address)
+
+    def request(address: bytes) -> bytes:  # struct ifreq
+        return struct.pack("16s16s8x", name, internet(address))
+
+    up = struct.pack("16sH22x", name, abi.IFF_UP | abi.IFF_RUNNING)
+    what = network.interface
+    calls: list[tuple[str, int, bytes]] = [
+        (f"give {what} its address", abi.SIOCSIFADDR, request(given.ip.packed)),
+        (f"give {what} its netmask", abi.SIOCSIFNETMASK, request(given.netmask.packed)),
+        (f"bring {what} up", abi.SIOCSIFFLAGS, up),
+    ]
+    if network.gateway is not None:
+        from ipaddress import IPv4Address
+
+        anywhere = internet(bytes(4))
+        route = struct.pack(  # struct rtentry: dst, gateway, genmask, flags
+            "<8x16s16s16sH62x",
+            anywhere,
+            internet(IPv4Address(network.gateway).packed),
+            anywhere,
+            abi.RTF_UP | abi.RTF_GATEWAY,
+        )
+        calls.append(("set the default route", abi.SIOCADDRT, route))
+    steps = [Step(says, abi.SYS_IOCTL, (Value("socket"), call, data)) for says, call, data in calls]
+    if network.nameservers:
+        text = "".join(f"nameserver {server}\n" for server in network.nameservers).encode()
+        flags = abi.O_WRONLY | abi.O_CREAT | abi.O_TRUNC | abi.O_CLOEXEC
+        steps += [
+            Step(f"make {RESOLV_CONF}", abi.SYS_OPEN, (RESOLV_CONF, flags, 0o644), into="file"),
+            Step(f"write {RESOLV_CONF}", abi.SYS_WRITE, (Value("file"), text, len(text))),
+            Step(f"close {RESOLV_CONF}", abi.SYS_CLOSE, (Value("file"),)),
+            Step(  # over the host's, which stays as it is; a root without one needs none
+                "bind it to /etc/resolv.conf",
+                abi.SYS_MOUNT,
+                (RESOLV_CONF, "/etc/resolv.conf", 0, abi.MS_BIND, 0),
+                tolerates=ANYTHING,
+            ),
+        ]
     return steps
 
 

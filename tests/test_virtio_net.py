@@ -1,0 +1,439 @@
+"""The network device from the driver's side, and its backends: a stream of frames, a tap, passt."""
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from time import sleep
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.virtio_driver import NEEDS_RESET, Driver
+from tinyvmm.devices.virtio.net import (
+    FRAME_MAX,
+    OFFLOADS,
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
+    VirtioNet,
+)
+from tinyvmm.errors import ConfigError
+from tinyvmm.net import options
+from tinyvmm.net.passt import Frames, Passt
+from tinyvmm.net.tap import Tap
+
+MAC = bytes.fromhex("525400123456")
+NO_HEADER = bytes(12)
+FRAME = b"\xff" * 6 + MAC + b"\x08\x00" + b"payload of a frame"
+
+
+class Wire:
+    """A backend that does as it is told."""
+
+    def __init__(self, *, vnet_header: bool = False) -> None:
+        self.vnet_header = vnet_header
+        self.sent: list[bytes] = []
+        self.frames: deque[bytes] = deque()
+        self.room = 1 << 30  # frames it takes
+        self.watched = False
+        self.features = 0
+
+    def send(self, views: Sequence[memoryview]) -> bool:
+        if not self.room:
+            return False
+        self.room -= 1
+        self.sent.append(b"".join(views))
+        return True
+
+    def receive(self, views: Sequence[memoryview]) -> int | None:
+        if not self.frames:
+            return None
+        frame, done = self.frames.popleft(), 0
+        for view in views:
+            piece = frame[done : done + len(view)]
+            view[: len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def watch(self, *, readable: bool) -> None:
+        self.watched = readable
+
+    def use(self, features: int) -> None:
+        self.features = features
+
+
+def plugged(wire: Wire, **keywords: int) -> tuple[VirtioNet, Driver]:
+    device = VirtioNet(wire, MAC, **keywords)
+    driver = Driver(device)
+    driver.start()
+    return device, driver
+
+
+def test_it_says_what_it_is() -> None:
+    driver = Driver(VirtioNet(Wire(), MAC, mtu=1400))
+    assert driver.read(0x008) == 1
+    config = b"".join(driver.mmio.read(0x100 + i, 1).to_bytes(1, "little") for i in range(12))
+    assert config == MAC + struct.pack("<HHH", 1, 1, 1400)
+    wanted = VIRTIO_NET_F_MAC | VIRTIO_NET_F_STATUS | VIRTIO_NET_F_MTU
+    assert driver.offered() & 0xFF_FFFF == wanted
+    assert not Driver(VirtioNet(Wire(), MAC)).offered() & VIRTIO_NET_F_MTU
+
+
+def test_offloads_are_the_backends_to_offer() -> None:
+    wire = Wire(vnet_header=True)
+    driver = Driver(VirtioNet(wire, MAC))
+    assert driver.offered() & OFFLOADS == OFFLOADS
+    driver.start(without=1 << 7)
+    assert wire.features & OFFLOADS == OFFLOADS & ~(1 << 7)
+
+
+@given(cuts=st.lists(st.integers(0, 12 + len(FRAME)), max_size=5))
+@settings(deadline=None)
+def test_frames_go_out_in_any_framing_without_their_headers(cuts: list[int]) -> None:
+    wire = Wire()
+    _, driver = plugged(wire)
+    data = NO_HEADER + FRAME
+    places = sorted({0, *cuts, len(data)})
+    pieces = [data[a:b] for a, b in pairwise(places)]
+    driver.queues[1].send(pieces, [])
+    assert wire.sent == [FRAME]
+    assert [length for _, length in driver.queues[1].used()] == [0]
+
+
+def test_a_backend_that_knows_headers_gets_them() -> None:
+    wire = Wire(vnet_header=True)
+    _, driver = plugged(wire)
+    driver.queues[1].send([b"\1" * 12, FRAME], [])
+    assert wire.sent == [b"\1" * 12 + FRAME]
+
+
+def test_what_is_no_frame_is_given_back_and_gone() -> None:
+    wire = Wire()
+    _, driver = plugged(wire)
+    transmit = driver.queues[1]
+    long = b"x" * (FRAME_MAX + 1)
+    for pieces in ([b"x"], [NO_HEADER], [NO_HEADER + b"x" * 13], [NO_HEADER, long]):
+        transmit.send(pieces, [])
+    assert wire.sent == []
+    assert len(transmit.used()) == 4
+    assert not driver.status & NEEDS_RESET
+
+
+def test_a_backend_that_takes_nothing_keeps_the_guest_waiting() -> None:
+    wire = Wire()
+    device, driver = plugged(wire)
+    wire.room = 2
+    transmit = driver.queues[1]
+    for number in range(5):
+        transmit.send([NO_HEADER, FRAME + bytes((number,))], [])
+    assert len(transmit.used()) == 2
+    wire.room = 10
+    device.writable()
+    assert wire.sent == [FRAME + bytes((number,)) for number in range(5)]
+    assert len(transmit.used()) == 3
+
+
+def test_frames_come_in_with_a_header_that_says_nothing() -> None:
+    wire = Wire()
+    device, driver = plugged(wire)
+    receive = driver.queues[0]
+    receive.send([], [5, 9, 2000])
+    assert wire.watched
+    wire.frames.append(FRAME)
+    device.readable()
+    (data,) = receive.collect()
+    assert data == bytes(10) + b"\1\0" + FRAME
+
+
+def test_headers_of_the_backends_come_in_as_they_are_but_for_the_count() -> None:
+    wire = Wire(vnet_header=True)
+    device, driver = plugged(wire)
+    driver.queues[0].send([], [2000])
+    wire.frames.append(b"\1\1" + b"\7" * 10 + FRAME)
+    device.readable()
+    (data,) = driver.queues[0].collect()
+    assert data == b"\1\1" + b"\7" * 8 + b"\1\0" + FRAME
+
+
+def test_without_buffers_the_backend_is_not_read() -> None:
+    wire = Wire()
+    device, driver = plugged(wire)
+    receive = driver.queues[0]
+    receive.send([], [2000])
+    wire.frames.extend([FRAME, FRAME + b"2"])
+    device.readable()
+    assert not wire.watched
+    assert len(wire.frames) == 1
+    assert receive.collect() == [bytes(10) + b"\1\0" + FRAME]
+    receive.send([], [2000])
+    assert wire.watched
+    device.readable()
+    assert receive.collect() == [bytes(10) + b"\1\0" + FRAME + b"2"]
+
+
+def test_a_buffer_too_small_for_any_frame_is_the_drivers_fault() -> None:
+    wire = Wire()
+    device, driver = plugged(wire)
+    driver.queues[0].send([], [20])
+    wire.frames.append(FRAME)
+    device.readable()
+    assert driver.status & NEEDS_RESET
+    assert list(wire.frames) == [FRAME]
+
+
+def test_a_reset_device_reads_and_writes_nothing() -> None:
+    wire = Wire()
+    device, driver = plugged(wire)
+    driver.queues[0].send([], [2000])
+    driver.write(0x070, 0)
+    assert not wire.watched
+    wire.frames.append(FRAME)
+    device.readable()
+    device.writable()
+    assert list(wire.frames) == [FRAME]
+
+
+def test_frames_that_wait_survive_save_and_load() -> None:
+    wire = Wire()
+    wire.room = 0
+    device, driver = plugged(wire)
+    driver.queues[1].send([NO_HEADER, FRAME], [])
+    driver.mmio.load(driver.mmio.save())
+    wire.room = 1
+    device.writable()
+    assert wire.sent == [FRAME]
+
+
+# --- a stream of frames -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream() -> Iterator[tuple[Frames, socket.socket, list[str]]]:
+    ours, theirs = socket.socketpair()
+    told: list[str] = []
+    frames = Frames(ours, lambda: told.append("ended"))
+    yield frames, theirs, told
+    frames.close()
+    theirs.close()
+
+
+Stream = tuple[Frames, socket.socket, list[str]]
+
+
+def room(size: int = 70_000) -> memoryview:
+    return memoryview(bytearray(size))
+
+
+def test_a_frame_follows_its_length(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    assert frames.send([memoryview(b"abc"), memoryview(b"def")])
+    assert theirs.recv(100) == b"\0\0\0\6abcdef"
+    theirs.sendall(b"\0\0\0\5")
+    buffer = room()
+    assert frames.receive([buffer]) is None
+    theirs.sendall(b"hello\0\0\0\2xy")
+    assert frames.receive([buffer[:2], buffer[2:]]) == 5
+    assert bytes(buffer[:5]) == b"hello"
+    assert frames.receive([buffer]) == 2
+
+
+def test_a_frame_too_long_for_the_buffer_is_dropped(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    theirs.sendall(b"\0\0\0\4long\0\0\0\2ok")
+    buffer = room(3)
+    assert frames.receive([buffer]) == 2
+    assert bytes(buffer[:2]) == b"ok"
+
+
+def test_a_reader_that_stops_is_waited_for_and_no_frame_is_torn(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    sent = 0
+    frame = memoryview(bytes(range(256)) * 200)
+    while frames.send([frame]):
+        sent += 1
+    theirs.setblocking(False)
+    got = b""
+    while len(got) < sent * (4 + len(frame)):
+        try:
+            got += theirs.recv(1 << 20)
+        except BlockingIOError:
+            if frames.send([frame]):
+                sent += 1
+    assert got[: sent * (4 + len(frame))] == (struct.pack(">I", len(frame)) + bytes(frame)) * sent
+
+
+@pytest.mark.parametrize("last", [b"", b"\xff\xff\xff\xff", b"\0\0\0\5hal"])
+def test_the_other_ends_end_is_told_once(stream: Stream, last: bytes) -> None:
+    frames, theirs, told = stream
+    theirs.sendall(last)
+    theirs.close()
+    assert frames.receive([room()]) is None
+    assert frames.receive([room()]) is None
+    assert frames.send([memoryview(b"into the void")])
+    assert told == ["ended"]
+
+
+def test_a_thread_tells_the_device_of_both(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    errors: list[BaseException] = []
+    device = VirtioNet(frames, MAC)
+    driver = Driver(device)
+    receive, transmit = driver.start()
+    frames.pump.start(device, errors.append)
+    with device.lock:
+        receive.send([], [2000])
+    theirs.sendall(struct.pack(">I", len(FRAME)) + FRAME)
+    found: list[bytes] = []
+    for _ in range(3000):
+        with device.lock:
+            found += receive.collect()
+        if found:
+            break
+        sleep(0.01)
+    assert found == [bytes(10) + b"\1\0" + FRAME]
+    with device.lock:
+        transmit.send([NO_HEADER, FRAME], [])
+    assert theirs.recv(100) == struct.pack(">I", len(FRAME)) + FRAME
+    device.detach()
+    assert errors == []
+
+
+# --- a tap ------------------------------------------------------------------------------------
+
+TAP_PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import os, select, struct, subprocess
+from tinyvmm.net.tap import Tap
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+tap = Tap("probe0")
+tap.use(0)
+for command in ("address add 192.0.2.1/24 dev probe0", "link set probe0 up",
+                "neigh add 192.0.2.2 lladdr 52:54:00:12:34:56 dev probe0"):
+    subprocess.run(["ip", *command.split()], check=True)
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.sendto(b"to the guest", ("192.0.2.2", 7))
+    buffer = memoryview(bytearray(2000))
+    while True:
+        select.select([tap.fd], [], [])
+        count = tap.receive([buffer[:5], buffer[5:]])
+        if count and bytes(buffer[:count]).endswith(b"to the guest"):
+            break
+    frame = bytearray(buffer[12:count])
+    assert frame[:6] == bytes.fromhex("525400123456")
+    # Back as it came: addresses and ports exchanged leave every checksum right.
+    frame[:12] = frame[6:12] + frame[:6]
+    frame[26:34] = frame[30:34] + frame[26:30]
+    frame[34:38] = frame[36:38] + frame[34:36]
+    sock.settimeout(20)
+    assert tap.send([memoryview(bytes(12)), memoryview(frame)])
+    assert sock.recv(100) == b"to the guest"
+assert tap.receive([buffer]) is None or True
+tap.close()
+print("good")
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None or not Path("/dev/net/tun").exists(),
+    reason="taps are root's, and need iproute2 and /dev/net/tun",
+)
+def test_a_tap_carries_frames_both_ways() -> None:
+    done = subprocess.run(
+        ["unshare", "-n", sys.executable, "-c", TAP_PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "good\n", "")
+
+
+def test_a_tap_that_cannot_be_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="give a name of 1 to 15 bytes"):
+        Tap("a/b")
+    with pytest.raises(ConfigError, match="give a name"):
+        Tap("x" * 16)
+
+
+# --- passt ------------------------------------------------------------------------------------
+
+
+def reaches_out() -> bool:
+    """Whether passt has something to stand for: an interface with a default route."""
+    lines = Path("/proc/net/route").read_text().splitlines()[1:]
+    return any(line.split()[1] == "00000000" for line in lines)
+
+
+@pytest.mark.skipif(
+    shutil.which("passt") is None or not reaches_out(),
+    reason="passt is not installed, or this computer has no default route",
+)
+def test_passt_answers_for_the_gateway() -> None:
+    told: list[str] = []
+    asked = bytes((10, 0, 2, 2))
+    arp = b"\xff" * 6 + MAC + struct.pack(">HHHBBH", 0x806, 1, 0x800, 6, 4, 1)
+    arp += MAC + bytes((10, 0, 2, 15)) + bytes(6) + asked
+    passt = Passt(["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0",
+                   "--gateway", "10.0.2.2"], told.append)  # fmt: skip
+    try:
+        buffer = room()
+        assert passt.frames.send([memoryview(arp)])
+        for _ in range(3000):
+            count = passt.frames.receive([buffer])
+            if count is not None and bytes(buffer[12:14]) == b"\x08\x06":
+                break
+            sleep(0.01)
+        assert bytes(buffer[:6]) == MAC
+        assert bytes(buffer[28:32]) == asked
+    finally:
+        passt.close()
+    assert told == []
+
+
+def test_without_passt_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"cannot run passt .* apt-get install passt"):
+        Passt([], pytest.fail)
+
+
+# --- what the user says -----------------------------------------------------------------------
+
+
+def test_options_are_read() -> None:
+    user = options.parse_net("user,mac=52:54:00:12:34:56,mtu=1400")
+    assert (user.kind, user.mac, user.mtu, user.address) == ("user", MAC, 1400, "10.0.2.15/24")
+    text = "tap=br0,address=192.0.2.2/24,gateway=192.0.2.1,dns=1.1.1.1,dns=9.9.9.9"
+    tap = options.parse_net(text)
+    assert tap[1:] == ("br0", None, None, "192.0.2.2/24", "192.0.2.1", ("1.1.1.1", "9.9.9.9"))
+    assert options.parse_net("tap").address is None
+    assert options.parse_publish("8080:80") == ("tcp", None, 8080, 80)
+    assert options.parse_publish("127.0.0.1:53:5353/udp") == ("udp", "127.0.0.1", 53, 5353)
+    assert options.random_mac()[0] & 3 == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bridge", "user=x", "tap=", "tap,mac=1", "tap,mac=01:00:5e:00:00:01", "user,mtu=10",
+        "user,mtu=x", "tap,address=300.0.0.1/24", "user,address=192.0.2.2/24", "tap,colour=red",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--net "):
+        options.parse_net(text)
+
+
+@pytest.mark.parametrize("text", ["80", "0:80", "80:70000", "a:b", "80:80/icmp", "x:80:80"])
+def test_ports_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--publish "):
+        options.parse_publish(text)

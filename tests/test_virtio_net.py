@@ -173,10 +173,10 @@ def test_without_buffers_the_backend_is_not_read() -> None:
     assert not wire.watched
     assert len(wire.frames) == 1
     assert receive.collect() == [bytes(10) + b"\1\0" + FRAME]
+    receive.send([], [2000])  # which has been read already, and is there at once
+    assert receive.collect() == [bytes(10) + b"\1\0" + FRAME + b"2"]
     receive.send([], [2000])
     assert wire.watched
-    device.readable()
-    assert receive.collect() == [bytes(10) + b"\1\0" + FRAME + b"2"]
 
 
 def test_a_buffer_too_small_for_any_frame_is_the_drivers_fault() -> None:
@@ -304,6 +304,20 @@ def test_a_thread_tells_the_device_of_both(stream: Stream) -> None:
     assert theirs.recv(100) == struct.pack(">I", len(FRAME)) + FRAME
     device.detach()
     assert errors == []
+
+
+def test_frames_that_came_together_do_not_wait_for_more(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    device = VirtioNet(frames, MAC)
+    driver = Driver(device)
+    receive, _ = driver.start()
+    theirs.sendall(b"".join(struct.pack(">I", len(FRAME)) + FRAME for _ in range(3)))
+    receive.send([], [2000])
+    assert len(receive.collect()) == 1
+    receive.send([], [2000])
+    receive.send([], [2000])
+    assert len(receive.collect()) == 2
+    device.detach()
 
 
 # --- a tap ------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class VirtioNet(VirtioDevice):
         """Send what frames there are, or note that there is room for what comes."""
         if queue.index == RECEIVE:
             self._backend.watch(readable=True)
+            self.readable()  # frames that the backend has read already, nothing will tell of
         else:
             self._transmit(queue)
 

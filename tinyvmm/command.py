@@ -167,13 +167,14 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         terminal = _terminal(options)
         config = _init_config(options, modules, terminal)
         initrd = [modules.archive, init_archive(config)]
-        end = None if options.timeout is None else monotonic() + options.timeout
+        timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
-            timeout = None if end is None else max(0.0, end - monotonic())
             turn = _Turn(options, trees, disks, own_devices, terminal, timeout, warn)
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
                 return result
+            if options.timeout is not None:
+                timeout = max(0.0, options.timeout - (monotonic() - begin))
 
 
 class _Turn:

@@ -32,11 +32,10 @@ socat -u TCP-LISTEN:8001,reuseaddr CREATE:output > /dev/null 2>&1 &
 pids="$pids $!"
 {tap}
 ip route add default via 192.0.2.9 dev vm0
+timeout 100 sh -c '
 until test -s published; do
   socat -u -T 3 TCP:127.0.0.1:8080 CREATE:published || sleep 0.5
-done > /dev/null 2>&1 &
-pids="$pids $!"
-{user}
+done > /dev/null 2>&1' | {user}
 """
 
 TAP_GUEST = """
@@ -49,8 +48,8 @@ socat -u OPEN:/tmp/data TCP:192.0.2.1:8001
 USER_GUEST = """
 cat /etc/resolv.conf
 socat -u TCP:10.0.2.2:8000 - | sha256sum
-echo to whoever asks | socat -u - TCP-LISTEN:80
-sleep 1
+socat -U TCP-LISTEN:80,fork,reuseaddr SYSTEM:"echo to whoever asks" &
+cat  # until the host has read it
 """
 
 

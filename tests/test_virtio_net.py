@@ -430,8 +430,6 @@ def test_options_are_read() -> None:
     tap = options.parse_net(text)
     assert tap[1:] == ("br0", None, None, "192.0.2.2/24", "192.0.2.1", ("1.1.1.1", "9.9.9.9"))
     assert options.parse_net("tap").address is None
-    assert options.parse_publish("8080:80") == ("tcp", None, 8080, 80)
-    assert options.parse_publish("127.0.0.1:53:5353/udp") == ("udp", "127.0.0.1", 53, 5353)
     assert options.random_mac()[0] & 3 == 2
 
 
@@ -445,9 +443,3 @@ def test_options_are_read() -> None:
 def test_what_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^--net "):
         options.parse_net(text)
-
-
-@pytest.mark.parametrize("text", ["80", "0:80", "80:70000", "a:b", "80:80/icmp", "x:80:80"])
-def test_ports_that_cannot_be_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--publish "):
-        options.parse_publish(text)

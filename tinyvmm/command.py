@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
     from tinyvmm.kernel_image import Kernel
-    from tinyvmm.net.options import NetOptions, Published
+    from tinyvmm.net.options import NetOptions
     from tinyvmm.net.passt import Frames
     from tinyvmm.net.tap import Tap
     from tinyvmm.own_device import OwnDevice
@@ -117,8 +117,6 @@ class RunOptions(NamedTuple):
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
     net: "NetOptions | None" = None
     """The network interface; None for none."""
-    publish: "Sequence[Published]" = ()
-    """Ports of this computer's that lead to the guest's."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
@@ -388,7 +386,7 @@ def _open_net(
         return None
     from tinyvmm.net.options import open_backend
 
-    return open_backend(options.net, options.publish, warn, cleanup)
+    return open_backend(options.net, warn, cleanup)
 
 
 def _add_net(machine: Machine, net: "NetOptions", backend: "Tap | Frames") -> None:

@@ -22,7 +22,6 @@ _FOR_A_ROOT: dict[str, object] = {
     "balloon": None,
     "vsock": None,
     "net": None,
-    "publish": [],
 }
 _OWN: dict[str, object] = {"boot_protocol": "auto", "module": [], "fw_cfg": [], "serial": None}
 

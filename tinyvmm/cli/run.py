@@ -14,7 +14,7 @@ from tinyvmm.errors import ConfigError
 if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.mounts import Shared
-    from tinyvmm.net.options import NetOptions, Published
+    from tinyvmm.net.options import NetOptions
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -153,16 +153,6 @@ def parse_net(text: str) -> "NetOptions | None":
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_publish(text: str) -> "Published":
-    """Parse `[ADDRESS:]HOST:GUEST[/udp]`."""
-    from tinyvmm.net import options
-
-    try:
-        return options.parse_publish(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def parse_environment(text: str) -> str:
     """Parse `K=V`, or `K` to pass on the variable of this process."""
     name, equals, _ = text.partition("=")
@@ -262,14 +252,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a network interface: user, tap=NAME[,address=A/P][,gateway=G][,dns=D] or none",
     )
     add(
-        "--publish",
-        type=parse_publish,
-        action="append",
-        default=[],
-        metavar="[ADDR:]HOST:GUEST",
-        help="with --net user: a port of this computer that leads to the guest's",
-    )
-    add(
         "--vsock",
         type=parse_vsock,
         metavar="PATH[,cid=N]",
@@ -321,8 +303,6 @@ def main(args: argparse.Namespace) -> int:
     if args.no_root:
         return no_root.main(args)
     no_root.check_unused(args)
-    if args.publish and (args.net is None or args.net.kind != "user"):
-        raise ConfigError("--publish is of --net user: give that too")
     argv = args.argv + args.guest_argv
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
@@ -357,7 +337,6 @@ def main(args: argparse.Namespace) -> int:
         balloon=args.balloon,
         devices=args.device,
         net=args.net,
-        publish=args.publish,
         on_reboot=args.on_reboot,
         vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),

@@ -1,4 +1,4 @@
-"""`--net KIND[,OPTION]...` and `--publish`: what was asked for, and the backend that does it."""
+"""`--net KIND[,OPTION]...`: what was asked for, and the backend that does it."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -29,15 +29,6 @@ class NetOptions(NamedTuple):
     """`192.0.2.2/24`; None leaves the interface to the guest."""
     gateway: str | None = None
     nameservers: Sequence[str] = ()
-
-
-class Published(NamedTuple):
-    """A port of this computer that leads to one of the guest's."""
-
-    protocol: str
-    address: str | None
-    host: int
-    guest: int
 
 
 def parse_net(text: str) -> NetOptions:
@@ -81,26 +72,6 @@ def _with(options: NetOptions, key: str, value: str) -> NetOptions:
     raise ValueError(key)
 
 
-def parse_publish(text: str) -> Published:
-    """Parse `[ADDR:]HOST:GUEST[/tcp|/udp]`."""
-    ports, _, protocol = text.partition("/")
-    *address, host, guest = ports.rsplit(":", 2) if ports.count(":") else ("", "")
-    try:
-        found = Published(
-            protocol or "tcp",
-            str(IPv4Address(address[0])) if address else None,
-            int(host),
-            int(guest),
-        )
-    except ValueError:
-        found = Published("", None, 0, 0)
-    if found.protocol not in {"tcp", "udp"} or not (
-        1 <= found.host <= 65535 and 1 <= found.guest <= 65535
-    ):
-        raise ConfigError(f"--publish {text}: give [ADDRESS:]HOST:GUEST[/udp], e.g. 8080:80")
-    return found
-
-
 def random_mac() -> bytes:
     """An address of our own making: locally administered, unicast."""
     return bytes((0x52,)) + os.urandom(5)
@@ -108,7 +79,6 @@ def random_mac() -> bytes:
 
 def open_backend(
     options: NetOptions,
-    published: Sequence[Published],
     warn: Callable[[str], None],
     cleanup: ExitStack,
 ) -> Tap | Frames:
@@ -120,9 +90,6 @@ def open_backend(
     address = IPv4Interface(USER_ADDRESS)
     command = ["--ipv4-only", "--address", str(address.ip), "--netmask", str(address.netmask)]
     command += ["--gateway", USER_GATEWAY, "--dns-forward", USER_NAMESERVER]
-    for protocol, where, host, guest in published:
-        port = f"{where}/{host}:{guest}" if where else f"{host}:{guest}"
-        command += ["--tcp-ports" if protocol == "tcp" else "--udp-ports", port]
     passt = Passt(command, warn)
     cleanup.callback(passt.close)
     return passt.frames

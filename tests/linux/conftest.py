@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ MAIN = (
 FAILED_LABS: list[str] = []
 """What became of labs that failed as a whole; each was replaced by another, once a command."""
 TRIPLE_FAULT = b"the guest crashed before the command ended: triple fault"
+REBOOT_BY_TRIPLE_FAULT = "reboot=t"  # of the kernel's command line
 
 
 def linux_runs_here() -> bool:
@@ -40,6 +42,7 @@ class Runner:
     def __init__(self, lab: Lab | None, shared: Path) -> None:
         self.lab = lab
         self.shared = shared  # a directory that both sides can write
+        self._standing: list[list[str]] = []  # what every lab of now has to have had done
 
     def program(
         self,
@@ -60,10 +63,13 @@ class Runner:
             except LabError as error:
                 FAILED_LABS.append(str(error))
             else:
-                if completed.status != 255 or TRIPLE_FAULT not in completed.stderr:
+                crashed = completed.status == 255 and TRIPLE_FAULT in completed.stderr
+                if not crashed or REBOOT_BY_TRIPLE_FAULT in argv:
                     return completed
                 FAILED_LABS.append(f"a triple fault in a guest that ran {argv}")
                 self.lab.close()
+            for make in self._standing:
+                self.lab.run(make)
             return self.lab.run(argv, stdin=stdin, timeout=timeout, pty=pty, cwd=str(cwd))
         if pty is not None:
             quoted = " ".join(f"'{word}'" for word in argv)
@@ -105,6 +111,19 @@ class Runner:
         return self.tinyvmm(
             "run", "--no-lab", *arguments, stdin=stdin, timeout=timeout, pty=pty, cwd=cwd
         )
+
+    @contextmanager
+    def standing(self, make: str, undo: str) -> Iterator[None]:
+        """While this lasts, what the shell command `make` makes is there, in a new lab too."""
+        command = ["sh", "-ec", make]
+        done = self.program(command)
+        assert done.status == 0, done
+        self._standing.append(command)
+        try:
+            yield
+        finally:
+            self._standing.remove(command)
+            self.program(["sh", "-c", undo])
 
     def directory(self, name: str) -> Path:
         """A new directory that both sides can write."""

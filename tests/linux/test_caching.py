@@ -37,10 +37,8 @@ def mapped(guest: Runner) -> str:
 def host(guest: Runner) -> Iterator[str]:
     """An empty directory of the host that is its own, not a network file system."""
     path = "/tmp/tinyvmm-test-shared"
-    guest.program(["rm", "-rf", path])
-    assert guest.program(["mkdir", "-m", "755", path]).status == 0
-    yield path
-    guest.program(["rm", "-rf", path])
+    with guest.standing(f"rm -rf {path}; mkdir -m 755 {path}", f"rm -rf {path}"):
+        yield path
 
 
 def converse(guest: Runner, options: list[str], steps: list[tuple[str, str]]) -> list[str]:

@@ -73,7 +73,6 @@ def test_linux_uses_every_kind_of_disk(guest: Runner) -> None:
     )
     host("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), str(where / "truth"))
     plain = f"/dev/shm/tinyvmm-disk-{os.getpid()}"  # where there can be holes, wherever that is
-    assert guest.program(["truncate", "-s", "24M", plain]).status == 0
     arguments = ["--cpus", "2", "--memory", "512M"]
     for disk in (
         f"{plain},serial=the first,queues=2",
@@ -82,12 +81,10 @@ def test_linux_uses_every_kind_of_disk(guest: Runner) -> None:
         f"{base},overlay={delta}",
     ):
         arguments += ["--disk", disk]
-    try:
+    with guest.standing(f"truncate -s 24M {plain}", f"rm -f {plain}"):
         done = guest.run(*arguments, "--", "sh", "-c", QUESTIONS)
         host_blocks = guest.program(["stat", "-c", "%b", plain]).stdout
         checked = guest.program(["e2fsck", "-fn", plain])
-    finally:
-        guest.program(["rm", "-f", plain])
     assert (done.status, done.stderr) == (0, b"")
     found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
     assert found["sectors"] == str(24 * MIB // 512)

@@ -225,14 +225,12 @@ def test_a_static_binary_runs_in_an_otherwise_empty_tree(guest: Runner) -> None:
 def test_a_full_write_tree_is_said_once_and_the_guest_sees_enospc(guest: Runner) -> None:
     small = "/run/small"
     mount = f"mkdir -p {small} && mount -t tmpfs -o size=256k tmpfs {small}"
-    assert guest.program(["sh", "-c", mount]).status == 0
-    done = guest.run(
-        "--write", small, *script("dd if=/dev/zero of=/big bs=64k count=64 conv=fsync; sync; true")
-    )
+    fill = script("dd if=/dev/zero of=/big bs=64k count=64 conv=fsync; sync; true")
+    with guest.standing(mount, f"umount {small}"):
+        done = guest.run("--write", small, *fill)
     assert done.status == 0
     assert os.strerror(errno.ENOSPC).encode() in done.stderr
     assert done.stderr.count(b"tinyvmm: no space left for the guest's writes") == 1
-    guest.program(["umount", small])
 
 
 def typed(

@@ -5,6 +5,7 @@ The server works on ext4, in a file, since the lab's own RAM has no extended att
 What v9fs cannot do is in docs/limits-9p.md.
 """
 
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,9 @@ def disk(guest: Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     modules = kernels.find().modules
     assert modules is not None
     paths = [module.path for module in closure(modules, ("loop", "crc32c_generic", "ext4"))]
-    done = guest.program(["sh", "-ec", MAKE_DISK, "sh", *paths])
-    assert done.status == 0, done
-    yield DISK
-    guest.program(["sh", "-c", f"umount {DISK} && rm {DISK}.image"])
+    make = f"set -- {shlex.join(paths)}\n{MAKE_DISK}"
+    with guest.standing(make, f"umount {DISK} && rm {DISK}.image"):
+        yield DISK
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ from tinyvmm.ninep import (
     Twalk,
     Twrite,
 )
+from tinyvmm.views import scatter
 
 # --- every message --------------------------------------------------------------------------
 
@@ -376,25 +377,6 @@ def test_no_views_at_all_are_a_protocol_error() -> None:
         ninep.decode_views([], 100)
 
 
-@given(st.integers(0, 60), st.integers(0, 60), st.lists(st.integers(0, 50), max_size=5))
-@settings(deadline=None)
-def test_cut_gives_the_same_bytes_as_a_slice(start: int, count: int, cuts: list[int]) -> None:
-    data = bytes(range(50))
-    assert b"".join(ninep.cut(pieces(data, cuts), start, count)) == data[start : start + count]
-
-
-@given(st.binary(max_size=60), st.lists(st.integers(0, 50), max_size=5))
-@settings(deadline=None)
-def test_scatter_fills_the_first_bytes_and_no_others(data: bytes, cuts: list[int]) -> None:
-    views = pieces(bytes(50), cuts)
-    if len(data) > 50:
-        with pytest.raises(ProtocolError):
-            ninep.scatter(views, data)
-    else:
-        assert ninep.scatter(views, data) == len(data)
-        assert b"".join(views) == data + bytes(50 - len(data))
-
-
 @given(st.binary(max_size=60), st.lists(st.integers(0, 80), max_size=5))
 @settings(deadline=None)
 def test_a_reply_finished_around_its_data_is_the_reply_encoded(
@@ -402,7 +384,7 @@ def test_a_reply_finished_around_its_data_is_the_reply_encoded(
 ) -> None:
     views = pieces(bytes(80), cuts)
     place = ninep.room(views, Rread, len(data))
-    ninep.scatter(place, data)
+    scatter(place, data)
     size = ninep.encode_views(views, Rread(place), 9, 80)
     assert b"".join(views)[:size] == ninep.encode(Rread(data), 9)
     with pytest.raises(ProtocolError):
@@ -471,4 +453,4 @@ def test_what_does_not_fit_the_wire_is_a_protocol_error(message: Message) -> Non
 def test_the_codec_stands_alone() -> None:
     code = "import sys, tinyvmm.ninep; print(sorted(m for m in sys.modules if m[:7] == 'tinyvmm'))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['tinyvmm', 'tinyvmm.grammar', 'tinyvmm.ninep']"
+    assert out.stdout.strip() == "['tinyvmm', 'tinyvmm.grammar', 'tinyvmm.ninep', 'tinyvmm.views']"

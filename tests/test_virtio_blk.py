@@ -22,6 +22,7 @@ from tinyvmm.devices.virtio.blk import VirtioBlk
 from tinyvmm.disks import files
 from tinyvmm.disks.raw import RawDisk
 from tinyvmm.errors import ConfigError
+from tinyvmm.views import cut
 
 HEADER = Path("/usr/include/linux/virtio_blk.h")
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -553,7 +554,7 @@ def test_moving_bytes_goes_on_after_a_short_read_or_write(
     real_read, real_write = os.preadv, os.pwritev
 
     def some(views: Sequence[memoryview]) -> list[memoryview]:
-        return files.cut(views, 0, 7)
+        return cut(views, 0, 7)
 
     monkeypatch.setattr(os, "preadv", lambda fd, v, at: real_read(fd, some(v), at))
     monkeypatch.setattr(os, "pwritev", lambda fd, v, at: real_write(fd, some(v), at))

@@ -29,8 +29,8 @@ from tinyvmm.grammar import Decode, Take, decoder, encoder
 from tinyvmm.grammar import ProtocolError as ProtocolError
 from tinyvmm.grammar import Qid as Qid
 from tinyvmm.grammar import Record as Record
+from tinyvmm.views import Views, cut, scatter
 
-Views = Sequence[memoryview]
 Data = bytes | list[memoryview]  # counted bytes; views when decoded in place
 
 PLAN9 = ("", ".u")  # messages that Linux's dialect replaced
@@ -791,7 +791,8 @@ class Dialect:
             size = len(data)
         if size > limit:
             raise ProtocolError(f"{kind.__name__} of {size} bytes where {limit} were agreed")
-        scatter(reply, data)
+        if scatter(reply, data) < len(data):
+            raise ProtocolError(f"no room for {len(data)} bytes")
         return size
 
     def encode_records(self, records: Sequence[Record]) -> bytes:
@@ -836,43 +837,10 @@ TWRITE = struct.Struct("<IBHIQI")  # all of a Twrite but its data
 RREAD = struct.Struct("<IBHI")  # and of Rread and Rreaddir
 
 
-def cut(views: Views, start: int, count: int) -> list[memoryview]:
-    """Give the views' bytes from `start` on, `count` at most, as views of the same memory."""
-    pieces = []
-    for view in views:
-        size = len(view)
-        if start >= size:
-            start -= size
-            continue
-        if count <= 0:
-            break
-        piece = view[start : start + count] if start or count < size else view
-        pieces.append(piece)
-        count -= len(piece)
-        start = 0
-    return pieces
-
-
 def room(reply: Views, kind: type[Message], count: int) -> list[memoryview]:
     """Where the data of a reply of this kind belongs: `count` bytes, fewer if the views end."""
     assert kind is Rread or kind is Rreaddir  # noqa: S101 - nothing else carries data
     return cut(reply, RREAD.size, count)
-
-
-def scatter(views: Views, data: bytes) -> int:
-    """Copy `data` into the views, from their first byte on; ProtocolError if it does not fit."""
-    size = len(data)
-    if views and size <= len(views[0]):
-        views[0][:size] = data
-        return size
-    done = 0
-    for view in views:
-        piece = data[done : done + len(view)]
-        view[: len(piece)] = piece
-        done += len(piece)
-    if done < size:
-        raise ProtocolError(f"{size} bytes do not fit {done}")
-    return done
 
 
 class Framer:

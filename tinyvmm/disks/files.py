@@ -22,6 +22,7 @@ import struct
 from collections.abc import Sequence
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.views import cut, size_of
 
 SECTOR = 512
 _IOV_MAX = 1024
@@ -105,25 +106,9 @@ def file_size(fd: int) -> int:
 # --- bytes ------------------------------------------------------------------------------------
 
 
-def cut(views: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
-    """Return the part of `views`, taken for one stretch of bytes, that `start` and `length` say."""
-    part = []
-    for view in views:
-        if start >= len(view):
-            start -= len(view)
-            continue
-        piece = view[start : start + length]
-        part.append(piece)
-        length -= len(piece)
-        if not length:
-            break
-        start = 0
-    return part
-
-
 def read_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
     """Fill `views` from the file at `offset`."""
-    wanted = sum([len(view) for view in views])
+    wanted = size_of(views)
     while wanted:
         got = os.preadv(fd, views[:_IOV_MAX], offset)
         if got == wanted:
@@ -133,19 +118,19 @@ def read_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
             return
         wanted -= got
         offset += got
-        views = cut(views, got, wanted)
+        views = cut(views, got)
 
 
 def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
     """Write `views` to the file at `offset`."""
-    wanted = sum([len(view) for view in views])
+    wanted = size_of(views)
     while wanted:
         put = os.pwritev(fd, views[:_IOV_MAX], offset)
         if put == wanted:
             return
         wanted -= put
         offset += put
-        views = cut(views, put, wanted)
+        views = cut(views, put)
 
 
 def fill_zeros(views: Sequence[memoryview]) -> None:

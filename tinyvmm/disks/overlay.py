@@ -46,6 +46,7 @@ from tinyvmm.disks.qcow2 import (
     Source,
 )
 from tinyvmm.errors import ConfigError
+from tinyvmm.views import cut
 
 CLUSTER_BITS = 16
 _REFCOUNT_ORDER = 4  # 16 bits
@@ -189,7 +190,7 @@ class OverlayDisk(Qcow2Image):
         with self._lock:
             at = 0
             for run in self._runs(offset, sum([len(view) for view in views])):
-                part = files.cut(views, at, run.length)
+                part = cut(views, at, run.length)
                 if run.kind == DATA:
                     files.write_all(self.fd, part, self._own(run.host))
                 else:

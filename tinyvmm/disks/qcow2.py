@@ -30,6 +30,7 @@ from typing import NamedTuple, Protocol
 from tinyvmm.disks import files
 from tinyvmm.disks.raw import check_size
 from tinyvmm.errors import ConfigError
+from tinyvmm.views import cut
 
 MAGIC = b"QFI\xfb"
 HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -211,7 +212,7 @@ class Qcow2Image:
         runs = self._runs(offset, length)
         at = 0
         for run in runs:
-            part = views if len(runs) == 1 else files.cut(views, at, run.length)
+            part = views if len(runs) == 1 else cut(views, at, run.length)
             if run.kind == DATA:
                 files.read_all(self.fd, part, run.host)
             elif run.kind == BELOW:
@@ -226,9 +227,9 @@ class Qcow2Image:
         below = self.backing
         there = 0 if below is None else max(0, min(length, below.size - offset))
         if there and below is not None:
-            below.read_into(files.cut(views, 0, there), offset)
+            below.read_into(cut(views, 0, there), offset)
         if there < length:
-            files.fill_zeros(files.cut(views, there, length - there))
+            files.fill_zeros(cut(views, there, length - there))
 
     def _read_compressed(self, views: Sequence[memoryview], entry: int, start: int) -> None:
         with self._lock:

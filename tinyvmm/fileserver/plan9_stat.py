@@ -22,6 +22,7 @@ from tinyvmm.fileserver.fid import failure
 from tinyvmm.fileserver.tree import DirEntry, Node, OpenFile
 from tinyvmm.fileserver.users import name_of_group, name_of_user
 from tinyvmm.ninep import Dialect, Stat
+from tinyvmm.views import scatter
 
 SET_BITS = {
     stat.S_ISUID: ninep.DMSETUID,
@@ -133,7 +134,7 @@ class Directory:
                 records.append(record)
                 size += len(record)
                 cookie = after
-            ninep.scatter(buffers, b"".join(records))
+            scatter(buffers, b"".join(records))
             self._cookie = cookie
             self._offset += size
             return size

@@ -49,6 +49,7 @@ from tinyvmm.fileserver.pool import Pool
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, Node, OpenFile, Tree
 from tinyvmm.fileserver.xattr import XattrReader
 from tinyvmm.ninep import Dialect, Message, Qid
+from tinyvmm.views import cut, scatter, size_of
 
 FIDS_MAX = 1 << 20  # v9fs keeps one for every name it has cached
 IN_FLIGHT_MAX = 256  # requests that wait, each with up to msize bytes; flushed ones wait as well
@@ -191,10 +192,10 @@ class Session:
 
         size.start(later)
         ready.wait()
-        try:
-            return ninep.scatter(reply, finishes[0]() or b"")
-        except ninep.ProtocolError:
+        late = finishes[0]() or b""
+        if len(late) > size_of(reply):
             return self._too_big(reply, size.tag)
+        return scatter(reply, late)
 
     def close(self) -> None:
         """End the session: forget every request and every fid, close every file."""
@@ -254,7 +255,7 @@ class Session:
 
     def _refuse(self, request: Sequence[memoryview]) -> tuple[int, Message]:
         """Answer what is no message, under its tag if it got that far."""
-        head = b"".join(ninep.cut(request, 0, ninep.HEADER.size))
+        head = b"".join(cut(request, 0, ninep.HEADER.size))
         if len(head) < ninep.HEADER.size:
             return ninep.NOTAG, self.error(EPROTO)
         _, number, tag = ninep.HEADER.unpack(head)
@@ -465,7 +466,7 @@ class Session:
         buffers = self.room(ninep.Rread, m.count)
         count = file.readv_now(buffers, offset)
         if count is not None:
-            return ninep.Rread(ninep.cut(buffers, 0, count))
+            return ninep.Rread(cut(buffers, 0, count))
         wanted = sum([len(buffer) for buffer in buffers])
 
         def read() -> ninep.Data:

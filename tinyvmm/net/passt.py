@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.net.pump import Pump
+from tinyvmm.views import scatter, size_of
 
 _CHUNK = 128 * 1024
 _length = struct.Struct(">I")
@@ -51,21 +52,21 @@ class Frames:
             if self._unsent:
                 self.pump.want_write()
                 return False
-            head = _length.pack(sum(map(len, views)))
+            head = _length.pack(size_of(views))
             sent = self.sock.sendmsg([head, *views])
         except BlockingIOError:
             raise
         except OSError:
             self._end()
             return True
-        if sent < len(head) + sum(map(len, views)):
+        if sent < len(head) + size_of(views):
             self._unsent = b"".join([head, *views])[sent:]
             self.pump.want_write()
         return True
 
     def receive(self, views: Sequence[memoryview]) -> int | None:
         """Give the next frame that has come whole."""
-        room = sum(map(len, views))
+        room = size_of(views)
         while True:
             if len(self._received) >= _length.size:
                 (length,) = _length.unpack_from(self._received)
@@ -75,7 +76,7 @@ class Frames:
                     del self._received[:end]
                     if length > room:
                         continue
-                    return _scatter(views, frame)
+                    return scatter(views, frame)
                 if length > _CHUNK:
                     self._end()  # no frame is that long: it talks of something else
                     return None
@@ -137,12 +138,3 @@ class Passt:
         self.frames.close()
         self._process.terminate()
         self._process.communicate()
-
-
-def _scatter(views: Sequence[memoryview], data: bytes) -> int:
-    done = 0
-    for view in views:
-        part = data[done : done + len(view)]
-        view[: len(part)] = part
-        done += len(part)
-    return done

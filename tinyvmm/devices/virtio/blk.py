@@ -34,6 +34,7 @@ from tinyvmm import trace
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
 from tinyvmm.errors import ConfigError
+from tinyvmm.views import cut, scatter, size_of
 
 VIRTIO_ID_BLOCK = 2
 SECTOR = 512
@@ -179,11 +180,11 @@ class VirtioBlk(VirtioDevice):
         work: Callable[[], None] | None = None
         try:
             if kind == VIRTIO_BLK_T_IN:
-                filled = _length(room)
+                filled = size_of(room)
                 self._disk.read_into(room, self._place(sector, filled))
             elif kind == VIRTIO_BLK_T_OUT:
                 self._must_write()
-                self._disk.write_from(data, self._place(sector, _length(data)))
+                self._disk.write_from(data, self._place(sector, size_of(data)))
                 if not self.driver_features & VIRTIO_BLK_F_FLUSH:
                     work = self._disk.flush
             elif kind == VIRTIO_BLK_T_FLUSH:
@@ -220,7 +221,7 @@ class VirtioBlk(VirtioDevice):
         """Return what to do for a DISCARD or WRITE_ZEROES, once all of it is known to be right."""
         self._must_write()
         is_discard = kind == VIRTIO_BLK_T_DISCARD
-        count, rest = divmod(_length(data), _range.size)
+        count, rest = divmod(size_of(data), _range.size)
         if rest or not 1 <= count <= (DISCARD_SEG_MAX if is_discard else 1):
             raise OSError(f"{count} ranges and {rest} bytes")
         sectors_max = DISCARD_SECTORS_MAX if is_discard else ZEROES_SECTORS_MAX
@@ -324,10 +325,6 @@ class _Unsupported(Exception):  # noqa: N818 (no error: an answer)
     """The request is one for UNSUPP."""
 
 
-def _length(views: list[memoryview]) -> int:
-    return sum([len(view) for view in views])
-
-
 def _parse(readable: list[memoryview]) -> tuple[int, int, list[memoryview]]:
     """Return type and sector of a request, and the data behind its header; type -1 if cut off."""
     if readable and len(readable[0]) >= _header.size:
@@ -335,27 +332,18 @@ def _parse(readable: list[memoryview]) -> tuple[int, int, list[memoryview]]:
         kind, _, sector = _header.unpack_from(first)
         rest = readable[1:]
         return kind, sector, rest if len(first) == _header.size else [first[16:], *rest]
-    header = b""
-    for index, view in enumerate(readable):
-        wanted = _header.size - len(header)
-        header += bytes(view[:wanted])
-        if len(header) == _header.size:
-            kind, _, sector = _header.unpack(header)
-            rest = readable[index + 1 :]
-            return kind, sector, [view[wanted:], *rest] if len(view) > wanted else rest
-    return -1, 0, []
+    header = b"".join(cut(readable, 0, _header.size))
+    if len(header) < _header.size:
+        return -1, 0, []
+    kind, _, sector = _header.unpack(header)
+    return kind, sector, cut(readable, _header.size)
 
 
 def _scatter(views: list[memoryview], data: bytes) -> int:
     """Put all of `data` into `views` and return its length; OSError if it does not fit."""
-    if _length(views) < len(data):
-        raise OSError(f"room for {_length(views)} of {len(data)} bytes")
-    done = 0
-    for view in views:
-        piece = data[done : done + len(view)]
-        view[: len(piece)] = piece
-        done += len(piece)
-    return done
+    if size_of(views) < len(data):
+        raise OSError(f"room for {size_of(views)} of {len(data)} bytes")
+    return scatter(views, data)
 
 
 def _reply(queue: Virtqueue, chain: Chain, status: int, filled: int) -> None:
@@ -365,5 +353,5 @@ def _reply(queue: Virtqueue, chain: Chain, status: int, filled: int) -> None:
     """
     last = chain.writable[-1]
     last[len(last) - 1] = status
-    whole = _length(chain.writable)
+    whole = size_of(chain.writable)
     queue.push(chain, whole if filled == whole - 1 else filled)

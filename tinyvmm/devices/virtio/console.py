@@ -34,7 +34,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinyvmm.devices.virtio.device import VirtioDevice
-from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+from tinyvmm.devices.virtio.queue import Virtqueue
+from tinyvmm.views import scatter, size_of
 
 VIRTIO_ID_CONSOLE = 3
 VIRTIO_CONSOLE_F_MULTIPORT = 1 << 1
@@ -185,7 +186,7 @@ class VirtioConsole(VirtioDevice):
         queue = self.queues[CONTROL_RX]
         while self._pending and (chain := queue.pop()) is not None:
             message = memoryview(self._pending.popleft())
-            written = _fill(chain, message)
+            written = scatter(chain.writable, message)
             queue.push(chain, written)
             if written < len(message):
                 self.fail(f"control receiveq: a buffer of {written} bytes")
@@ -201,7 +202,7 @@ class VirtioConsole(VirtioDevice):
         queue = self.queues[2 * port.id + 3]
         if not self.running or (chain := queue.pop()) is None:
             return b""
-        if not 1 <= sum(map(len, chain.readable)) <= OUTPUT_MAX:
+        if not 1 <= size_of(chain.readable) <= OUTPUT_MAX:
             self.fail(f"port {port.id}: a chain without data, or past {OUTPUT_MAX} bytes of it")
             return b""
         data = b"".join(chain.readable)
@@ -224,7 +225,7 @@ class VirtioConsole(VirtioDevice):
             rest = memoryview(data)
             queue = self.queues[2 * port.id + 2]
             while rest and (chain := queue.pop()) is not None:
-                written = _fill(chain, rest)
+                written = scatter(chain.writable, rest)
                 if not written:
                     self.fail(f"port {port.id}: a receive buffer without room")
                     break
@@ -267,18 +268,6 @@ class VirtioConsole(VirtioDevice):
                 port.ready, port.guest_open = known["ready"], known["guest_open"]
                 port.closed = known["closed"]
                 port.kept = deque(bytes.fromhex(data) for data in known["kept"])
-
-
-def _fill(chain: Chain, data: memoryview) -> int:
-    """Copy the beginning of `data` into the chain's writable part; return how much."""
-    done = 0
-    for buffer in chain.writable:
-        part = data[done : done + len(buffer)]
-        if not part:
-            break
-        buffer[: len(part)] = part
-        done += len(part)
-    return done
 
 
 def _nothing() -> None:

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from tinyvmm.devices.virtio.device import DRIVER_OK, VirtioDevice
 from tinyvmm.devices.virtio.queue import Virtqueue
+from tinyvmm.views import cut, scatter, size_of
 
 VIRTIO_ID_NET = 1
 VIRTIO_NET_F_CSUM = 1 << 0
@@ -115,9 +116,9 @@ class VirtioNet(VirtioDevice):
     def _transmit(self, queue: Virtqueue) -> None:
         skipped = 0 if self._backend.vnet_header else HEADER_LEN
         while (chain := queue.pop()) is not None:
-            length = sum(map(len, chain.readable)) - HEADER_LEN
+            length = size_of(chain.readable) - HEADER_LEN
             if FRAME_MIN <= length <= FRAME_MAX and not self._backend.send(
-                _from(chain.readable, skipped)
+                cut(chain.readable, skipped)
             ):
                 queue.unpop()
                 return
@@ -138,7 +139,7 @@ class VirtioNet(VirtioDevice):
                 if chain is None:  # until there is room; the driver will tell
                     self._backend.watch(readable=False)
                     return
-                if sum(map(len, chain.writable)) < HEADER_LEN + FRAME_MIN:
+                if size_of(chain.writable) < HEADER_LEN + FRAME_MIN:
                     self.fail("receiveq: a buffer without room for a frame")
                     return
                 written = self._receive(chain.writable)
@@ -152,34 +153,10 @@ class VirtioNet(VirtioDevice):
         if self._backend.vnet_header:
             count = self._backend.receive(views)
             if count is not None:
-                _put(views, 10, b"\1\0")  # num_buffers
+                scatter(views, b"\1\0", 10)  # num_buffers
             return count
-        count = self._backend.receive(_from(views, HEADER_LEN))
+        count = self._backend.receive(cut(views, HEADER_LEN))
         if count is None:
             return None
-        _put(views, 0, _NO_OFFLOAD)
+        scatter(views, _NO_OFFLOAD)
         return HEADER_LEN + count
-
-
-def _from(views: Sequence[memoryview], start: int) -> list[memoryview]:
-    """The bytes from `start` on, as views of the same memory."""
-    if not start:
-        return list(views)
-    pieces = []
-    for view in views:
-        if start >= len(view):
-            start -= len(view)
-            continue
-        pieces.append(view[start:])
-        start = 0
-    return pieces
-
-
-def _put(views: Sequence[memoryview], start: int, data: bytes) -> None:
-    """Write `data` at `start`."""
-    for view in _from(views, start):
-        part = data[: len(view)]
-        view[: len(part)] = part
-        data = data[len(part) :]
-        if not data:
-            return

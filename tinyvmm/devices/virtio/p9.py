@@ -23,6 +23,7 @@ from typing import Protocol
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
 from tinyvmm.errors import ConfigError
+from tinyvmm.views import scatter, size_of
 
 VIRTIO_ID_9P = 9
 VIRTIO_9P_MOUNT_TAG = 1 << 0
@@ -89,7 +90,8 @@ class Virtio9P(VirtioDevice):
             with self.lock:
                 reply = finish()
                 if reply is not None and self.running and resets == self._resets:
-                    queue.push(chain, _scatter(chain.writable, reply))
+                    fits = len(reply) <= size_of(chain.writable)
+                    queue.push(chain, scatter(chain.writable, reply) if fits else 0)
 
         return later
 
@@ -98,15 +100,3 @@ class Virtio9P(VirtioDevice):
         super().reset()
         self._resets += 1
         self._session.close()
-
-
-def _scatter(buffers: list[memoryview], data: bytes) -> int:
-    """Copy `data` into `buffers`; gives the bytes copied, 0 if it does not fit."""
-    if len(data) > sum([len(buffer) for buffer in buffers]):
-        return 0
-    done = 0
-    for buffer in buffers:
-        piece = data[done : done + len(buffer)]
-        buffer[: len(piece)] = piece
-        done += len(piece)
-    return done

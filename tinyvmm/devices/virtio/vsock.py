@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+from tinyvmm.views import cut, scatter, size_of
 
 VIRTIO_ID_VSOCK = 19
 VMADDR_CID_HOST = 2
@@ -154,7 +155,7 @@ class VirtioVsock(VirtioDevice):
     # --- what the guest says ----------------------------------------------------------------
 
     def _packet(self, chain: Chain) -> None:
-        data = _cut(chain.readable, 0, _header.size)
+        data = cut(chain.readable, 0, _header.size)
         head = b"".join(data)
         if len(head) < _header.size:
             return
@@ -164,8 +165,8 @@ class VirtioVsock(VirtioDevice):
         if (source, target) != (self.cid, VMADDR_CID_HOST):
             return  # to nobody we know of, who cannot answer
         connection = self._connections.get((guest_port, host_port))
-        body = _cut(chain.readable, _header.size, length)
-        if kind != VIRTIO_VSOCK_TYPE_STREAM or sum(map(len, body)) != length:
+        body = cut(chain.readable, _header.size, length)
+        if kind != VIRTIO_VSOCK_TYPE_STREAM or size_of(body) != length:
             self._refuse(connection, guest_port, host_port, op)
             return
         if connection is None:
@@ -223,7 +224,7 @@ class VirtioVsock(VirtioDevice):
                 self._abort(connection)
                 return
             self._forwarded(connection, taken)
-        for view in _cut(body, taken, length):
+        for view in cut(body, taken):
             connection.waiting += view
 
     def _refuse(
@@ -335,11 +336,11 @@ class VirtioVsock(VirtioDevice):
     def _send_data(self, connection: Connection, chain: Chain) -> bool:
         """Fill a chain with a packet of data; whether there may be more."""
         rx = self.queues[RX]
-        room = sum(map(len, chain.writable)) - _header.size
+        room = size_of(chain.writable) - _header.size
         if room <= 0:
             self.fail(f"rx: a buffer of {room + _header.size} bytes")
             return False
-        views = _cut(chain.writable, _header.size, min(room, connection.credit()))
+        views = cut(chain.writable, _header.size, min(room, connection.credit()))
         try:
             count = connection.peer.receive(views) if connection.peer is not None else None
         except OSError:
@@ -388,7 +389,7 @@ class VirtioVsock(VirtioDevice):
             chain = rx.pop()
             if chain is None:
                 return
-            if sum(map(len, chain.writable)) < _header.size:
+            if size_of(chain.writable) < _header.size:
                 self.fail("rx: a buffer without room for a header")
                 return
             if isinstance(who, Connection):
@@ -416,21 +417,14 @@ class VirtioVsock(VirtioDevice):
             BUF_ALLOC,
             connection.forwarded & _U32,
         )
-        done = 0
-        for view in _cut(chain.writable, 0, _header.size):
-            view[:] = head[done : done + len(view)]
-            done += len(view)
+        scatter(chain.writable, head)
 
     def _flush_event(self) -> None:
         queue = self.queues[EVENT]
         if self._transport_reset and (chain := queue.pop()) is not None:
             self._transport_reset = False
             data = struct.pack("<I", VIRTIO_VSOCK_EVENT_TRANSPORT_RESET)
-            done = 0
-            for view in _cut(chain.writable, 0, len(data)):
-                view[:] = data[done : done + len(view)]
-                done += len(view)
-            queue.push(chain, done)
+            queue.push(chain, scatter(chain.writable, data))
 
     # --- state ------------------------------------------------------------------------------
 
@@ -470,19 +464,3 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
-
-
-def _cut(views: Sequence[memoryview], start: int, count: int) -> list[memoryview]:
-    """The bytes from `start` on, `count` at most, as views of the same memory."""
-    pieces = []
-    for view in views:
-        if start >= len(view):
-            start -= len(view)
-            continue
-        if count <= 0:
-            break
-        piece = view[start : start + count]
-        pieces.append(piece)
-        count -= len(piece)
-        start = 0
-    return pieces

@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.linux.conftest import Runner
+from tinyvmm.lab import Lab
 
 pytestmark = pytest.mark.linux
 
@@ -53,7 +55,23 @@ say errors "$(dmesg --level=emerg,alert,crit,err | grep -vc 'PCI: Fatal')"
 """
 
 
-def test_processors_are_told_apart_come_and_go_and_work_at_once(guest: Runner) -> None:
+@pytest.fixture
+def on_one_cpu(guest: Runner) -> Iterator[Runner]:
+    """A lab of one processor, for a guest of several.
+
+    In a lab of two such a guest dies in one run of three: a page of its kernel is found not present
+    right after a VMRUN, or it panics. QEMU's own VMM (`-accel kvm -smp 3`) dies there as often, so
+    it is the emulation of SVM, on threads of which each is a processor. With one it never did.
+    """
+    if guest.lab is None:
+        yield guest
+        return
+    with Lab(shares=[str(guest.shared)], cpus=1) as lab:
+        yield Runner(lab, guest.shared)
+
+
+def test_processors_are_told_apart_come_and_go_and_work_at_once(on_one_cpu: Runner) -> None:
+    guest = on_one_cpu
     live = guest.directory("smp")
     data = os.urandom(WORK)
     (live / "input").write_bytes(data)

@@ -12,6 +12,7 @@ from tinyvmm.guest.asm import at, ecx, edi, qword, rax, rbx, rcx, rdi, rdx, rsi
 from tinyvmm.guest.elf import Program
 
 HEADERS = [
+    "linux/memfd.h",
     "asm/unistd_64.h",
     "fcntl.h",
     "linux/mount.h",

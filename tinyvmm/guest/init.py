@@ -8,10 +8,10 @@ initramfs. That program
 3. starts the command on pipes or on a terminal, and carries bytes between those and the ports;
 4. when the command ends, ends every other process, reports, and powers the machine off.
 
-How to read it: parts 1 and 2 are a table, `setup_steps`: one `Step` is one system call, and all of
-them become code in the same few lines, `_emit_step`. A step that fails ends the guest and tells the
-host its index, which `describe_step` puts into words. Parts 3 and 4 are loops, in relay.py; what is
-said to the host is in protocol.py, and how in report.py.
+How to read it: parts 1 and 2 are a table, `setup_steps`: one `Step` is one system call (steps.py).
+A step that fails ends the guest and tells the host its index, which `describe_step` puts into
+words. Parts 3 and 4 are loops, in relay.py; what is said to the host is in protocol.py, and how in
+report.py. Meanwhile the host may send programs to start beside the command: programs.py.
 
 Strings are str (surrogateescape) as from os.fsdecode. The host's half is session.py.
 """
@@ -23,8 +23,9 @@ from typing import NamedTuple, TypeAlias
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi, relay
-from tinyvmm.guest.asm import Address, Memory, ebx, qword, rax
-from tinyvmm.guest.elf import Argument, Program
+from tinyvmm.guest.asm import qword
+from tinyvmm.guest.elf import Program
+from tinyvmm.guest.steps import ANYTHING, Step, Value, birth_steps, check_command, emit_step
 
 NEW_ROOT = "/newroot"  # where the initramfs mounts what becomes the root
 
@@ -139,6 +140,8 @@ class InitConfig(NamedTuple):
     """Rows and columns of the command's terminal, or None to start it on three pipes."""
     console: int = 0
     """I of /dev/vport<I>p1 to 4: the index of the ports' device among the virtio devices."""
+    user: relay.User | None = None
+    """None for root, as PID 1 is."""
     umask: int = 0o022
     sync: bool = True
     """Write dirty data back before reporting the end."""
@@ -156,38 +159,6 @@ def search_path(command: str, path: str) -> tuple[str, ...]:
 
 
 # --- the table -----------------------------------------------------------------------------
-class Value(NamedTuple):
-    """An argument that is the content of a variable: 4 or 8 bytes at an offset."""
-
-    variable: str
-    offset: int = 0
-    size: int = 8
-
-
-class Place(NamedTuple):
-    """An argument that is the address of a variable."""
-
-    variable: str
-
-
-StepArgument: TypeAlias = int | str | bytes | Value | Place
-ANYTHING = tuple(range(1, 134))  # every errno there is
-
-
-class Step(NamedTuple):
-    """One system call of the setup. A str is passed as a C string, bytes by their address."""
-
-    says: str
-    number: int
-    arguments: tuple[StepArgument, ...]
-    into: str | None = None
-    """The variable that keeps the result."""
-    tolerates: tuple[int, ...] = ()
-    """What errors are as good as success."""
-    patience_ms: int = 0
-    """How long to try again while the answer is ENOENT or ENXIO: devices arrive when they do."""
-
-
 def setup_steps(config: InitConfig) -> tuple[Step, ...]:
     """Every step from the first instruction to the command's birth; vfork is the last."""
     return (*_steps_to_the_host(config), *_steps_to_the_command(config))
@@ -253,7 +224,6 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
     hostname = config.hostname.encode()
     lo_up = struct.pack("16sH22x", b"lo", abi.IFF_UP | abi.IFF_RUNNING)  # struct ifreq
     open_files = struct.pack("<QQ", 1 << 10, 1 << 20)  # struct rlimit64: soft, hard
-    every_signal, only_sigchld = b"\xff" * 8, struct.pack("<Q", 1 << (abi.SIGCHLD - 1))
     steps += [
         Step("set the host name", abi.SYS_SETHOSTNAME, (hostname, len(hostname))),
         Step(
@@ -278,18 +248,8 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
             (0, abi.RLIMIT_NOFILE, open_files, 0),
             tolerates=(errno.EPERM,),  # fs.nr_open is below that: the kernel's own limits stand
         ),
-        Step("block signals", abi.SYS_RT_SIGPROCMASK, (abi.SIG_SETMASK, every_signal, 0, 8)),
-        Step(
-            "make a descriptor of SIGCHLD",
-            abi.SYS_SIGNALFD4,
-            (-1, only_sigchld, 8, abi.SFD_NONBLOCK | abi.SFD_CLOEXEC),
-            into="children",
-        ),
+        *birth_steps(config.terminal),
     ]
-    steps += _terminal_steps(config.terminal) if config.terminal else _pipe_steps()
-    # A vforked parent sleeps until its child has executed a program or ended, and they share
-    # memory meanwhile: when it wakes, it can simply read whether execve failed.
-    steps.append(Step("start a process", abi.SYS_VFORK, (), into="command"))
     return steps
 
 
@@ -366,40 +326,10 @@ def _filesystem(item: Filesystem) -> list[Step]:
             ]
 
 
-def _pipe_steps() -> list[Step]:
-    """Three pipes; only our ends of them do not block."""
-    steps: list[Step] = []
-    for name, our_end in (("stdin", 4), ("stdout", 0), ("stderr", 0)):
-        pipe = f"{name} pipe"
-        ours = Value(pipe, our_end, 4)
-        steps += [
-            Step(f"make the {pipe}", abi.SYS_PIPE2, (Place(pipe), abi.O_CLOEXEC)),
-            Step(f"unblock the {pipe}", abi.SYS_FCNTL, (ours, abi.F_SETFL, abi.O_NONBLOCK)),
-        ]
-    return steps
-
-
-def _terminal_steps(size: tuple[int, int]) -> list[Step]:
-    """A pseudo terminal: `master` is ours, `terminal` the command's."""
-    flags = abi.O_RDWR | abi.O_NOCTTY | abi.O_CLOEXEC
-    master = Value("master")
-    winsize = struct.pack("<4H", *size, 0, 0)
-    return [
-        Step("open /dev/ptmx", abi.SYS_OPEN, ("/dev/ptmx", flags | abi.O_NONBLOCK), into="master"),
-        Step("unlock the terminal", abi.SYS_IOCTL, (master, abi.TIOCSPTLCK, bytes(4))),
-        Step("open the terminal", abi.SYS_IOCTL, (master, abi.TIOCGPTPEER, flags), into="terminal"),
-        Step("size the terminal", abi.SYS_IOCTL, (master, abi.TIOCSWINSZ, winsize)),
-    ]
-
-
 # --- the program ---------------------------------------------------------------------------
 def build_init(config: InitConfig) -> bytes:
     """The executable. Raises ConfigError for what can't be passed to a program."""
-    for text in (*config.commands, *config.argv, *config.env, config.cwd, config.hostname):
-        if "\0" in text:
-            raise ConfigError(f"{text!r} holds a NUL, which no program can be given; remove it")
-    if not config.commands or not config.argv:
-        raise ConfigError("there is no command to run; give one after --")
+    check_command(config.commands, config.argv, (*config.env, config.hostname), config.cwd)
     if len(config.hostname.encode()) > 64:
         raise ConfigError(f"host name {config.hostname!r} is longer than 64 bytes; shorten it")
     p = Program()
@@ -409,10 +339,10 @@ def build_init(config: InitConfig) -> bytes:
     p.label("_start")
     p.mov(qword["control"], -1)
     for index, step in enumerate(early):
-        _emit_step(p, index, step)
+        emit_step(p, index, step)
     p.call("await host")
     for index, step in enumerate(late, start=len(early)):
-        _emit_step(p, index, step)
+        emit_step(p, index, step)
     relay.emit(
         p,
         relay.Command(
@@ -421,51 +351,9 @@ def build_init(config: InitConfig) -> bytes:
             env=config.env,
             cwd=config.cwd,
             terminal=config.terminal is not None,
+            user=config.user,
             sync=config.sync,
             await_goodbye=config.await_goodbye,
         ),
     )
     return p.link()
-
-
-def _emit_step(p: Program, index: int, step: Step) -> None:
-    again, failed, done = (f"step {index} {what}" for what in ("again", "failed", "done"))
-    if step.patience_ms:
-        p.mov(ebx, step.patience_ms)
-    p.label(again)
-    p.system_call(step.number, *(_argument(p, argument) for argument in step.arguments))
-    if step.into:
-        p.mov(qword[step.into], rax)
-    if step.tolerates is not ANYTHING:
-        p.test(rax, rax)
-        p.jns(done)
-        for error in step.tolerates:
-            p.cmp(rax, -error)
-            p.je(done)
-        if step.patience_ms:
-            p.cmp(rax, -errno.ENOENT)
-            p.je(f"step {index} wait")
-            p.cmp(rax, -errno.ENXIO)
-            p.jne(failed)
-            p.label(f"step {index} wait")
-            p.dec(ebx)
-            p.js(failed)
-            p.call("nap")
-            p.jmp(again)
-        p.label(failed)
-        relay.emit_failure(p, index, step.says)
-    p.label(done)
-
-
-def _argument(p: Program, argument: StepArgument) -> Argument:
-    match argument:
-        case str():
-            return p.string(argument)
-        case bytes():
-            return p.constant(argument)
-        case Value(variable, offset, size):
-            return Memory(Address(label=variable, disp=offset), size)
-        case Place(variable):
-            return variable
-        case _:
-            return argument

@@ -22,10 +22,11 @@ pollfd; the rest is free for all.
 """
 
 import errno
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tinyvmm.guest import abi, report
+from tinyvmm.guest import abi, programs, report
 from tinyvmm.guest.asm import (
     Address,
     at,
@@ -53,6 +54,7 @@ from tinyvmm.guest.asm import (
 from tinyvmm.guest.elf import Program
 from tinyvmm.guest.protocol import (
     EXEC_FAILED,
+    EXECUTE,
     EXITED,
     GOODBYE,
     RECORD_LEN,
@@ -77,6 +79,14 @@ SIGNALFD_SIGINFO_LEN = 128
 LAST_WORDS_MS = 2_000  # for a killed process to give up its end of a pipe
 
 
+class User(NamedTuple):
+    """Whom a command runs as."""
+
+    uid: int
+    gid: int
+    groups: Sequence[int] = ()
+
+
 class Command(NamedTuple):
     """What to start and how; as in init.InitConfig."""
 
@@ -85,8 +95,11 @@ class Command(NamedTuple):
     env: Sequence[str]
     cwd: str
     terminal: bool
-    sync: bool
-    await_goodbye: bool
+    user: User | None = None
+    sync: bool = True
+    await_goodbye: bool = False
+    alone: bool = True
+    """Whether the guest is there for this command, and ends with it: so it is for PID 1."""
 
 
 class Relay(NamedTuple):
@@ -138,14 +151,16 @@ def emit(p: Program, command: Command) -> None:
         for name in ("stdin pipe", "stdout pipe", "stderr pipe"):
             p.variable(name)
     _start(p, command, relays)
-    _loop(p, relays)
+    _loop(p, relays, command)
     _end(p, command)
     _setup_failed(p)
     _prepare(p)
     _pump(p)
     _finish(p)
-    _reap(p)
-    _read_control(p, terminal=command.terminal)
+    _reap(p, command)
+    _read_control(p, command)
+    if command.alone:
+        programs.emit(p)
     report.emit(p)
 
 
@@ -161,6 +176,8 @@ def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
         p.system_call(abi.SYS_IOCTL, 0, abi.TIOCSCTTY, 0)
     p.system_call(abi.SYS_RT_SIGPROCMASK, abi.SIG_SETMASK, p.constant(bytes(8)), 0, 8)
     p.system_call(abi.SYS_CHDIR, p.string(command.cwd))
+    if command.user is not None:
+        _become(p, command.user)
     # As execvp(3): what is not there is passed over, a missing permission remembered. The parent
     # shares our memory, so the error goes there only when nothing is left to try.
     argv, env = p.strings(command.argv), p.strings(command.env)
@@ -207,7 +224,22 @@ def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
         p.mov(dword[at("polls") + pollfd + EVENTS], abi.POLLIN)
 
 
-def _loop(p: Program, relays: Sequence[Relay]) -> None:
+def _become(p: Program, user: User) -> None:
+    """Take a user's ids, the last thing first that only root may do."""
+    groups = struct.pack(f"<{len(user.groups)}I", *user.groups)
+    for number, *arguments in (
+        (abi.SYS_SETGROUPS, len(user.groups), p.constant(groups)),
+        (abi.SYS_SETGID, user.gid),
+        (abi.SYS_SETUID, user.uid),
+    ):
+        p.system_call(number, *arguments)
+        p.mov(r12, rax)
+        p.neg(r12)
+        p.test(rax, rax)
+        p.jne("no command")
+
+
+def _loop(p: Program, relays: Sequence[Relay], command: Command) -> None:
     """Wait until something can be done, do it, and again; until the command has ended."""
     p.label("loop")
     p.xor(r13d, r13d)  # how many relays hold bytes
@@ -216,7 +248,8 @@ def _loop(p: Program, relays: Sequence[Relay]) -> None:
     p.cmp(qword["ending"], 0)
     p.je("wait")
     # Every process is dead, so each pipe ends as soon as the host has taken what is in it. But one
-    # that cannot die, waiting for a device, holds its pipe open: it gets LAST_WORDS_MS.
+    # that cannot die, waiting for a device, holds its pipe open: it gets LAST_WORDS_MS. Where the
+    # others live on, their output is not this command's: what it wrote is in the pipes already.
     for number in range(1, len(relays)):
         p.cmp(qword[at("relays") + number * ROW_LEN + IN], FINISHED)
         p.jne("unfinished")
@@ -224,14 +257,14 @@ def _loop(p: Program, relays: Sequence[Relay]) -> None:
     p.label("unfinished")
     p.test(r13d, r13d)
     p.jne("wait")
-    p.mov(rdx, LAST_WORDS_MS)
+    p.load(rdx, LAST_WORDS_MS if command.alone else 0)
     p.label("wait")
     p.system_call(abi.SYS_POLL, "polls", 2 + 2 * len(relays), rdx)
     p.test(rax, rax)
     p.je("end")
     p.js("loop")
     p.test(word[at("polls") + CONTROL_POLLFD + REVENTS], HUNG_UP)
-    p.jne("end")  # the host is gone, and with it the reason to go on
+    p.jne("end" if command.alone else "deserted")  # for PID 1, with the host its reason to go on
     p.test(word[at("polls") + CONTROL_POLLFD + REVENTS], abi.POLLIN)
     p.je("no record")
     p.call("read control")
@@ -242,6 +275,10 @@ def _loop(p: Program, relays: Sequence[Relay]) -> None:
     p.label("no child")
     _for_each_row(p, relays, "pump")
     p.jmp("loop")
+    if not command.alone:  # whoever asked for the command has gone; it is done in peace
+        p.label("deserted")
+        p.mov(dword[at("polls") + CONTROL_POLLFD], FINISHED)
+        p.jmp("no record")
 
 
 def _for_each_row(p: Program, relays: Sequence[Relay], routine: str) -> None:
@@ -254,9 +291,10 @@ def _for_each_row(p: Program, relays: Sequence[Relay], routine: str) -> None:
 def _end(p: Program, command: Command) -> None:
     """Nothing is left to carry: end what still runs, report, power off."""
     p.label("end")
-    p.system_call(abi.SYS_KILL, -1, abi.SIGKILL)
-    if command.sync:
-        p.system_call(abi.SYS_SYNC)
+    if command.alone:
+        p.system_call(abi.SYS_KILL, -1, abi.SIGKILL)
+        if command.sync:
+            p.system_call(abi.SYS_SYNC)
     p.mov(edi, EXITED)
     p.mov(esi, dword["exit status"])
     p.label("report and power off")
@@ -272,10 +310,26 @@ def _end(p: Program, command: Command) -> None:
         p.call("read control")
         p.jmp("linger")
     p.label("power off")
+    if not command.alone:
+        _leave(p)
+        return
     magic = (abi.LINUX_REBOOT_MAGIC1, abi.LINUX_REBOOT_MAGIC2)
     p.system_call(abi.SYS_REBOOT, *magic, abi.LINUX_REBOOT_CMD_POWER_OFF, 0)
     p.call("nap")  # a board without power control; PID 1 must not exit
     p.jmp("power off")
+
+
+def _leave(p: Program) -> None:
+    """Exit as the command did, for PID 1 to tell: by its status, or its signal's 128 + N."""
+    p.mov(eax, dword["exit status"])
+    p.mov(edi, eax)
+    p.shr(edi, 8)
+    p.and_(eax, 0x7F)
+    p.je("leave")
+    p.lea(edi, ptr[rax + 128])
+    p.label("leave")
+    p.load(rax, abi.SYS_EXIT_GROUP)
+    p.syscall()
 
 
 def emit_failure(p: Program, index: int, says: str) -> None:
@@ -388,8 +442,8 @@ def _finish(p: Program) -> None:
     p.ret()
 
 
-def _reap(p: Program) -> None:
-    """Every child that has ended: the command, and orphans, which become ours."""
+def _reap(p: Program, command: Command) -> None:
+    """Every child that has ended: the command, programs of EXECUTE, and PID 1's orphans."""
     p.label("reap")
     p.system_call(abi.SYS_READ, qword["children"], "siginfo", SIGNALFD_SIGINFO_LEN)
     p.label("next child")
@@ -397,11 +451,12 @@ def _reap(p: Program) -> None:
     p.test(rax, rax)
     p.jle("reaped")
     p.cmp(rax, qword["command"])
-    p.jne("next child")
+    p.jne("executed has ended" if command.alone else "next child")
     p.mov(eax, dword["wait status"])
     p.mov(dword["exit status"], eax)
     p.mov(qword["ending"], 1)
-    p.system_call(abi.SYS_KILL, -1, abi.SIGKILL)
+    if command.alone:
+        p.system_call(abi.SYS_KILL, -1, abi.SIGKILL)
     p.lea(rbx, ptr["relays"])
     p.call("finish")  # the first row: nobody is left to read stdin
     p.jmp("next child")
@@ -409,16 +464,20 @@ def _reap(p: Program) -> None:
     p.ret()
 
 
-def _read_control(p: Program, *, terminal: bool) -> None:
+def _read_control(p: Program, command: Command) -> None:
     """Read what is missing of a record from the host; when it is whole, do as it says."""
+    terminal = command.terminal
     p.label("read control")
+    if command.alone:
+        p.cmp(qword["program left"], 0)
+        p.jne("read program")
     p.lea(rsi, ptr["incoming"])
     p.add(rsi, qword["incoming len"])
     p.mov(rdx, RECORD_LEN)
     p.sub(rdx, qword["incoming len"])
     p.system_call(abi.SYS_READ, qword["control"], rsi, rdx)
     p.test(rax, rax)
-    p.jle("obeyed")
+    p.jle("obeyed" if command.alone else "nothing read")
     p.add(qword["incoming len"], rax)
     p.cmp(qword["incoming len"], RECORD_LEN)
     p.jne("obeyed")
@@ -428,6 +487,9 @@ def _read_control(p: Program, *, terminal: bool) -> None:
     p.je("power off")
     p.cmp(eax, SIGNAL)
     p.je("signal")
+    if command.alone:
+        p.cmp(eax, EXECUTE)
+        p.je("execute")
     if terminal:
         p.cmp(eax, WINSIZE)
         p.jne("obeyed")
@@ -436,6 +498,11 @@ def _read_control(p: Program, *, terminal: bool) -> None:
         p.system_call(abi.SYS_IOCTL, qword["master"], abi.TIOCSWINSZ, "winsize")
     p.label("obeyed")
     p.ret()
+    if not command.alone:  # a socket's end: no hang-up, and yet whoever asked has gone
+        p.label("nothing read")
+        p.jl("obeyed")
+        p.mov(dword[at("polls") + CONTROL_POLLFD], FINISHED)
+        p.ret()
 
     p.label("signal")
     p.mov(edi, dword["command"])

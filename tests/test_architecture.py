@@ -29,8 +29,12 @@ LAYERS = [
         "net",
         "vsock_host",
         "eventfds",
+        "instances",
+        "output_log",
+        "control",
     ),
     ("machine", "session", "guest", "images"),
+    ("executor", "guest_users", "supervisor", "exec_client", "attach"),
     ("probe", "command", "own_device", "bare", "mounts", "lab", "qemu", "lab_agent"),
     ("cli", "__main__", "__init__"),
 ]

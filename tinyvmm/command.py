@@ -11,7 +11,7 @@ itself, and the console's sink, which runs on vCPU threads.
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +34,7 @@ from tinyvmm.guest.init import (
     describe_step,
     search_path,
 )
+from tinyvmm.guest.relay import User
 from tinyvmm.images import kernels
 from tinyvmm.kernel_cache import default_dir
 from tinyvmm.machine import Machine
@@ -46,20 +47,30 @@ from tinyvmm.mounts import (
     shared_tag,
 )
 from tinyvmm.scratch import ScratchDirectory
-from tinyvmm.session import STATUS_MACHINE_FAILED, Ports, Result, Session
+from tinyvmm.session import (
+    STATUS_MACHINE_FAILED,
+    HostFiles,
+    Ports,
+    Result,
+    Session,
+    host_files,
+)
 from tinyvmm.streams import PortInput, PortOutput
 from tinyvmm.vcpu import StopCause
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
+    from tinyvmm.devices.virtio.vsock import VirtioVsock
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
+    from tinyvmm.executor import Executor
     from tinyvmm.kernel_image import Kernel
     from tinyvmm.net.options import NetOptions
     from tinyvmm.net.passt import Frames
     from tinyvmm.net.tap import Tap
     from tinyvmm.own_device import OwnDevice
+    from tinyvmm.supervisor import Context, Supervisor
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
 
@@ -69,6 +80,7 @@ MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
 NET_MODULES = ("virtio_net",)
 VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
+GUEST_CID = 3  # where nothing else is asked for
 OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
@@ -108,6 +120,12 @@ class RunOptions(NamedTuple):
     console: Callable[[bytes], None] | None = None
     """Takes everything the kernel prints; None keeps the kernel quiet."""
     terminal: bool = False
+    detached: bool = False
+    """Whether our own stdin, stdout and stderr are none of the command's."""
+    user: str | None = None
+    """USER[:GROUP], names or numbers of the guest; None for root."""
+    account: User | None = None
+    """Who that is, once it has been looked up."""
     hostname: str = "tinyvmm"
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
@@ -139,6 +157,10 @@ class _Tail:
         if self._sink is not None:
             self._sink(data)
 
+    def last(self) -> bytes:
+        """Return the last of it."""
+        return bytes(self._data[-_TAIL_LEN:])
+
     def panic(self) -> str | None:
         """Return the last lines from the panic on, or None if there was none."""
         start = self._data.rfind(_PANIC)
@@ -149,10 +171,17 @@ class _Tail:
         return "\n".join(line.rstrip() for line in lines[:_PANIC_LINES])
 
 
-def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
+def run_command(
+    options: RunOptions,
+    warn: Callable[[str], None],
+    supervisor: "Supervisor | None" = None,
+    sinks: Mapping[str, Callable[[bytes], None]] | None = None,
+) -> Result:
     """Run `options.argv` in a new virtual machine and return how it ended.
 
-    `warn` takes lines for the user, on any thread. ConfigError for what cannot be done.
+    `warn` takes lines for the user, on any thread. `supervisor` then answers for the machine, and
+    `sinks` take the command's output instead of our own, as `Session` says. ConfigError for what
+    cannot be done.
     """
     with ExitStack() as cleanup:
         options = options._replace(shared=arrange(options.shared))
@@ -163,11 +192,16 @@ def run_command(options: RunOptions, warn: Callable[[str], None]) -> Result:
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
         terminal = _terminal(options)
+        options = _with_user(options, trees[0][1])
         config = _init_config(options, modules, terminal)
+        if supervisor is not None:
+            supervisor.begin(_context(options, trees[0][1], modules))
         initrd = [modules.archive, init_archive(config)]
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
-            turn = _Turn(options, trees, disks, own_devices, terminal, timeout, warn)
+            turn = _Turn(
+                options, trees, disks, own_devices, terminal, timeout, warn, supervisor, sinks or {}
+            )
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
                 return result
@@ -187,7 +221,11 @@ class _Turn:
         terminal: "Terminal | None",
         timeout: float | None,
         warn: Callable[[str], None],
+        supervisor: "Supervisor | None",
+        sinks: Mapping[str, Callable[[bytes], None]],
     ) -> None:
+        self._supervisor = supervisor
+        self._sinks = sinks
         self._options = options
         self._warn = warn
         self._trees = trees
@@ -196,6 +234,7 @@ class _Turn:
         self._terminal = terminal
         self._timeout = timeout
         self._tail = _Tail(options.console)
+        self._executor: Executor | None = None
         self.rebooted = False
 
     def run(
@@ -206,7 +245,7 @@ class _Turn:
     ) -> Result:
         """Make the machine, boot it, and relay the command's streams until the end."""
         with ExitStack() as cleanup:
-            machine, ports = self._machine(cleanup)
+            machine, ports, vsock = self._machine(cleanup)
             machine.boot_linux(kernel, initrd=initrd, cmdline=_cmdline(self._options))
             stdin, stdout, stderr, control = ports
             session = Session(
@@ -221,12 +260,20 @@ class _Turn:
                 timeout=self._timeout,
                 terminal=self._terminal,
                 describe_step=describe,
+                files=self._files(),
+                sinks=self._sinks,
+                on_record=self._on_record,
             )
+            self._supervise(machine, session, vsock)
             machine.start()
             arguments = (machine, session, self._tail)
             watch = threading.Thread(target=_watch, args=arguments, daemon=True)
             watch.start()
-            result = session.run()
+            try:
+                result = session.run()
+            finally:
+                if self._supervisor is not None:
+                    self._supervisor.detach()
             machine.stop(StopCause.STOPPED)
             watch.join()
             with suppress(VcpuError):  # `_watch` told the session; another error is a bug of ours
@@ -235,10 +282,34 @@ class _Turn:
             self.rebooted = machine.cause == StopCause.RESET and not panicked
             return result
 
-    def _machine(self, cleanup: ExitStack) -> tuple[Machine, list[ConsolePort]]:
-        """Make the machine with all its devices, until `cleanup`; and the session's ports."""
+    def _files(self) -> HostFiles:
+        """The session's ends on this side; a detached command has only what it is sent."""
+        if self._supervisor is None or not self._sinks:
+            return host_files()
+        return HostFiles(self._supervisor.stdin, None, None)
+
+    def _supervise(self, machine: Machine, session: Session, vsock: "VirtioVsock | None") -> None:
+        if self._supervisor is None or vsock is None:
+            return
+        from tinyvmm.executor import Executor
+
+        self._executor = Executor(session.send)
+        self._supervisor.attach(machine, session, self._executor, self._tail.last, vsock)
+
+    def _on_record(self, kind: int, value: int) -> None:
+        if self._executor is not None and self._supervisor is not None:
+            self._executor.on_record(kind, value)
+            self._supervisor.on_record(kind, value)
+
+    def _machine(
+        self, cleanup: ExitStack
+    ) -> "tuple[Machine, list[ConsolePort], VirtioVsock | None]":
+        """Make the machine with its devices, until `cleanup`; the session's ports, the vsock."""
         options = self._options
-        vsock_host = _open_vsock(options, cleanup)
+        vsock_at = options.vsock
+        if vsock_at is None and self._supervisor is not None:
+            vsock_at = (self._supervisor.vsock_path, GUEST_CID)
+        vsock_host = _open_vsock(vsock_at, cleanup)
         backend = _open_net(options, self._warn, cleanup)
         machine = cleanup.enter_context(
             Machine(
@@ -260,11 +331,12 @@ class _Turn:
         for tag, tree in self._trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         add_disks(machine, options.disks, self._disks)
-        if options.vsock is not None and vsock_host is not None:
-            _add_vsock(machine, vsock_host, options.vsock[1])
+        vsock = None
+        if vsock_at is not None and vsock_host is not None:
+            vsock = _add_vsock(machine, vsock_host, vsock_at[1])
         if options.net is not None and backend is not None:
             _add_net(machine, options.net, backend)
-        return machine, ports
+        return machine, ports, vsock
 
 
 def prepare_kernel(
@@ -365,7 +437,7 @@ def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:
     return open_tree(options.reads, writes)
 
 
-def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> None:
+def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
     """Add a vsock device with `host` behind it."""
     from tinyvmm.devices.virtio.vsock import VirtioVsock
 
@@ -376,6 +448,7 @@ def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> None:
         machine.stop(StopCause.ERROR, error)
 
     host.start(device, failed)
+    return device
 
 
 def _open_net(
@@ -403,13 +476,13 @@ def _add_net(machine: Machine, net: "NetOptions", backend: "Tap | Frames") -> No
     backend.pump.start(device, failed)
 
 
-def _open_vsock(options: RunOptions, cleanup: ExitStack) -> "VsockHost | None":
+def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost | None":
     """Listen for the vsock device, until `cleanup`."""
-    if options.vsock is None:
+    if given is None:
         return None
     from tinyvmm.vsock_host import VsockHost
 
-    host = VsockHost(options.vsock[0])
+    host = VsockHost(given[0])
     cleanup.callback(host.close)
     return host
 
@@ -441,6 +514,34 @@ def _trees(
     return trees
 
 
+def _with_user(options: RunOptions, root: HostTree | UnionTree) -> RunOptions:
+    """Look up whom the command runs as; ConfigError if there is no such user."""
+    if options.user is None:
+        return options
+    from tinyvmm.guest_users import resolve
+
+    account = resolve(options.user, root)
+    env = [entry for entry in options.env if not entry.startswith("HOME=")]
+    return options._replace(account=account.user, env=[*env, f"HOME={account.home}"])
+
+
+def _context(options: RunOptions, root: HostTree | UnionTree, inserted: ModuleArchive) -> "Context":
+    """Return what a command of `exec` has in common with ours."""
+    from tinyvmm.supervisor import Context
+
+    def modules() -> Sequence[tuple[str, bytes]]:
+        from tinyvmm.guest.modules import closure
+
+        where = kernels.find(options.kernel).modules
+        if where is None:
+            return ()  # then everything must be built in
+        there = {os.path.basename(path).removesuffix(".ko") for path in inserted.paths}
+        needed = closure(where, VSOCK_MODULES)
+        return [(module.name, module.read()) for module in needed if module.name not in there]
+
+    return Context(options.env, options.cwd, root, modules)
+
+
 def _init_config(
     options: RunOptions, modules: ModuleArchive, terminal: "Terminal | None"
 ) -> InitConfig:
@@ -455,7 +556,8 @@ def _init_config(
         mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
         hostname=options.hostname,
         network=_network(options),
-        terminal=terminal.size() if terminal is not None else None,
+        terminal=_terminal_size(options, terminal),
+        user=options.account,
         # The end of the run is ours to make: on its way down Linux resets its devices, and what we
         # had not yet taken from their queues would be gone.
         await_goodbye=True,
@@ -478,12 +580,18 @@ def _cmdline(options: RunOptions) -> str:
     return CMDLINE + pci + quiet + more
 
 
-def _terminal(options: RunOptions) -> "Terminal | None":
-    if not options.terminal:
-        return None
-    from tinyvmm.terminal import Terminal
+def _terminal_size(options: RunOptions, terminal: "Terminal | None") -> tuple[int, int] | None:
+    if terminal is None:
+        return (24, 80) if options.terminal else None  # until somebody attaches to it
+    return terminal.size()
 
-    return Terminal()
+
+def _terminal(options: RunOptions) -> "Terminal | None":
+    if not options.terminal or options.detached:
+        return None
+    from tinyvmm.terminal import Terminal, is_terminal_session
+
+    return Terminal() if is_terminal_session() else None
 
 
 def _watch(machine: Machine, session: Session, tail: _Tail) -> None:

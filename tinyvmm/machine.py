@@ -182,6 +182,11 @@ class Machine:
         (self.ports if node.port else self.mmio).add(node.base, node.length, device)
         self.device_nodes.append(node)
 
+    @property
+    def virtio_devices(self) -> "Sequence[VirtioDevice]":
+        """The virtio devices, in the order they were added."""
+        return tuple(self._virtio_devices)
+
     def add_virtio(self, device: "VirtioDevice") -> None:
         """Put a virtio device on the bus that `transport` says."""
         if self.transport == "pci":

@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,7 +119,9 @@ class Session:
     """One command's session with a machine that is about to start.
 
     `command` is its name, for messages. `timeout` and `boot_timeout` are seconds from `run` to
-    the end, and to STARTED. With `terminal` the user's terminal is raw from STARTED on.
+    the end, and to STARTED. With `terminal` the user's terminal is raw from STARTED on. `sinks`, by
+    name, take what is written instead of our own stdout and stderr. `forward` are the signals that
+    go to the command rather than end the session. `on_record` sees each record (protocol.py) first.
     `describe_step` turns SETUP_FAILED's step into words. `on_end` is called in the thread of
     `run`, once, when the command's end is known and its last output not yet all read.
     """
@@ -135,6 +137,9 @@ class Session:
         describe_step: Callable[[int], str] = "step {}".format,
         on_end: Callable[[], None] | None = None,
         files: HostFiles | None = None,
+        sinks: Mapping[str, Callable[[bytes], None]] | None = None,
+        forward: Collection[int] = (),
+        on_record: Callable[[int, int], None] | None = None,
     ) -> None:
         self._ports = ports
         self._command = command
@@ -144,6 +149,9 @@ class Session:
         self._describe_step = describe_step
         self._on_end = on_end
         self._files = files if files is not None else host_files()
+        self._sinks = sinks or {}
+        self._forward = forward
+        self._on_every_record = on_record
 
         self._events: deque[tuple[str, Any]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -172,6 +180,14 @@ class Session:
         Any thread. Everything the guest sent before must be readable from the ports already.
         """
         self._post("stopped", Result(status, "machine", message))
+
+    def send(self, kind: int, value: int, data: bytes = b"") -> None:
+        """Send PID 1 a record, and what belongs to it. Any thread."""
+        self._post("message", RECORD.pack(kind, value) + data)
+
+    def end(self, result: Result) -> None:
+        """End now, whatever is still under way. Any thread."""
+        self._post("ordered", result)
 
     def _post(self, kind: str, value: Any = None) -> None:
         self._events.append((kind, value))
@@ -284,6 +300,8 @@ class Session:
         self._room_for_records.release()
 
     def _on_record(self, kind: int, value: int) -> None:
+        if self._on_every_record is not None:
+            self._on_every_record(kind, value)
         if kind == STARTED:
             self._started = True
             if self._terminal is not None:
@@ -341,11 +359,17 @@ class Session:
     def _on_crash(self, error: BaseException) -> None:
         raise error
 
+    def _on_message(self, data: bytes) -> None:
+        self._send(data)
+
+    def _on_ordered(self, result: Result) -> None:
+        self._give_up(result)
+
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._started and self._interrupts == 1 and self._result is None:
-                self._send(SIGNAL, signal.SIGINT)
+                self._send(RECORD.pack(SIGNAL, signal.SIGINT))
             else:
                 self._give_up(Result(STATUS_SIGNAL + number, "signal"))
         elif number in {signal.SIGWINCH, signal.SIGCONT}:
@@ -353,7 +377,9 @@ class Session:
                 if number == signal.SIGCONT:
                     self._terminal.enter_raw()
                 rows, columns = self._terminal.size()
-                self._send(WINSIZE, rows | columns << 16)
+                self._send(RECORD.pack(WINSIZE, rows | columns << 16))
+        elif number in self._forward and self._started and self._result is None:
+            self._send(RECORD.pack(SIGNAL, number))
         else:
             self._give_up(Result(STATUS_SIGNAL + number, "signal"))
 
@@ -361,9 +387,9 @@ class Session:
         """Direct signals to `_events`; return what undoes it. Ignored signals stay ignored."""
         if threading.current_thread() is not threading.main_thread():
             return lambda: None
-        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        wanted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *self._forward}
         if self._terminal is not None:
-            wanted += [signal.SIGWINCH, signal.SIGCONT]
+            wanted |= {signal.SIGWINCH, signal.SIGCONT}
 
         def handler(number: int, _: FrameType | None) -> None:
             self._events.append(("signal", number))
@@ -383,10 +409,10 @@ class Session:
 
     # --- records to the guest ----------------------------------------------------------------
 
-    def _send(self, kind: int, value: int) -> None:
-        """Queue a record for the guest: the main thread never blocks on a port."""
+    def _send(self, data: bytes) -> None:
+        """Queue a message for the guest: the main thread never blocks on a port."""
         with self._records:
-            self._to_send.append(RECORD.pack(kind, value))
+            self._to_send.append(data)
             self._records.notify()
         if self._sender is None:
             self._sender = self._start(self._relay_records)
@@ -429,7 +455,11 @@ class Session:
         self._post("control_closed")
 
     def _relay_output(self, name: str, output: Output, fd: int | None) -> None:
+        sink = self._sinks.get(name)
         while data := output.read():
+            if sink is not None:
+                sink(data)
+                continue
             if fd is None and name == "stderr":
                 continue  # closed on purpose: nobody wants to know
             try:

@@ -8,7 +8,7 @@ command where there is one, 125 when tinyvmm itself could not do what was asked,
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -17,7 +17,23 @@ from tinyvmm.errors import TinyvmmError
 
 STATUS_FAILED = 125
 
-COMMANDS = ("run", "serve", "kernel", "doctor", "lab", "demo")
+COMMANDS = {
+    "run": "run",
+    "exec": "exec",
+    **dict.fromkeys(
+        (
+            *("ps", "logs", "attach", "stop", "kill", "wait", "rm"),
+            *("inspect", "pause", "resume", "control"),
+        ),
+        "instances",
+    ),
+    "serve": "serve",
+    "kernel": "kernel",
+    "doctor": "doctor",
+    "lab": "lab",
+    "demo": "demo",
+}
+"""Each command's module in tinyvmm.cli, which may declare several."""
 
 
 class CommandModule(Protocol):
@@ -40,8 +56,8 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
-def build_parser(commands: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of these commands."""
+def build_parser(modules: Iterable[str]) -> argparse.ArgumentParser:
+    """Return the parser of these modules' commands."""
     parser = argparse.ArgumentParser(
         prog="tinyvmm",
         description="Run commands in real virtual machines, from pure Python.",
@@ -50,16 +66,21 @@ def build_parser(commands: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tinyvmm {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in commands:
+    for name in modules:
         cast("CommandModule", import_module(f"tinyvmm.cli.{name}")).add_parser(subparsers)
     return parser
+
+
+def all_modules() -> list[str]:
+    """Return every command's module, in the order of their help."""
+    return list(dict.fromkeys(COMMANDS.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv by default) and return the exit status."""
     own, guests = split_argv(sys.argv[1:] if argv is None else argv)
-    asked = [own[0]] if own and own[0] in COMMANDS else COMMANDS
-    args = build_parser(asked).parse_args(own)
+    known = own and own[0] in COMMANDS
+    args = build_parser([COMMANDS[own[0]]] if known else all_modules()).parse_args(own)
     args.own_argv, args.guest_argv = own, guests
     try:
         return cast("int", args.main(args))

@@ -22,6 +22,14 @@ _FOR_A_ROOT: dict[str, object] = {
     "balloon": None,
     "vsock": None,
     "net": None,
+    "detach": False,
+    "name": "",
+    "rm": False,
+    "interactive": False,
+    "tty": False,
+    "user": None,
+    "workdir": None,
+    "hostname": "tinyvmm",
 }
 _OWN: dict[str, object] = {"boot_protocol": "auto", "module": [], "fw_cfg": [], "serial": None}
 

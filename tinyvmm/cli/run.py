@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tinyvmm.cli import no_root, tracing
+from tinyvmm.cli import instance, no_root, tracing
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default="auto",
         help="serve virtio queues on threads of the devices', or on the vCPUs' (default auto)",
     )
+    instance.add_options(parser)
     no_root.add_options(parser)
     tracing.add_options(parser)
     add(
@@ -311,7 +312,7 @@ def main(args: argparse.Namespace) -> int:
     problem = missing_for_linux()
     if problem is not None:
         return run_in_lab(args, problem)
-    from tinyvmm.command import RunOptions, run_command
+    from tinyvmm.command import RunOptions
     from tinyvmm.terminal import is_terminal_session
 
     tracing.start(args.trace, args.trace_file)
@@ -327,12 +328,15 @@ def main(args: argparse.Namespace) -> int:
         cache=args.cache,
         private_writes=args.private_writes,
         env=environment(args.env),
-        cwd=os.getcwd(),
+        cwd=os.getcwd() if args.workdir is None else args.workdir,
         kernel=args.kernel,
         append=args.append,
         timeout=args.timeout,
         console=open_console(args.console),
-        terminal=is_terminal_session(),
+        terminal=args.tty or (not args.detach and is_terminal_session()),
+        detached=args.detach,
+        user=args.user,
+        hostname=args.hostname,
         transport=args.transport,
         balloon=args.balloon,
         devices=args.device,
@@ -341,10 +345,7 @@ def main(args: argparse.Namespace) -> int:
         vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
     )
-    result = run_command(options, warn)
-    if result.message is not None:
-        warn(result.message)
-    return result.status
+    return instance.run(args, options, warn)
 
 
 def run_in_lab(args: argparse.Namespace, problem: str) -> int:
@@ -365,6 +366,11 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         raise ConfigError(
             f"--net: this KVM cannot run Linux ({problem}), and the lab has no network; use a "
             "computer with a KVM of its own"
+        )
+    if args.detach:
+        raise ConfigError(
+            f"--detach: this KVM cannot run Linux ({problem}), and the lab ends with its command; "
+            "use a computer with a KVM of its own"
         )
     if args.vsock is not None:
         raise ConfigError(

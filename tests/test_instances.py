@@ -1,0 +1,177 @@
+"""The state of machines on disk: names, locks, ends, and processes that died."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyvmm import instances
+from tinyvmm.errors import ConfigError
+from tinyvmm.instances import Instance, State
+
+
+def state(name: str = "", **more: Any) -> State:
+    made = State(name, os.getpid(), ["true"], 1 << 30, 1, 1000.0, keep=True)
+    return made._replace(**more)
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path / "tinyvmm"
+
+
+HOLDER = """
+import os, sys
+from tinyvmm.instances import Instance, State
+instance = Instance(State(sys.argv[1], os.getpid(), ["x"], 1, 1, 1.0, keep=sys.argv[2] == "keep"))
+print(instance.state.name, flush=True)
+if sys.stdin.readline() == "end\\n":
+    instance.end(3, "so it was")
+"""
+
+Hold = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def hold() -> Iterator[Hold]:
+    """Have another process run a machine."""
+    made = []
+
+    def hold(name: str, keep: str = "keep") -> "subprocess.Popen[str]":
+        made.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLDER, name, keep],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        process = made[-1]
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == name
+        return process
+
+    yield hold
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def test_a_machine_is_seen_while_it_runs_and_after(base: Path) -> None:
+    instance = Instance(state("web", command=["sleep", "9"]))
+    (found,) = instances.list_()
+    assert found == instance.state
+    assert found.running
+    assert os.stat(instance.path).st_mode & 0o777 == 0o700
+    instance.update(kernel="6.1")
+    assert instances.find("web").kernel == "6.1"
+    instance.end(5, "why", b"last words")
+    (found,) = instances.list_()
+    assert (found.status, found.message, found.running) == (5, "why", False)
+    assert (base / "web" / "console").read_bytes() == b"last words"
+    instances.remove("web")
+    assert instances.list_() == []
+    assert list(base.iterdir()) == []
+
+
+def test_what_nobody_asked_to_keep_leaves_nothing(base: Path) -> None:
+    instance = Instance(state(keep=False))
+    assert re.fullmatch("vm-[0-9a-f]{8}", instance.state.name)
+    instance.end(0, None)
+    assert list(base.iterdir()) == []
+
+
+def test_a_name_is_taken_until_it_is_removed(hold: Hold) -> None:
+    process = hold("web")
+    with pytest.raises(ConfigError, match="a machine named web runs"):
+        Instance(state("web"))
+    with pytest.raises(ConfigError, match="machine web runs"):
+        instances.remove("web")
+    process.communicate("end\n")
+    with pytest.raises(ConfigError, match="tinyvmm rm web"):
+        Instance(state("web"))
+    instances.remove("web")
+    Instance(state("web")).end(0, None)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".x", "-x", "n" * 65, "ü"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    assert instances.read(name) is None
+    if name:
+        with pytest.raises(ConfigError, match="is no name"):
+            Instance(state(name))
+
+
+def test_a_killed_process_is_told_apart_and_forgotten_unless_kept(hold: Hold, base: Path) -> None:
+    kept, forgotten = hold("kept"), hold("forgotten", "no")
+    assert [found.running for found in instances.list_()] == [True, True]
+    for process in (kept, forgotten):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (found,) = instances.list_()
+    assert (found.name, found.status) == ("kept", 255)
+    assert "killed" in (found.message or "")
+    assert [path.name for path in base.iterdir()] == ["kept"]
+    with pytest.raises(ConfigError, match="no machine is named forgotten"):
+        instances.find("forgotten")
+
+
+def test_waiting_lasts_as_long_as_the_machine(hold: Hold) -> None:
+    process = hold("web")
+    found: list[State | None] = []
+    waiter = threading.Thread(target=lambda: found.append(instances.wait("web")))
+    waiter.start()
+    waiter.join(0.2)
+    assert waiter.is_alive()
+    process.communicate("end\n")
+    waiter.join()
+    assert found[0] is not None
+    assert (found[0].status, found[0].message) == (3, "so it was")
+
+
+def test_of_many_who_want_a_name_one_gets_it() -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, "one", "keep"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(6)
+    ]
+    # Each holds on until its stdin ends, the others fail at once.
+    while sum(process.poll() is None for process in processes) > 1:
+        continue
+    ends = [process.communicate("end\n") for process in processes]
+    assert sum(output == "one\n" for output, _ in ends) == 1
+    assert sum("a machine named one" in errors for _, errors in ends) == 5
+
+
+def test_a_directory_that_others_can_reach_is_refused(base: Path) -> None:
+    base.mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match="others can reach"):
+        instances.directory()
+
+
+def test_without_a_runtime_directory_there_is_one_for_each_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert instances.directory() == f"/tmp/tinyvmm-{os.geteuid()}"
+
+
+def test_a_damaged_state_is_named(base: Path) -> None:
+    instance = Instance(state("web"))
+    (base / "web" / "state").write_text("{")
+    with pytest.raises(ConfigError, match="web"):
+        instances.list_()
+    instance.end(0, None)

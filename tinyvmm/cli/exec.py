@@ -1,0 +1,77 @@
+"""`tinyvmm exec NAME -- CMD`: another command in a machine that runs."""
+
+import argparse
+import os
+
+from tinyvmm.errors import ConfigError
+
+_EPILOG = """\
+The command needs no agent in the machine's root, and no shell. Its streams and its exit status are
+its own; if this side ends first, it goes on, and is seen in `tinyvmm control NAME execs`.
+
+exit status: as of `tinyvmm run`.
+
+examples:
+  tinyvmm exec web -- ps aux
+  tinyvmm exec web -- sh
+  tinyvmm exec --user nobody --env WORD=hello web -- sh -c 'echo $WORD'
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    from tinyvmm.cli.run import parse_environment, parse_seconds
+
+    parser = subparsers.add_parser(
+        "exec",
+        help="run another command in a machine that runs",
+        usage="tinyvmm exec [OPTION]... NAME -- CMD [ARG]...",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(main=main)
+    add = parser.add_argument
+    add("-i", "--interactive", action="store_true", help="stdin is the command's (it always is)")
+    add("-t", "--tty", action="store_true", help="give the command a terminal in any case")
+    add(
+        "--env",
+        type=parse_environment,
+        action="append",
+        default=[],
+        metavar="K[=V]",
+        help="a variable of the command's environment, beside the machine's",
+    )
+    add("--user", metavar="U[:G]", help="whom the command runs as (default root)")
+    add("--workdir", metavar="DIR", help="where the command starts (default: as the machine's)")
+    add("--timeout", type=parse_seconds, metavar="S", help="give up after S seconds, status 124")
+    add("name", metavar="NAME", help="of the machine")
+    add("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; the exit status."""
+    argv = args.argv + args.guest_argv
+    if not argv:
+        raise ConfigError("no command: give one behind --, e.g. tinyvmm exec web -- ps")
+    from tinyvmm.cli.run import warn
+    from tinyvmm.exec_client import execute
+    from tinyvmm.terminal import Terminal, is_terminal_session
+
+    terminal = Terminal() if is_terminal_session() else None
+    env = list(args.env)
+    if "TERM" in os.environ and terminal is not None:
+        env.insert(0, f"TERM={os.environ['TERM']}")
+    result = execute(
+        args.name,
+        argv,
+        env=env,
+        cwd=args.workdir,
+        user=args.user,
+        terminal=terminal,
+        size=(24, 80) if args.tty else None,
+        timeout=args.timeout,
+    )
+    if result.message is not None:
+        warn(result.message)
+    return result.status

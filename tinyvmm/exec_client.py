@@ -1,0 +1,154 @@
+"""Run one more command in a machine that runs: the side of whoever asks, what `tinyvmm exec` does.
+
+    this process                     the machine's process              its guest
+    control socket:  "exec" ──────>  program ── control port ────────>  PID 1 starts it
+    vsock_PORT:      four streams <── vsock device <──────────────────  it connects
+
+The streams come straight from the guest, over Unix sockets that its vsock device connects to
+(vsock_host.py); the machine's process only passes them on, and a `Session` does the rest, as for
+the machine's own command. So a client that stalls holds up nobody but its command.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from tinyvmm import instances
+from tinyvmm.control import ControlClient
+from tinyvmm.errors import ConfigError
+from tinyvmm.guest.execution import STREAMS
+from tinyvmm.session import STATUS_MACHINE_FAILED, HostFiles, Ports, Result, Session
+from tinyvmm.streams import SocketInput, SocketOutput
+
+if TYPE_CHECKING:
+    from tinyvmm.terminal import Terminal
+
+CONNECT_TIMEOUT = 60.0  # seconds, for a guest that has much else to do
+FIRST_PORT, PORTS = 1 << 30, 1 << 30
+FORWARDED = (
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+"""Signals that go to the command; SIGINT does too, but a second one ends this side."""
+
+
+def connect(name: str) -> ControlClient:
+    """Connect to a machine's control socket; ConfigError if it does not run."""
+    state = instances.find(name)
+    if not state.running:
+        raise ConfigError(f"machine {name} has ended, with status {state.status}")
+    return ControlClient(instances.path_of(name, "control"))
+
+
+def execute(
+    name: str,
+    argv: Sequence[str],
+    *,
+    env: Sequence[str] = (),
+    cwd: str | None = None,
+    user: str | None = None,
+    terminal: "Terminal | None" = None,
+    size: tuple[int, int] | None = None,
+    timeout: float | None = None,
+    files: HostFiles | None = None,
+    sinks: Mapping[str, Callable[[bytes], None]] | None = None,
+) -> Result:
+    """Run a command in machine `name` and return how it ended.
+
+    With `terminal` (ours) or `size` (rows, columns) it has a terminal; `files` and `sinks` are as
+    for `Session`. ConfigError if it cannot be started.
+    """
+    if terminal is not None:
+        size = terminal.size()
+    with ExitStack() as cleanup:
+        client = cleanup.enter_context(connect(name))
+        port, listener = _listen(client.call("status")["vsock"], cleanup)
+        asked = client.call(
+            "exec",
+            argv=list(argv),
+            port=port,
+            env=list(env),
+            cwd=cwd,
+            user=user,
+            terminal=None if size is None else list(size),
+        )
+        sockets = _accept(client, listener, asked, cleanup)
+        control = sockets["control"]
+        session = Session(
+            Ports(
+                SocketInput(sockets["stdin"]),
+                SocketOutput(sockets["stdout"]),
+                SocketOutput(sockets["stderr"]),
+                SocketOutput(control),
+                SocketInput(control),
+            ),
+            command=argv[0],
+            timeout=timeout,
+            terminal=terminal,
+            describe_step=lambda step: _step(asked, step),
+            files=files,
+            sinks=sinks,
+            forward=FORWARDED,
+        )
+        # What counts if control ends without a word.
+        session.stopped(STATUS_MACHINE_FAILED, "the machine ended before the command did")
+        return session.run()
+
+
+def _step(asked: Mapping[str, Any], step: int) -> str:
+    steps = asked["steps"]
+    return str(steps[step]) if step < len(steps) else f"step {step}"
+
+
+def _listen(vsock: str, cleanup: ExitStack) -> tuple[int, socket.socket]:
+    """Listen, until `cleanup`, where a vsock port of the host leads to; the port."""
+    listener = cleanup.enter_context(socket.socket(socket.AF_UNIX))
+    while True:
+        port = FIRST_PORT + int.from_bytes(os.urandom(4), "little") % PORTS
+        path = f"{vsock}_{port}"
+        mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from None
+        finally:
+            os.umask(mask)
+        listener.listen(len(STREAMS))
+        cleanup.callback(_unlink, path)
+        return port, listener
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _accept(
+    client: ControlClient, listener: socket.socket, asked: Mapping[str, Any], cleanup: ExitStack
+) -> dict[str, socket.socket]:
+    """Wait until the program has connected its streams; ConfigError if it ends before that."""
+    sockets: dict[str, socket.socket] = {}
+    listener.settimeout(1.0)
+    tries = 0
+    while len(sockets) < len(STREAMS):
+        try:
+            accepted, _ = listener.accept()
+        except TimeoutError:
+            tries += 1
+            ended = client.call("exec_wait", pid=asked["pid"], timeout=0)
+            if ended is not None or tries > CONNECT_TIMEOUT:
+                raise ConfigError(
+                    "the guest could not connect back: its kernel needs vsock over virtio"
+                ) from None
+            continue
+        accepted.settimeout(None)
+        sockets[STREAMS[len(sockets)]] = cleanup.enter_context(accepted)
+    return sockets

@@ -12,7 +12,7 @@ import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.executor import Executor
@@ -20,7 +20,6 @@ from tinyvmm.guest.protocol import SIGNAL, STARTED, WINSIZE
 from tinyvmm.session import STATUS_SIGNAL, Result
 
 if TYPE_CHECKING:
-    from tinyvmm.devices.virtio.balloon import VirtioBalloon
     from tinyvmm.devices.virtio.device import VirtioDevice
     from tinyvmm.fileserver.tree import Tree
     from tinyvmm.guest.execution import Execution
@@ -276,11 +275,15 @@ class Supervisor:
 
     def balloon(self, *, size: int) -> dict[str, int]:
         """Ask the guest to give up so many bytes of its RAM; how many it has given up so far."""
-        for device in self._now().machine.virtio_devices:
-            if device.name == "balloon":
-                balloon = cast("VirtioBalloon", device)
-                balloon.resize(size)
-                return {"actual": balloon.actual}
+        from tinyvmm.devices.virtio.balloon import VirtioBalloon
+
+        machine = self._now().machine
+        if not 0 <= size < machine.memory.size:
+            raise ConfigError(f"the guest has no {size} bytes to give up")
+        for device in machine.virtio_devices:
+            if isinstance(device, VirtioBalloon):
+                device.resize(size)
+                return {"actual": device.actual}
         raise ConfigError("the machine has no balloon; run it with --balloon")
 
     # --- how ------------------------------------------------------------------------------

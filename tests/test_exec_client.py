@@ -1,0 +1,183 @@
+"""`tinyvmm exec` from end to end but for the guest: its program runs as a process of ours."""
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyvmm import exec_client
+from tinyvmm.control import ControlServer
+from tinyvmm.errors import ConfigError
+from tinyvmm.exec_client import execute
+from tinyvmm.guest.execution import Execution, build_execution, execution_steps
+from tinyvmm.guest.init import search_path
+from tinyvmm.instances import Instance, State
+from tinyvmm.session import HostFiles
+
+PATH = os.environ["PATH"]
+
+
+class Machine:
+    """The control socket of a machine whose guest is this computer."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.instance = Instance(State("web", os.getpid(), ["x"], 1, 1, 1.0))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.broken = False
+        self.server = ControlServer(
+            self.instance.file("control"),
+            {"status": self.status, "exec": self.exec, "exec_wait": self.exec_wait},
+        )
+
+    def status(self) -> dict[str, str]:
+        return {"vsock": self.instance.file("vsock")}
+
+    def exec(
+        self,
+        *,
+        argv: list[str],
+        port: int,
+        env: list[str],
+        cwd: str | None,
+        user: str | None,
+        terminal: list[int] | None,
+    ) -> dict[str, Any]:
+        assert user is None
+        path = self.instance.file(f"vsock_{port}")
+        if self.broken:
+            path += "-not"
+        size = None if terminal is None else (terminal[0], terminal[1])
+        execution = Execution(
+            search_path(argv[0], PATH),
+            argv,
+            struct.pack("<H", socket.AF_UNIX) + path.encode() + b"\0",
+            [f"PATH={PATH}", *env],
+            cwd or "/",
+            size,
+        )
+        program = self.directory / f"program{len(self.processes)}"
+        program.write_bytes(build_execution(execution))
+        program.chmod(0o755)
+        self.processes.append(subprocess.Popen([program], start_new_session=True))
+        steps = [step.says for step in execution_steps(execution)]
+        return {"pid": len(self.processes) - 1, "steps": steps}
+
+    def exec_wait(self, *, pid: int, timeout: float) -> int | None:
+        try:
+            return self.processes[pid].wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        self.server.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.instance.end(0, None)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    machine = Machine(tmp_path)
+    yield machine
+    machine.close()
+
+
+class Streams:
+    """What a command writes, and a pipe for what it reads."""
+
+    def __init__(self, stdin: bytes = b"") -> None:
+        self.seen = {"stdout": b"", "stderr": b""}
+        self.stdin, self.write = os.pipe()
+        os.write(self.write, stdin)
+        self.files = HostFiles(self.stdin, None, None)
+        self.sinks = {name: self.sink(name) for name in self.seen}
+
+    def sink(self, name: str) -> Any:
+        def take(data: bytes) -> None:
+            self.seen[name] += data
+
+        return take
+
+    def close(self) -> None:
+        os.close(self.stdin)
+
+
+def run(*argv: str, stdin: bytes = b"", **more: Any) -> tuple[int, bytes, bytes, str | None]:
+    streams = Streams(stdin)
+    os.close(streams.write)
+    try:
+        result = execute("web", argv, files=streams.files, sinks=streams.sinks, **more)
+    finally:
+        streams.close()
+    return result.status, streams.seen["stdout"], streams.seen["stderr"], result.message
+
+
+@pytest.mark.usefixtures("machine")
+def test_streams_status_directory_and_environment() -> None:
+    script = 'cat; echo "$WORD" >&2; pwd; exit 7'
+    found = run("sh", "-c", script, stdin=b"in\n", env=["WORD=a b"], cwd="/usr")
+    assert found == (7, b"in\n/usr\n", b"a b\n", None)
+    found = run("sh", "-c", "kill -TERM $$")
+    assert found[0] == 128 + signal.SIGTERM
+    status, _, _, message = run("nothing-there")
+    assert (status, message) == (127, "nothing-there: command not found in the guest")
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_terminal_of_a_given_size() -> None:
+    status, output, _, _ = run("sh", "-c", "stty size", size=(11, 22))
+    assert (status, output) == (0, b"11 22\r\n")
+
+
+def test_a_time_limit_ends_this_side(machine: Machine) -> None:
+    status, _, _, message = run("sleep", "100", timeout=0.3)
+    assert (status, (message or "").split(":")[0]) == (124, "timed out after 0.3 s")
+    assert machine.processes[0].poll() is None
+
+
+def test_a_machine_that_ends_is_said(machine: Machine) -> None:
+    def end() -> None:
+        while not machine.processes:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.killpg(machine.processes[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=end)
+    killer.start()
+    status, _, _, message = run("sleep", "100")
+    killer.join()
+    assert (status, message) == (255, "the machine ended before the command did")
+
+
+def test_a_guest_that_cannot_connect_is_said(machine: Machine) -> None:
+    machine.broken = True
+    with pytest.raises(ConfigError, match="could not connect back"):
+        run("true")
+
+
+def test_nothing_is_left_of_the_sockets(machine: Machine) -> None:
+    run("true")
+    machine.broken = True
+    with pytest.raises(ConfigError):
+        run("true")
+    names = sorted(os.listdir(machine.instance.path))
+    assert names == ["control", "lock", "state"]
+
+
+def test_a_machine_that_is_not_there_or_has_ended(machine: Machine) -> None:
+    with pytest.raises(ConfigError, match="no machine is named db"):
+        exec_client.connect("db")
+    machine.instance.update(status=3)
+    with pytest.raises(ConfigError, match="has ended, with status 3"):
+        exec_client.connect("web")

@@ -34,7 +34,7 @@ LAYERS = [
         "control",
     ),
     ("machine", "session", "guest", "images"),
-    ("executor", "guest_users", "supervisor", "exec_client", "attach"),
+    ("executor", "guest_users", "supervisor", "exec_client", "guest_calls", "attach"),
     ("probe", "command", "own_device", "bare", "mounts", "lab", "qemu", "lab_agent"),
     ("cli", "__main__", "__init__"),
 ]

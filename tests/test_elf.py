@@ -15,6 +15,7 @@ HEADERS = [
     "linux/memfd.h",
     "asm/unistd_64.h",
     "fcntl.h",
+    "sys/mman.h",
     "linux/mount.h",
     "poll.h",
     "signal.h",
@@ -42,7 +43,7 @@ def test_every_number_of_the_abi_is_the_headers(tmp_path: Path) -> None:
         for name in names
     ]
     lines = [f"#include <{header}>" for header in HEADERS] + ["#include <stdio.h>", "int main() {"]
-    lines += [f'printf("%llu\\n", (unsigned long long)({name}));' for name in c_names] + ["}"]
+    lines += [f'printf("%lld\\n", (long long)({name}));' for name in c_names] + ["}"]
     (tmp_path / "abi.c").write_text("#define _GNU_SOURCE\n" + "\n".join(lines))
     subprocess.run(["gcc", "-o", tmp_path / "abi", tmp_path / "abi.c"], check=True)
     output = subprocess.run([tmp_path / "abi"], check=True, capture_output=True, text=True).stdout

@@ -14,7 +14,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyvmm import instances
 from tinyvmm.control import ControlClient
@@ -36,6 +36,13 @@ FORWARDED = (
     signal.SIGUSR2,
 )
 """Signals that go to the command; SIGINT does too, but a second one ends this side."""
+
+
+class Caller(Protocol):
+    """What is used of control.ControlClient, or of a machine in this process."""
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Call a method of the machine's and return its result; ConfigError if it fails."""
 
 
 def connect(name: str) -> ControlClient:
@@ -68,7 +75,7 @@ def execute(
         size = terminal.size()
     with ExitStack() as cleanup:
         client = cleanup.enter_context(connect(name))
-        port, listener = _listen(client.call("status")["vsock"], cleanup)
+        port, listener = listen(client.call("status")["vsock"], cleanup)
         asked = client.call(
             "exec",
             argv=list(argv),
@@ -78,7 +85,8 @@ def execute(
             user=user,
             terminal=None if size is None else list(size),
         )
-        sockets = _accept(client, listener, asked, cleanup)
+        accepted = accept(client, listener, asked["pid"], len(STREAMS), cleanup)
+        sockets = dict(zip(STREAMS, accepted, strict=True))
         control = sockets["control"]
         session = Session(
             Ports(
@@ -106,7 +114,7 @@ def _step(asked: Mapping[str, Any], step: int) -> str:
     return str(steps[step]) if step < len(steps) else f"step {step}"
 
 
-def _listen(vsock: str, cleanup: ExitStack) -> tuple[int, socket.socket]:
+def listen(vsock: str, cleanup: ExitStack) -> tuple[int, socket.socket]:
     """Listen, until `cleanup`, where a vsock port of the host leads to; the port."""
     listener = cleanup.enter_context(socket.socket(socket.AF_UNIX))
     while True:
@@ -131,24 +139,24 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def _accept(
-    client: ControlClient, listener: socket.socket, asked: Mapping[str, Any], cleanup: ExitStack
-) -> dict[str, socket.socket]:
-    """Wait until the program has connected its streams; ConfigError if it ends before that."""
-    sockets: dict[str, socket.socket] = {}
+def accept(
+    client: Caller, listener: socket.socket, pid: int, count: int, cleanup: ExitStack
+) -> list[socket.socket]:
+    """Wait until program `pid` has connected `count` streams; ConfigError if it ends before."""
+    sockets: list[socket.socket] = []
     listener.settimeout(1.0)
     tries = 0
-    while len(sockets) < len(STREAMS):
+    while len(sockets) < count:
         try:
             accepted, _ = listener.accept()
         except TimeoutError:
             tries += 1
-            ended = client.call("exec_wait", pid=asked["pid"], timeout=0)
+            ended = client.call("exec_wait", pid=pid, timeout=0)
             if ended is not None or tries > CONNECT_TIMEOUT:
                 raise ConfigError(
                     "the guest could not connect back: its kernel needs vsock over virtio"
                 ) from None
             continue
         accepted.settimeout(None)
-        sockets[STREAMS[len(sockets)]] = cleanup.enter_context(accepted)
+        sockets.append(cleanup.enter_context(accepted))
     return sockets

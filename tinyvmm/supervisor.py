@@ -121,6 +121,7 @@ class Supervisor:
             "kill": self.kill,
             "exec": self.exec,
             "exec_wait": self.exec_wait,
+            "calls": self.calls,
             "execs": self.execs,
             "stdin": self.stdin_,
             "resize": self.resize,
@@ -199,6 +200,16 @@ class Supervisor:
         execution = self._execution(turn, argv, port, env or [], cwd, user, terminal)
         pid = turn.executor.start(build_execution(execution))
         return {"pid": pid, "steps": [step.says for step in execution_steps(execution)]}
+
+    def calls(self, *, port: int) -> dict[str, int]:
+        """Start guest/calls.py, which connects to `port` of the vsock socket: guest_calls.py."""
+        turn = self._now()
+        from tinyvmm.guest.calls import build_calls
+        from tinyvmm.guest.execution import vsock_address
+
+        _check_port(port)
+        program = build_calls(vsock_address(port), self._vsock_modules(turn))
+        return {"pid": turn.executor.start(program)}
 
     def exec_wait(self, *, pid: int, timeout: float | None = None) -> int | None:
         """Wait for the end of a command that `exec` started: its exit status."""
@@ -323,8 +334,7 @@ class Supervisor:
             raise AssertionError("a machine without a context")
         if not argv or not all(isinstance(word, str) for word in (*argv, *env)):
             raise ConfigError("give a command and its environment as lists of strings")
-        if not 0 < port < (1 << 32) - 1:
-            raise ConfigError(f"{port} is no vsock port")
+        _check_port(port)
         if any("=" not in entry for entry in env):
             raise ConfigError("each variable of the environment is NAME=VALUE")
         variables = dict(entry.split("=", 1) for entry in context.env)
@@ -347,8 +357,14 @@ class Supervisor:
             cwd=context.cwd if cwd is None else cwd,
             terminal=size,
             user=None if account is None else account.user,
-            modules=() if turn.vsock.running else context.modules(),
+            modules=self._vsock_modules(turn),
         )
+
+    def _vsock_modules(self, turn: _Turn) -> Sequence[tuple[str, bytes]]:
+        """Return what a program has to insert before it can connect."""
+        if turn.vsock.running or self._context is None:
+            return ()
+        return self._context.modules()
 
     def _close_input(self) -> None:
         with self._input_lock:
@@ -375,6 +391,11 @@ def exit_status(status: int) -> int:
     """Return the exit status, as a shell's, of a status as from wait4(2)."""
     number = status & 0x7F
     return STATUS_SIGNAL + number if number else status >> 8 & 0xFF
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < (1 << 32) - 1:
+        raise ConfigError(f"{port} is no vsock port")
 
 
 def _decode(data: str) -> bytes:

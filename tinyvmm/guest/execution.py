@@ -49,29 +49,36 @@ def vsock_address(port: int) -> bytes:
     return struct.pack("<HHII4x", abi.AF_VSOCK, 0, port, VMADDR_CID_HOST)
 
 
-def execution_steps(execution: Execution) -> list[Step]:
-    """Every step from the first instruction to the command's birth."""
-    steps = [
+def module_steps(modules: Sequence[tuple[str, bytes]]) -> list[Step]:
+    """Insert kernel modules, name and content, that may be there already."""
+    return [
         Step(
             f"insert the kernel module {name}",
             abi.SYS_INIT_MODULE,
             (module, len(module), ""),
             tolerates=(errno.EEXIST,),
         )
-        for name, module in execution.modules
+        for name, module in modules
     ]
-    (family,) = struct.unpack_from("<H", execution.address)
-    address = execution.address
+
+
+def connect_steps(name: str, into: str, address: bytes) -> list[Step]:
+    """Connect a stream socket to `address`, and keep it in the variable `into`."""
+    (family,) = struct.unpack_from("<H", address)
+    kind = abi.SOCK_STREAM | abi.SOCK_CLOEXEC
+    return [
+        Step(f"make a socket for {name}", abi.SYS_SOCKET, (family, kind, 0), into=into),
+        Step(f"connect {name}", abi.SYS_CONNECT, (Value(into), address, len(address))),
+    ]
+
+
+def execution_steps(execution: Execution) -> list[Step]:
+    """Every step from the first instruction to the command's birth."""
+    steps = module_steps(execution.modules)
     for name in STREAMS:
         what = name if name == "control" else f"{name} port"
         steps += [
-            Step(
-                f"make a socket for {name}",
-                abi.SYS_SOCKET,
-                (family, abi.SOCK_STREAM | abi.SOCK_CLOEXEC, 0),
-                into=what,
-            ),
-            Step(f"connect {name}", abi.SYS_CONNECT, (Value(what), address, len(address))),
+            *connect_steps(name, what, execution.address),
             Step(f"unblock {name}", abi.SYS_FCNTL, (Value(what), abi.F_SETFL, abi.O_NONBLOCK)),
         ]
     umask = Step("set the umask", abi.SYS_UMASK, (execution.umask,))

@@ -1,5 +1,7 @@
 """The bus: who answers, and what happens where nobody does."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,3 +89,16 @@ def test_the_trace_hook_sees_accesses_and_who_answered(monkeypatch: pytest.Monke
         "port 0x00f4 <- 0x2a",
         "port 0x0080 -> 0xff (nobody's)",
     ]
+
+
+def test_a_range_that_moves_about_leaves_nothing_behind() -> None:
+    bus, device = Bus("mmio"), Recorder()
+    tracemalloc.start()
+    try:
+        for place in range(1000):
+            bus.add(place << 15, 1 << 15, device)
+            bus.remove(device)
+        assert tracemalloc.get_traced_memory()[0] < 64 << 10
+    finally:
+        tracemalloc.stop()
+    assert bus.find(0, 4) is None

@@ -1,6 +1,7 @@
 """Interrupts and doorbells that the kernel carries, with a tiny guest on real KVM."""
 
 import os
+import resource
 import struct
 import threading
 
@@ -214,3 +215,23 @@ def test_a_thousand_vectors_cost_descriptors_only_once_routed() -> None:
         assert len(os.listdir("/proc/self/fd")) == before + 1
         routes.close()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_vector_for_which_there_is_no_descriptor_is_silent_and_told_of() -> None:
+    seen: list[trace.Record] = []
+    with Machine(memory=1 << 20) as machine:
+        routes = MsiRoutes(machine.open_vm())
+        line = routes.line()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        trace.hook = seen.append
+        try:
+            line.route(*MESSAGE)
+        finally:
+            trace.hook = None
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        line.fire()
+        assert "Too many open files" in trace.text(seen[0])
+        line.route(*MESSAGE)  # once there is one again, it is there
+        line.fire()
+        routes.close()

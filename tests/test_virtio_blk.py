@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.test_pci import Board
 from tests.test_pci import Driver as PciDriver
-from tests.virtio_driver import NEEDS_RESET, NEXT, WRITE, Driver, Queue, Ram
+from tests.virtio_driver import INDIRECT_TABLE, NEEDS_RESET, NEXT, WRITE, Driver, Queue, Ram
 from tinyvmm import trace
 from tinyvmm.devices.virtio import blk
 from tinyvmm.devices.virtio.blk import VirtioBlk
@@ -408,6 +409,31 @@ def test_a_ring_of_flushes_without_end_stops_the_device(bench: Bench, disk: Memo
     assert bench.driver.status & NEEDS_RESET
     assert len(bench.device._tasks) <= blk.QUEUE_SIZE
     disk.gate.set()
+
+
+def test_requests_that_wait_keep_none_of_their_many_buffers(disk: MemoryDisk) -> None:
+    bench = Bench(disk)
+    disk.gate.clear()
+    ram, queue = bench.driver.ram, bench.queue
+    header, status = ram.alloc(16), ram.alloc(1)
+    ram.put("<IIQ", header, FLUSH, 0, 0)
+    table = ram.alloc(16 * 1024)
+    for place in range(1023):
+        ram.put("<QIHH", table + 16 * place, header, 16, NEXT, place + 1)
+    ram.put("<QIHH", table + 16 * 1023, status, 1, WRITE, 0)
+    for head in range(queue.size):
+        queue.write_descriptor(head, table, 16 * 1024, INDIRECT_TABLE)
+        queue.publish(head)
+    tracemalloc.start()
+    try:
+        queue.kick()
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(bench.device._tasks) >= queue.size - 1
+    disk.gate.set()
+    bench.settle()
+    assert sorted(queue.used()) == [(head, 1) for head in range(queue.size)]
 
 
 @pytest.mark.parametrize("queues", [1, 4])

@@ -63,9 +63,11 @@ class Bus:
             for base, end, owner in self.ranges:
                 if owner is device:
                     for block in _blocks(base, end):
-                        self._blocks[block] = [
-                            item for item in self._blocks[block] if item[2] is not device
-                        ]
+                        left = [item for item in self._blocks[block] if item[2] is not device]
+                        if left:
+                            self._blocks[block] = left
+                        else:  # or a guest that moves a BAR all over would fill our memory
+                            del self._blocks[block]
             self.ranges = [item for item in self.ranges if item[2] is not device]
 
     def find(self, address: int, size: int) -> tuple[BusDevice, int] | None:

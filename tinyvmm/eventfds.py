@@ -91,10 +91,24 @@ class MsiLine:
         """Send this from now on; nothing, if no local APIC could be meant."""
         if self._message == (address, data):
             return
-        if self._fd < 0:  # most vectors of most devices are never used
-            self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._routes.attach(self._fd, self._gsi)
+        if not self._attached():
+            return
         self._message = (address, data) if self._routes.set(self._gsi, address, data) else None
+
+    def _attached(self) -> bool:
+        """Have an eventfd; most vectors of most devices are never used. False if there is none.
+
+        A guest may have taken our last descriptor, and then only misses this interrupt of its.
+        """
+        if self._fd < 0:
+            try:
+                self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            except OSError as error:
+                if trace.hook is not None:
+                    trace.hook(trace.Message("msi", f"no eventfd for a vector: {error.strerror}"))
+                return False
+            self._routes.attach(self._fd, self._gsi)
+        return True
 
     def fire(self) -> None:
         """Send the message."""

@@ -105,11 +105,15 @@ class Disk(Protocol):
 
 
 class _Task(NamedTuple):
-    """What the worker is to do, for which request of which driver."""
+    """What the worker is to do, for which request of which driver.
+
+    Of the chain it has only the status: a chain may name a thousand buffers, and many may wait.
+    """
 
     work: Callable[[], None]
     queue: Virtqueue
     chain: Chain
+    written: int
     life: int
 
 
@@ -176,12 +180,14 @@ class VirtioBlk(VirtioDevice):
         *room, last = chain.writable
         if len(last) > 1:
             room.append(last[:-1])
-        status, filled = VIRTIO_BLK_S_OK, 0
+        status = VIRTIO_BLK_S_OK
+        written = nothing = 0 if room else 1  # the status, unless there is room before it
         work: Callable[[], None] | None = None
         try:
             if kind == VIRTIO_BLK_T_IN:
-                filled = size_of(room)
-                self._disk.read_into(room, self._place(sector, filled))
+                length = size_of(room)
+                self._disk.read_into(room, self._place(sector, length))
+                written = length + 1
             elif kind == VIRTIO_BLK_T_OUT:
                 self._must_write()
                 self._disk.write_from(data, self._place(sector, size_of(data)))
@@ -190,19 +196,21 @@ class VirtioBlk(VirtioDevice):
             elif kind == VIRTIO_BLK_T_FLUSH:
                 work = self._disk.flush
             elif kind == VIRTIO_BLK_T_GET_ID:
-                filled = _scatter(room, self._serial.ljust(VIRTIO_BLK_ID_BYTES, b"\0"))
+                length = _scatter(room, self._serial.ljust(VIRTIO_BLK_ID_BYTES, b"\0"))
+                written = length + 1 if size_of(room) == length else length
             elif kind in {VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES}:
                 work = self._ranges(kind, data)
             else:
                 status = VIRTIO_BLK_S_UNSUPP
         except OSError as error:
-            status, filled = self._failed(error), 0
+            status, written = self._failed(error), nothing
         except _Unsupported:
             status = VIRTIO_BLK_S_UNSUPP
         if work is None:
-            _reply(queue, chain, status, filled)
+            _reply(queue, chain, status, written)
         else:
-            self._later(_Task(work, queue, chain, self._life))
+            only_status = Chain(chain.head, [], [last[-1:]])
+            self._later(_Task(work, queue, only_status, written, self._life))
 
     def _must_write(self) -> None:
         if self._disk.read_only:
@@ -289,7 +297,7 @@ class VirtioBlk(VirtioDevice):
             self._changed.notify_all()
             if task.life == self._life:
                 if self.running:
-                    _reply(task.queue, task.chain, status, 0)
+                    _reply(task.queue, task.chain, status, task.written)
             elif self.running:
                 for queue in self.queues:
                     self.handle(queue)
@@ -346,12 +354,11 @@ def _scatter(views: list[memoryview], data: bytes) -> int:
     return scatter(views, data)
 
 
-def _reply(queue: Virtqueue, chain: Chain, status: int, filled: int) -> None:
-    """Give a chain back with its status, the first `filled` bytes of its room written.
+def _reply(queue: Virtqueue, chain: Chain, status: int, written: int) -> None:
+    """Give a chain back with its status.
 
-    The used length counts bytes from the start (2.7.8.2), so the status only behind a full room.
+    `written` counts bytes from the start (2.7.8.2), so the status only behind a full room.
     """
     last = chain.writable[-1]
     last[len(last) - 1] = status
-    whole = size_of(chain.writable)
-    queue.push(chain, whole if filled == whole - 1 else filled)
+    queue.push(chain, written)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # the default of 5 ms one busy thread beside a vCPU costs it 99 of 100 exits; `make bench` shows it.
 SWITCH_INTERVAL = 1e-6
 
+CPUS_MAX = 255  # APIC ids of 8 bits, of which 255 means everybody
+
 _MSR_IA32_MISC_ENABLE = 0x1A0  # bit 0: fast string operations (Intel SDM volume 4)
 _MSR_MTRR_DEF_TYPE = 0x2FF  # bit 11: enable; low bits: type 6 is write-back (SDM 3A, 12.11.2.1)
 
@@ -133,8 +135,9 @@ class Machine:
     @staticmethod
     def _check(system: kvm.System, cpus: int) -> None:
         limit = system.check_extension(kvm.KVM_CAP_MAX_VCPUS) or 1
-        if not 1 <= cpus <= min(limit, 255):
-            raise ConfigError(f"--cpus {cpus}: this KVM allows 1 to {min(limit, 255)}")
+        if not 1 <= cpus <= min(limit, CPUS_MAX):
+            whose = "this KVM" if limit < CPUS_MAX else "a machine"
+            raise ConfigError(f"--cpus {cpus}: {whose} has 1 to {min(limit, CPUS_MAX)}")
 
     # --- devices ----------------------------------------------------------------------------
 

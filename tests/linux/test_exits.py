@@ -1,0 +1,60 @@
+"""What a steady stream of requests costs in exits to us, with Linux's own drivers: none."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+from tests.linux.conftest import Runner
+
+pytestmark = pytest.mark.linux
+
+READS, FILES = 500, 100
+MARK = ["port", 0x80]
+
+GUEST = f"""
+mark() {{ printf x | dd of=/dev/port bs=1 seek=128 conv=notrunc 2> /dev/null; }}
+disk() {{ dd if=/dev/vda of=/dev/null bs=4k count=$1 iflag=direct 2> /dev/null; }}
+files() {{ n=0; while [ $n -lt $1 ]; do read -r line < /live/file$n; n=$((n + 1)); done; }}
+mark; disk 1; files 1
+mark; disk {READS}
+mark; files {FILES}
+mark; echo done
+"""
+
+
+def test_a_stream_of_requests_rings_no_doorbell_and_takes_no_interrupt_that_we_see(
+    guest: Runner,
+) -> None:
+    live = guest.directory("exits")
+    for number in range(FILES):
+        (live / f"file{number}").write_text(f"{number}\n")
+    (live / "image").write_bytes(bytes(4096 * READS))
+    seen = f"/dev/shm/tinyvmm-exits-{os.getpid()}.json"  # no file system of the lab's that is slow
+    try:
+        done = guest.run(
+            *("--ioeventfd", "on", "--disk", f"{live / 'image'},ro"),
+            *("--shared", f"/live={live},ro,cache=none"),
+            *("--trace", "9p,port,mmio", "--trace-file", seen),
+            *("--", "sh", "-c", GUEST),
+        )
+        assert (done.status, done.stdout, done.stderr) == (0, b"done\n", b"")
+        lines = guest.program(["cat", seen]).stdout.splitlines()
+    finally:
+        guest.program(["rm", "-f", seen])
+    rows: list[Counter[str]] = [Counter()]
+    for record in map(json.loads, lines):
+        if record["record"] == "NineP":
+            rows[-1][record["message"].partition("(")[0]] += 1
+        elif [record["space"], record["address"]] == MARK:
+            rows.append(Counter())
+        else:
+            rows[-1][f"{record['space']} {record['address']:#x}"] += 1
+    boot, _, disk, files, _ = rows
+    assert any(what.startswith("mmio") for what in boot), "the trace shows what there is to see"
+    exits = [what for row in (disk, files) for what in row if what.startswith(("mmio", "port"))]
+    assert exits == []
+    assert files["Tread"] >= FILES
+    assert files["Tlopen"] >= FILES
+    assert sum(files[what] for what in files if what.startswith("T")) > 4 * FILES

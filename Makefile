@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, fuzz, lint, unit, unit-others, linux, clean.
+# Others: bench, fuzz, lint, unit, unit-others, linux, kernel-build, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench fuzz clean packages kernel
+.PHONY: demo test lint unit unit-others linux bench fuzz clean packages kernel kernel-build
 .DEFAULT_GOAL := demo
 
 demo:
@@ -28,11 +28,20 @@ $(BIN)/pytest: pyproject.toml
 packages:
 	@tools/need-packages qemu-system-x86_64:qemu-system-x86 iasl:acpica-tools gcc:gcc \
 	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils diod:diod \
-	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs socat:socat passt:passt ip:iproute2 fio:fio dbench:dbench stress-ng:stress-ng
+	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs socat:socat passt:passt ip:iproute2 zstd:zstd rpmbuild:rpm fio:fio dbench:dbench stress-ng:stress-ng
 
 kernel: $(BIN)/pytest
 	@$(BIN)/python -m tinyvmm kernel list --json | grep -q version || \
 	  $(BIN)/python -m tinyvmm kernel fetch
+
+# A kernel of our own, of Debian's source: takes a quarter of an hour and more, so no test does it.
+kernel-build: $(BIN)/pytest
+	@tools/need-packages make:make gcc:gcc ld:binutils flex:flex bison:bison bc:bc perl:perl-base \
+	  xz:xz-utils tar:tar
+	@test -e /usr/include/gelf.h && ls /usr/src/linux-source-*.tar.* >/dev/null 2>&1 || \
+	  tools/need-packages kernel-source:linux-source kernel-source:libelf-dev
+	nice -n 19 $(BIN)/python -m tinyvmm kernel build --jobs $(KERNEL_JOBS)
+KERNEL_JOBS ?= 2
 
 lint: $(BIN)/pytest
 	$(BIN)/ruff format --check tinyvmm tests bench examples

@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers first; a module imports from its own layer (if it must) or from below.
 LAYERS = [
-    ("errors", "layout", "trace", "views", "grammar", "ninep", "lz4", "bootparam"),
+    ("errors", "layout", "trace", "views", "grammar", "ninep", "lz4", "zstd", "bootparam"),
     ("kvm",),
     ("memory", "bus"),
     ("devices", "disks", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),

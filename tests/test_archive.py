@@ -1,6 +1,8 @@
 """The cached half of an initramfs: made once, remade when damaged or outdated, never half-read."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,26 @@ def test_a_damaged_or_outdated_cache_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "m" / "kernel" / "a.ko").write_bytes(b"new")
     os.utime(tmp_path / "m" / "modules.dep", ns=(1, 1))
     assert b"new" in bytes(module_archive(modules, ["a"], str(cache)).archive)
+
+
+def test_processes_that_make_it_at_once_each_have_it_whole(tmp_path: Path) -> None:
+    modules, cache = make_modules(tmp_path / "m"), str(tmp_path / "cache")
+    script = (
+        "import sys; from tinyvmm.guest.archive import module_archive\n"
+        "print(len(module_archive(sys.argv[1], ['a'], sys.argv[2]).archive))"
+    )
+    command = [sys.executable, "-c", script, modules, cache]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    lengths = {process.communicate()[0] for process in running}
+    assert lengths == {b"%d\n" % len(module_archive(modules, ["a"], cache).archive)}
+    assert len(os.listdir(cache)) == 1
+
+
+def test_archives_of_kernels_long_gone_do_not_pile_up(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for number in range(40):
+        module_archive(make_modules(tmp_path / str(number)), ["a"], str(cache))
+    assert len(list(cache.iterdir())) == 32
 
 
 def test_without_a_cache_it_still_works(tmp_path: Path) -> None:

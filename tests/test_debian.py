@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.images import debian
+from tinyvmm.images.package import Unpacking
 from tinyvmm.images.version import version_key
 
 V = "6.1.0-56-amd64"
@@ -74,7 +75,9 @@ def unpack(package: bytes, directory: Path) -> str:
     path.write_bytes(package)
     target = directory / "draft"
     target.mkdir(exist_ok=True)
-    return debian.unpack_kernel(str(path), str(target), quiet)
+    into = Unpacking(str(target))
+    debian.unpack(str(path), into, quiet)
+    return into.finish(str(path), "give another")
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -248,12 +251,54 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
 
 def test_the_meta_packages_dependency_is_what_debian_means(apt: FakeApt) -> None:
     apt.answers(depends="linux-image-amd64\n  Depends: linux-image-6.1.0-9-amd64", search=SEARCH)
-    assert debian.newest_package() == "linux-image-6.1.0-9-amd64"
+    assert debian.find_package() == "linux-image-6.1.0-9-amd64"
 
 
 def test_without_a_meta_package_the_newest_plain_image_is_taken(apt: FakeApt) -> None:
     apt.answers(search=SEARCH)
-    assert debian.newest_package() == "linux-image-6.1.0-56-amd64"
+    assert debian.find_package() == "linux-image-6.1.0-56-amd64"
+
+
+@pytest.mark.parametrize(
+    ("version", "flavour", "package"),
+    [
+        (None, "cloud", "6.1.0-56-cloud-amd64"),
+        ("6.1.0-48", "amd64", "6.1.0-48-amd64"),
+        ("6.1.0-48-amd64", "amd64", "6.1.0-48-amd64"),
+        ("linux-image-6.1.0-48-cloud-amd64", "amd64", "6.1.0-48-cloud-amd64"),
+        ("6.1.0-48", "rt", "6.1.0-48-rt-amd64"),
+        ("6.1", "amd64", "6.1.0-56-amd64"),
+        ("6.12.9", "amd64", "6.12.9+deb12-amd64"),
+    ],
+)
+def test_kernels_are_found_by_version_and_flavour(
+    apt: FakeApt, version: str | None, flavour: str, package: str
+) -> None:
+    images = ["6.1.0-48", "6.1.0-56", "6.1.0-9", "6.12.9+deb12"]
+    lines = [f"linux-image-{v}{f}-amd64 - Linux" for v in images for f in ("", "-cloud", "-rt")]
+    lines += [f"{line.partition(' ')[0]}-dbg - Linux" for line in lines]
+    apt.answers(search="\n".join(lines[::-1]))
+    if version is not None or flavour != "cloud":
+        assert debian.find_package(version, flavour) == f"linux-image-{package}"
+        return
+    apt.answers(depends="Depends: linux-image-6.1.0-56-cloud-amd64", search="\n".join(lines))
+    assert debian.find_package(version, flavour) == f"linux-image-{package}"
+    assert "linux-image-cloud-amd64" in apt.log.read_text()
+
+
+@pytest.mark.parametrize("version", ["6.1.0-4", "6", "5.10", "6.1.0-48-cloud"])
+def test_a_version_apt_does_not_know_names_those_it_does(apt: FakeApt, version: str) -> None:
+    apt.answers(search="linux-image-6.1.0-48-amd64 - Linux\nlinux-image-6.1.0-9-amd64 - Linux")
+    if version == "6":
+        assert debian.find_package(version) == "linux-image-6.1.0-48-amd64"
+        return
+    with pytest.raises(ConfigError, match=r"no such kernel, but 6\.1\.0-48-amd64, 6\.1\.0-9-amd64"):
+        debian.find_package(version)
+
+
+def test_an_unknown_flavour_names_those_there_are(apt: FakeApt) -> None:
+    with pytest.raises(ConfigError, match="'desktop' is no flavour: give amd64, cloud, rt"):
+        debian.find_package(None, "desktop")
 
 
 def test_without_lists_they_are_asked_for_by_root_and_recommended_to_others(
@@ -263,11 +308,11 @@ def test_without_lists_they_are_asked_for_by_root_and_recommended_to_others(
     apt.program("apt-get", "exit 0")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match="sudo apt-get update"):
-        debian.newest_package()
+        debian.find_package()
     assert "update" not in apt.log.read_text()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(ConfigError, match="knows no"):
-        debian.newest_package()
+        debian.find_package()
     assert "apt-get -q update" in apt.log.read_text()
 
 
@@ -306,7 +351,7 @@ def test_a_computer_without_apt_is_told_what_to_do(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"apt-cache is not on this computer.*kernel import"):
-        debian.newest_package()
+        debian.find_package()
 
 
 def test_versions_sort_as_people_mean_them() -> None:

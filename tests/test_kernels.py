@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import gzip
 import io
 import json
 import lzma
@@ -17,7 +18,8 @@ import pytest
 
 from tinyvmm.cli import kernel as command
 from tinyvmm.errors import ConfigError
-from tinyvmm.images import kernels
+from tinyvmm.images import kernel_store, kernels
+from tinyvmm.images.features import embedded_config
 from tinyvmm.images.progress import TerminalProgress
 
 V = "6.1.0-56-amd64"
@@ -123,7 +125,7 @@ def test_an_imported_kernel_has_its_modules_and_their_dependencies(
     tmp_path: Path, store: Path
 ) -> None:
     path = make_boot(tmp_path, dep=False)
-    imported = kernels.import_(str(path))
+    imported = kernel_store.import_([str(path)])
     assert imported == kernels.InstalledKernel(
         V, f"{store}/{V}/vmlinuz", f"{store}/{V}/modules", f"imported from {path}"
     )
@@ -139,10 +141,15 @@ def test_a_package_is_imported_by_what_it_holds_not_by_its_name(
 ) -> None:
     path = tmp_path / "kernel.download"
     path.write_bytes(make_deb())
-    imported = kernels.import_(str(path))
+    imported = kernel_store.import_([str(path)])
     assert imported.version == V
     assert (store / V / "modules/modules.dep").exists()
-    assert sorted(p.name for p in (store / V).iterdir()) == ["modules", "source", "vmlinuz"]
+    assert sorted(p.name for p in (store / V).iterdir()) == [
+        "features",
+        "modules",
+        "source",
+        "vmlinuz",
+    ]
 
 
 def test_modules_can_be_told(tmp_path: Path) -> None:
@@ -150,16 +157,16 @@ def test_modules_can_be_told(tmp_path: Path) -> None:
     alone = tmp_path / "alone/bzImage"
     alone.parent.mkdir()
     alone.write_bytes(make_vmlinuz(V))
-    imported = kernels.import_(str(alone), str(tmp_path / "lib/modules" / V))
+    imported = kernel_store.import_([str(alone)], str(tmp_path / "lib/modules" / V))
     assert imported.modules
-    assert kernels.features(imported)["9p"] is True
+    assert kernels.able(imported)["9p"] is True
     with pytest.raises(ConfigError, match="holds no kernel modules"):
-        kernels.import_(str(alone), str(tmp_path))
+        kernel_store.import_([str(alone)], str(tmp_path))
 
 
 def test_the_newest_version_in_the_store_is_the_default(tmp_path: Path) -> None:
     for version in ("6.1.0-9-amd64", "6.1.0-10-amd64", "5.10.0-99-amd64"):
-        kernels.import_(str(make_boot(tmp_path, version)))
+        kernel_store.import_([str(make_boot(tmp_path, version))])
     assert kernels.find().version == "6.1.0-10-amd64"
     assert [k.version for k in kernels.list_()] == [
         "6.1.0-10-amd64",
@@ -187,7 +194,7 @@ def test_with_nothing_at_all_debians_kernel_is_fetched_once(
     found = kernels.find()
     assert (found.version, found.source) == (V, f"linux-image-{V}")
     assert kernels.find() == found
-    assert kernels.fetch() == found
+    assert kernel_store.fetch() == found
     assert len([line for line in apt.read_text().splitlines() if "print-uris" not in line]) == 1
     assert sorted(p.name for p in store.iterdir()) == [".lock", V]
     assert not list((store / V).glob("*.deb"))
@@ -196,7 +203,9 @@ def test_with_nothing_at_all_debians_kernel_is_fetched_once(
 
 def test_two_fetches_at_once_fetch_once(store: Path, apt: Path) -> None:
     found: list[kernels.InstalledKernel] = []
-    threads = [threading.Thread(target=lambda: found.append(kernels.fetch())) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(kernel_store.fetch())) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -209,13 +218,15 @@ def test_two_fetches_at_once_fetch_once(store: Path, apt: Path) -> None:
 def test_a_kernel_without_9p_is_refused_with_reason_and_remedy(tmp_path: Path, store: Path) -> None:
     version = "6.1.0-56-cloud-amd64"
     path = make_boot(tmp_path, version, without="9p")
-    for use in (kernels.find, kernels.import_):
-        with pytest.raises(ConfigError, match=r"no 9p.*cloud.*tinyvmm kernel fetch"):
-            use(str(path))
+    refused = r"no 9p.*cloud.*tinyvmm kernel fetch"
+    with pytest.raises(ConfigError, match=refused):
+        kernels.find(str(path))
+    with pytest.raises(ConfigError, match=refused):
+        kernel_store.import_([str(path)])
     package = tmp_path / "cloud.deb"
     package.write_bytes(make_deb(version, without="9p"))
     with pytest.raises(ConfigError, match="no 9p"):
-        kernels.import_(str(package))
+        kernel_store.import_([str(package)])
     assert [p.name for p in store.iterdir()] == [".lock"]
 
 
@@ -227,7 +238,12 @@ def test_a_kernel_with_everything_built_in_needs_no_modules(tmp_path: Path) -> N
     config.write_text("#\n" + "".join(f"CONFIG_{option}=y\n" for option in options))
     found = kernels.find(str(path))
     assert found.modules is None
-    assert all(kernels.features(found).values())
+    assert [name for name, has in kernels.able(found).items() if has] == [
+        "9p",
+        "overlay",
+        "virtio-mmio",
+        "virtio-console",
+    ]
     config.write_text("#\n" + "".join(f"CONFIG_{option}=m\n" for option in options))
     with pytest.raises(ConfigError, match=r"no modules beside it.*--modules"):
         kernels.find(str(path))
@@ -238,7 +254,7 @@ def test_a_kernel_that_tells_nothing_is_given_the_benefit_of_the_doubt(tmp_path:
     path.write_bytes(make_vmlinuz("7.0-mine"))
     found = kernels.find(str(path))
     assert found == kernels.InstalledKernel("7.0-mine", str(path), None, str(path))
-    assert set(kernels.features(found).values()) == {None}
+    assert set(kernels.able(found).values()) == {None}
 
 
 def test_modules_without_modules_dep_are_to_be_imported(tmp_path: Path) -> None:
@@ -249,7 +265,7 @@ def test_modules_without_modules_dep_are_to_be_imported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["6.9", "..", ".lock", "nothing"])
 def test_an_unknown_version_names_those_there_are(name: str, tmp_path: Path) -> None:
-    kernels.import_(str(make_boot(tmp_path)))
+    kernel_store.import_([str(make_boot(tmp_path))])
     with pytest.raises(ConfigError):
         kernels.find(name)
     with pytest.raises(ConfigError, match=rf"no such file|{V}"):
@@ -260,20 +276,20 @@ def test_importing_again_replaces_and_what_a_killed_process_left_goes(
     tmp_path: Path, store: Path
 ) -> None:
     path = make_boot(tmp_path)
-    kernels.import_(str(path))
+    kernel_store.import_([str(path)])
     (store / ".draft-killed/modules").mkdir(parents=True)
     path.write_bytes(path.read_bytes() + b"newer")
-    imported = kernels.import_(str(path))
+    imported = kernel_store.import_([str(path)])
     assert Path(imported.vmlinuz).read_bytes().endswith(b"newer")
     assert sorted(p.name for p in store.iterdir()) == [".lock", V]
 
 
 def test_an_import_that_fails_leaves_the_store_as_it_was(tmp_path: Path, store: Path) -> None:
-    kernels.import_(str(make_boot(tmp_path)))
+    kernel_store.import_([str(make_boot(tmp_path))])
     for bad in ("missing", "empty"):
         (tmp_path / "empty").write_bytes(b"")
         with pytest.raises(ConfigError):
-            kernels.import_(str(tmp_path / bad))
+            kernel_store.import_([str(tmp_path / bad)])
     assert sorted(p.name for p in store.iterdir()) == [".lock", V]
 
 
@@ -284,7 +300,7 @@ def test_a_store_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="XDG_DATA_HOME"):
-        kernels.import_(str(path))
+        kernel_store.import_([str(path)])
     assert kernels.list_() == []
 
 
@@ -299,19 +315,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     path = make_boot(tmp_path)
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(ConfigError, match=r"No space left.*free some"):
-        kernels.import_(str(path))
+        kernel_store.import_([str(path)])
     assert [p.name for p in store.iterdir()] == [".lock"]
 
 
 def test_finding_takes_no_lock(tmp_path: Path, store: Path) -> None:
-    kernels.import_(str(make_boot(tmp_path)))
+    kernel_store.import_([str(make_boot(tmp_path))])
     with (store / ".lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert kernels.find().version == V
 
 
 def test_finding_imports_nothing_heavy(tmp_path: Path) -> None:
-    kernels.import_(str(make_boot(tmp_path)))
+    kernel_store.import_([str(make_boot(tmp_path))])
     script = (
         "import typing, sys; before = set(sys.modules)\n"
         "from tinyvmm.images import kernels; kernels.find()\n"
@@ -320,6 +336,109 @@ def test_finding_imports_nothing_heavy(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     assert not loaded & {"json", "tarfile", "subprocess", "shutil", "tempfile", "pathlib", "lzma"}
+
+
+# --- choosing and removing -----------------------------------------------------------------------
+
+
+def test_the_version_in_use_is_the_default_until_newest_is_again(tmp_path: Path) -> None:
+    for version in ("6.1.0-9-amd64", V):
+        kernel_store.import_([str(make_boot(tmp_path, version))])
+    chosen = kernel_store.use("6.1.0-9-amd64")
+    assert chosen
+    assert kernels.find() == chosen
+    assert [k.version for k in kernels.list_()] == [V, "6.1.0-9-amd64"]
+    newest = kernel_store.use("newest")
+    assert newest
+    assert newest.version == V
+    assert kernels.find() == newest
+    with pytest.raises(ConfigError, match=rf"no such version.*{V}, 6\.1\.0-9-amd64"):
+        kernel_store.use("6.9")
+
+
+def test_removing_takes_the_choice_with_it_and_all_or_none(tmp_path: Path, store: Path) -> None:
+    for version in ("6.1.0-9-amd64", V):
+        kernel_store.import_([str(make_boot(tmp_path, version))])
+    kernel_store.use("6.1.0-9-amd64")
+    with pytest.raises(ConfigError, match=r"kernel rm 6\.9: no such version"):
+        kernel_store.remove(["6.1.0-9-amd64", "6.9"])
+    assert len(kernels.list_()) == 2
+    kernel_store.remove(["6.1.0-9-amd64"])
+    assert [k.version for k in kernels.list_()] == [V]
+    assert kernels.find().version == V
+    assert sorted(p.name for p in store.iterdir()) == [".lock", V]
+
+
+@pytest.mark.parametrize("name", [".lock", "default", "..", ""])
+def test_what_is_no_version_is_not_removed_or_used(name: str, tmp_path: Path, store: Path) -> None:
+    kernel_store.import_([str(make_boot(tmp_path))])
+    kernel_store.use(V)
+    with pytest.raises(ConfigError):
+        kernel_store.remove([name])
+    with pytest.raises(ConfigError):
+        kernel_store.use(name)
+    assert sorted(p.name for p in store.iterdir()) == [".lock", V, "default"]
+
+
+CLOUD = {"9P_FS": False, "EROFS_FS": True, "OVERLAY_FS": True, "VIRTIO_BLK": True}
+CLOUD |= {"VIRTIO_PCI": True, "VIRTIO_CONSOLE": True}
+
+
+def test_a_kernel_without_9p_is_kept_for_roots_that_need_none(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinuz-6.1.0-99-cloud"
+    path.write_bytes(make_vmlinuz("6.1.0-99-cloud"))
+    lines = [f"CONFIG_{name}=y\n" for name, has in CLOUD.items() if has]
+    (tmp_path / "config-6.1.0-99-cloud").write_text("#\n" + "".join(lines))
+    cloud = kernel_store.import_([str(path)])
+    usual = kernel_store.import_([str(make_boot(tmp_path))])
+    assert kernels.find(root="erofs") == cloud
+    assert kernels.find() == usual
+    with pytest.raises(ConfigError, match=r"cloud.*has no 9p"):
+        kernels.find(cloud.version)
+
+
+def test_a_configuration_inside_the_kernel_is_read(tmp_path: Path) -> None:
+    inside = gzip.compress(b"#\nCONFIG_9P_FS=y\nCONFIG_VIRTIO_PCI=y\n")
+    path = tmp_path / "vmlinux"
+    banner = b"Linux version 7.0-own (me@here) #1\n\0"
+    entry = 0x100_0000
+    program = b"\xf4" + bytes(63) + banner + b"IKCFG_ST" + inside + b"IKCFG_ED"
+    ehdr = struct.pack("<16sHHIQQQ", b"\x7fELF\2\1\1", 2, 62, 1, entry, 64, 0)
+    ehdr += struct.pack("<IHHHHHH", 0, 64, 56, 1, 64, 0, 0)
+    length = len(program)
+    phdr = struct.pack("<IIQQQQQQ", 1, 5, 0x1000, entry, entry, length, length, 0x1000)
+    path.write_bytes((ehdr + phdr).ljust(0x1000, b"\0") + program)
+    assert embedded_config(str(path)) == gzip.decompress(inside)
+    with pytest.raises(ConfigError, match=r"7\.0-own.*has no virtio-console"):
+        kernel_store.import_([str(path)])
+    path.write_bytes(path.read_bytes().replace(b"IKCFG_ED", b"damaged!"))
+    assert embedded_config(str(path)) is None
+    stored = kernel_store.import_([str(path)])
+    assert set(kernels.able(stored).values()) == {None}
+
+
+def test_what_a_stored_kernel_can_do_is_looked_up_once(tmp_path: Path) -> None:
+    stored = kernel_store.import_([str(make_boot(tmp_path))])
+    before = kernels.able(stored)
+    assert stored.modules
+    (Path(stored.modules) / "modules.dep").write_text("")
+    assert kernels.able(stored) == before
+    (Path(stored.vmlinuz).parent / "features").write_text("+of another version\n")
+    assert kernels.able(stored)["9p"] is False
+
+
+def test_several_packages_can_make_one_kernel(tmp_path: Path) -> None:
+    whole = make_deb()
+    names = ["core.deb", "modules.deb"]
+    for name in names:
+        (tmp_path / name).write_bytes(whole)
+    with pytest.raises(ConfigError, match="twice"):
+        kernel_store.import_([str(tmp_path / name) for name in names])
+    path = str(make_boot(tmp_path))
+    with pytest.raises(ConfigError, match=r"vmlinuz-.*is no package"):
+        kernel_store.import_([str(tmp_path / "core.deb"), path])
+    with pytest.raises(ConfigError, match="give one kernel"):
+        kernel_store.import_([path, path])
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -344,8 +463,7 @@ def test_the_list_marks_the_default_and_shows_what_each_kernel_can(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"* {V}")
     assert second.startswith("  6.1.0-9-amd64")
-    assert "9p virtio-mmio virtio-console " in first
-    assert "overlay" not in first
+    assert first.endswith(f"imported from {tmp_path}/boot/vmlinuz-{V}")
     assert tinyvmm_kernel("list", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["version"], row["default"]) for row in rows] == [
@@ -358,6 +476,46 @@ def test_the_list_marks_the_default_and_shows_what_each_kernel_can(
 def test_fetch_prints_what_it_got(apt: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tinyvmm_kernel("fetch") == 0
     assert capsys.readouterr().out.startswith(V)
+
+
+def test_import_says_what_the_kernel_can_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tinyvmm_kernel("import", str(make_boot(tmp_path))) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "can do: 9p virtio-mmio virtio-console"
+
+
+def test_the_running_kernel_is_imported_by_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_boot(tmp_path, os.uname().release)
+    monkeypatch.setattr(kernels, "BOOT_DIR", str(path.parent))
+    assert tinyvmm_kernel("import", "--running") == 0
+    assert capsys.readouterr().out.startswith(os.uname().release)
+
+
+def test_show_tells_all_of_one_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="no kernel here yet"):
+        tinyvmm_kernel("show")
+    path = make_boot(tmp_path)
+    kernel_store.import_([str(path)])
+    assert tinyvmm_kernel("show") == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name: lines[name].strip() for name in ("version", "default", "roots", "9p", "erofs")}
+    assert told == {"version": V, "default": "yes", "roots": "9p", "9p": "yes", "erofs": "no"}
+    assert tinyvmm_kernel("show", str(path), "--json") == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["vmlinuz"] == str(path)
+    assert known["default"] is False
+    assert known["features"]["virtio-pci"] is False
+
+
+def test_use_and_rm_are_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel_store.import_([str(make_boot(tmp_path))])
+    assert tinyvmm_kernel("use", V) == 0
+    assert capsys.readouterr().out == f"{V}\n"
+    assert tinyvmm_kernel("rm", V) == 0
+    assert kernels.list_() == []
 
 
 # --- progress ------------------------------------------------------------------------------------

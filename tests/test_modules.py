@@ -177,10 +177,13 @@ def test_compressed_modules_are_found_and_decompressed(
         closure(str(kernel), ["alone"])[0].read()
 
 
-def test_a_compression_this_python_lacks_is_named(kernel: Path) -> None:
+def test_a_module_packed_with_zstd_is_read_and_a_damaged_one_named(kernel: Path) -> None:
     path = kernel / "kernel" / "alone.ko.zst"
+    packed = subprocess.run(["zstd", "-qc"], input=b"module", capture_output=True, check=True)
+    path.write_bytes(packed.stdout)
+    assert modules.Module("alone", str(path)).read() == b"module"
     path.write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(ConfigError, match=r"alone\.ko\.zst"):
+    with pytest.raises(ConfigError, match=r"alone\.ko\.zst is damaged"):
         modules.Module("alone", str(path)).read()
 
 

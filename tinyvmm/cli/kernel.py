@@ -1,57 +1,187 @@
-"""`tinyvmm kernel list | fetch | import PATH`: the kernels there are to boot."""
+"""`tinyvmm kernel`: the kernels there are to boot; getting more, choosing one, building one."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinyvmm.images.kernels import InstalledKernel
 
+_EPILOG = """\
+examples:
+  tinyvmm kernel fetch                     Debian's newest
+  tinyvmm kernel fetch --flavour cloud     for roots of EROFS: it has no 9P
+  tinyvmm kernel fetch 6.1.0-48            that one
+  tinyvmm kernel import kernel-core.rpm kernel-modules-core.rpm kernel-modules.rpm
+  tinyvmm kernel import bzImage --modules ./lib/modules/6.12.1
+  tinyvmm kernel build && tinyvmm kernel use 6.1.192-tinyvmm
+"""
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the `tinyvmm` parser."""
-    parser = subparsers.add_parser("kernel", help="list, fetch or import kernels to boot")
-    parser.set_defaults(main=main)
+    parser = subparsers.add_parser(
+        "kernel",
+        help="list, fetch, import, build and choose kernels to boot",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="the kernels here; * is what `run` boots")
+
+    def action(name: str, says: str, main: Any) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=says, allow_abbrev=False)
+        added.set_defaults(main=main)
+        return added
+
+    listing = action("list", "the kernels here; * is what `run` boots", _list)
     listing.add_argument("--json", action="store_true", help="for programs")
-    actions.add_parser("fetch", help="get Debian's newest kernel through apt-get")
-    importing = actions.add_parser("import", help="take in a .deb, or a vmlinuz and its modules")
-    importing.add_argument("path", metavar="PATH", help="a .deb, vmlinuz or vmlinux file")
+
+    fetching = action("fetch", "get a kernel of Debian's through apt-get", _fetch)
+    fetching.add_argument("version", nargs="?", help="all of it or its beginning (default: newest)")
+    fetching.add_argument("--flavour", help="amd64 (the default), cloud or rt")
+
+    importing = action("import", "take in packages, or a vmlinuz and its modules", _import)
+    what = importing.add_argument_group("what").add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="*",
+        default=[],
+        help=".deb or .rpm files of one kernel, or a vmlinuz or vmlinux",
+    )
+    what.add_argument("--running", action="store_true", help="the kernel this computer runs")
     importing.add_argument("--modules", metavar="DIR", help="its modules, as /lib/modules/VERSION")
 
+    building = action("build", "make one that needs no modules, of Debian's source", _build)
+    building.add_argument(
+        "--source",
+        metavar="PATH",
+        help="a tree or tarball (default: /usr/src/linux-source-*.tar.*)",
+    )
+    building.add_argument("--config", metavar="FILE", help="more options, each CONFIG_NAME=value")
+    building.add_argument("--jobs", type=int, metavar="N", help="at once (default: every CPU)")
+    building.add_argument(
+        "--directory", metavar="DIR", help="where to build, and keep what is made"
+    )
 
-def main(args: argparse.Namespace) -> int:
-    """Do what the arguments say; ConfigError says what is wrong with them."""
-    from tinyvmm.images import kernels
+    showing = action("show", "all about one kernel", _show)
+    showing.add_argument(
+        "kernel", nargs="?", help="a version or a file (default: what `run` boots)"
+    )
+    showing.add_argument("--json", action="store_true", help="for programs")
 
-    if args.action == "list":
-        _print_list(kernels.list_(), as_json=args.json)
-    elif args.action == "fetch":
-        _print_stored(kernels.fetch())
-    else:
-        _print_stored(kernels.import_(args.path, args.modules))
+    using = action("use", "choose what `run` boots", _use)
+    using.add_argument("version", help="a version of those here; newest for whatever is newest")
+
+    removing = action("rm", "remove kernels", _rm)
+    removing.add_argument("versions", nargs="+", metavar="VERSION")
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from tinyvmm.images import kernel_store
+
+    _print_stored(kernel_store.fetch(None, args.version, args.flavour))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from tinyvmm.images import kernel_store, kernels
+
+    paths = [kernels.running_vmlinuz()] if args.running else args.paths
+    _print_stored(kernel_store.import_(paths, args.modules))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from tinyvmm.images import kernel_build
+
+    _print_stored(kernel_build.build(args.source, args.config, args.jobs, args.directory))
+    return 0
+
+
+def _use(args: argparse.Namespace) -> int:
+    from tinyvmm.images import kernel_store
+
+    found = kernel_store.use(args.version)
+    print(found.version if found else "no kernel here yet; `tinyvmm run` fetches one")
+    return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    from tinyvmm.images import kernel_store
+
+    kernel_store.remove(args.versions)
     return 0
 
 
 def _print_stored(kernel: "InstalledKernel") -> None:
+    """Say what was put in, and what it can do."""
     print(f"{kernel.version}  {kernel.vmlinuz}")
+    print(f"can do: {_abilities(kernel)}")
 
 
-def _print_list(found: "list[InstalledKernel]", *, as_json: bool) -> None:
+def _abilities(kernel: "InstalledKernel") -> str:
+    """Return the features a kernel has, with a ? behind those it may have."""
+    from tinyvmm.images import kernels
+
+    has = kernels.able(kernel)
+    return " ".join(n if has[n] else f"{n}?" for n in has if has[n] is not False) or "nothing"
+
+
+def _show(args: argparse.Namespace) -> int:
+    from tinyvmm.errors import ConfigError
+    from tinyvmm.images import kernels
+
+    found = kernels.default() if args.kernel is None else kernels.look_up(args.kernel)
+    if found is None:
+        raise ConfigError("no kernel here yet; `tinyvmm run` fetches one, or: tinyvmm kernel fetch")
+    has = kernels.able(found)
+    known = {
+        **found._asdict(),
+        "size": kernels.size(found),
+        "default": found == kernels.default(),
+        "roots": [root for root in kernels.ROOTS if not kernels.missing(found, root)],
+        "features": has,
+    }
+    if args.json:
+        import json
+
+        print(json.dumps(known, indent=2))
+        return 0
+    words = {True: "yes", False: "no", None: "unknown"}
+    rows = {
+        "version": found.version,
+        "kernel": found.vmlinuz,
+        "modules": found.modules or "none: what it can do is built in",
+        "source": found.source,
+        "size": f"{kernels.size(found) / 1e6:.1f} MB",
+        "default": words[found == kernels.default()],
+        "roots": " ".join(known["roots"]) or "none",
+        **{feature: words[known_to_have] for feature, known_to_have in has.items()},
+    }
+    for name, value in rows.items():
+        print(f"{name + ':':<16} {value}")
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
     from tinyvmm.images import kernels
 
     default = kernels.default()
-    rows = [(kernel, kernels.features(kernel), kernel == default) for kernel in found]
-    if as_json:
+    found = kernels.list_()
+    rows = [(kernel, kernels.able(kernel), kernel == default) for kernel in found]
+    if args.json:
         import json
 
         records = [{**k._asdict(), "features": has, "default": mark} for k, has, mark in rows]
         print(json.dumps(records, indent=2))
-        return
+        return 0
     if not rows:
         print("no kernel here yet; `tinyvmm run` fetches one, or: tinyvmm kernel fetch")
-    width = max((len(kernel.version) for kernel in found), default=0)
-    for kernel, has, mark in rows:
-        names = " ".join(n if has[n] else f"{n}?" for n in has if has[n] is not False)
+    version_len = max((len(kernel.version) for kernel in found), default=0)
+    for kernel, _, mark in rows:
         star = "*" if mark else " "
-        print(f"{star} {kernel.version:<{width}}  {names}  {kernel.source}  {kernel.vmlinuz}")
+        roots = "+".join(root for root in kernels.ROOTS if not kernels.missing(kernel, root))
+        size = f"{kernels.size(kernel) / 1e6:.0f} MB"
+        row = f"{star} {kernel.version:<{version_len}}  {roots:<8}  {size:>7}  {kernel.source}"
+        print(row.rstrip())
+    return 0

@@ -16,6 +16,8 @@ from tinyvmm.guest.initramfs import Archive
 from tinyvmm.guest.modules import closure
 
 _MAGIC = b"tinyvmm modules 1:"
+_SUFFIX = ".cpio"
+_KEPT = 32
 
 
 class ModuleArchive(NamedTuple):
@@ -28,7 +30,7 @@ class ModuleArchive(NamedTuple):
 def module_archive(modules_dir: str, wanted: Sequence[str], cache_dir: str) -> ModuleArchive:
     """Return the archive of `wanted` and all they depend on; ConfigError as `closure` does."""
     key = _key(modules_dir, wanted)
-    cached = os.path.join(cache_dir, f"modules-{key:08x}.cpio")
+    cached = os.path.join(cache_dir, f"modules-{key:08x}{_SUFFIX}")
     found = _read(cached)
     if found is not None:
         return found
@@ -80,5 +82,14 @@ def _write(path: str, made: ModuleArchive) -> None:
             file.write(head)
             file.write(made.archive)
         os.replace(temporary, path)
+        _prune(os.path.dirname(path))
     except OSError:
         return  # no cache: the next run makes it again
+
+
+def _prune(directory: str) -> None:
+    """Remove all but the newest: kernels go, and their modules with them."""
+    with os.scandir(directory) as found:
+        made = [(e.stat().st_mtime_ns, e.path) for e in found if e.name.endswith(_SUFFIX)]
+    for _, path in sorted(made)[:-_KEPT]:
+        os.unlink(path)

@@ -194,22 +194,18 @@ def _modinfo(module: bytes | memoryview) -> bytes | memoryview:
     raise ValueError("it has no .modinfo section")
 
 
-DECOMPRESSORS = {".xz": "lzma", ".gz": "gzip", ".zst": "compression.zstd"}
+DECOMPRESSORS = {".xz": "lzma", ".gz": "gzip", ".zst": "tinyvmm.zstd"}
 
 
 def _decompress(path: str, data: bytes) -> bytes:
-    """By suffix; the standard library's module for it is imported only when it is needed."""
+    """By suffix; the module for it is imported only when it is needed."""
     suffix = os.path.splitext(path)[1]
     if suffix not in DECOMPRESSORS:
         return data
-    try:
-        decompressor = importlib.import_module(DECOMPRESSORS[suffix])
-    except ImportError:
-        raise ConfigError(
-            f"{path} is compressed, and this Python lacks {DECOMPRESSORS[suffix]}; "
-            "use a Python that has it (zstd: 3.14), or decompress the file"
-        ) from None
+    decompressor = importlib.import_module(DECOMPRESSORS[suffix])
     try:
         return bytes(decompressor.decompress(data))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - each decompressor has an error of its own
         raise ConfigError(f"{path} is damaged: {error}; unpack the kernel again") from None

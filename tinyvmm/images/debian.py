@@ -1,10 +1,7 @@
 """Kernels from Debian: packages found and downloaded by apt, read and unpacked by ourselves.
 
 A .deb is an `ar` archive of three members (deb(5)): `debian-binary`, `control.tar.*` and
-`data.tar.*`. A kernel package's data holds boot/vmlinuz-V, boot/config-V and lib/modules/V (below
-usr/ in newer releases). Those three are taken out, and nothing else is so much as created: no link,
-no device, no name from the archive that is not below them. An archive that tries to leave its
-directory is refused altogether.
+`data.tar.*`. What of a kernel package is taken out, and what is not, package.py says.
 
 apt checks what it downloads against the distribution's signatures; for a .deb from elsewhere the
 user answers.
@@ -12,24 +9,23 @@ user answers.
 
 import os
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import IO, Any, NamedTuple
 
+from tinyvmm import zstd
 from tinyvmm.errors import ConfigError
+from tinyvmm.images.package import PackageError, Unpacking, check_name
 from tinyvmm.images.progress import Progress
-
-if TYPE_CHECKING:
-    import tarfile
 
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER_LEN = 60
 AR_HEADER_END = b"`\n"
-META_PACKAGE = "linux-image-amd64"
-# Versioned images only; -cloud lacks 9p, -rt is another kernel, -dbg and -unsigned hold none or
-# the same.
-PACKAGE = r"linux-image-\d+\.\d+\.\d+[\w.+~-]*-amd64"
-UNWANTED = ("-cloud-", "-rt-", "-dbg", "-unsigned")
-FILE_LEN_MAX = 1 << 30
-COPY_LEN = 1 << 20
+PACKAGE_PREFIX = "linux-image-"
+ARCHITECTURE = "amd64"
+# Versioned images only; -dbg and -unsigned, which do not end so, hold none or the same.
+PACKAGE = r"linux-image-(\d+\.\d+\.\d+[\w.+~-]*?)(?:-([a-z]+))?-amd64"
+FLAVOURS = ("amd64", "cloud", "rt")
+"""Debian's kernels: for everything, for clouds' machines (no 9p), for real time."""
 POLL_SECONDS = 0.1
 
 
@@ -41,33 +37,26 @@ class ArMember(NamedTuple):
     length: int
 
 
-class DebError(ConfigError):
-    """A .deb that is damaged, hostile, or of another kind."""
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(f"package {path}: {why}")
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
 def ar_members(path: str, file: IO[bytes]) -> Iterator[ArMember]:
-    """List an ar archive (ar(5), the common format); DebError if it is none or is cut short."""
+    """List an ar archive (ar(5), the common format); PackageError if it is none or is cut short."""
     file_len = file.seek(0, os.SEEK_END)
     file.seek(0)
     if file.read(len(AR_MAGIC)) != AR_MAGIC:
-        raise DebError(path, "is not a .deb; give one, or a vmlinuz")
+        raise PackageError(path, "is not a .deb; give one, a .rpm or a vmlinuz")
     offset = len(AR_MAGIC)
     while offset < file_len:
         file.seek(offset)
         header = file.read(AR_HEADER_LEN)
         digits = header[48:58].strip()
         if len(header) < AR_HEADER_LEN or header[58:] != AR_HEADER_END or not digits.isdigit():
-            raise DebError(path, "is damaged; download it again")
+            raise PackageError(path, "is damaged; download it again")
         offset += AR_HEADER_LEN
         length = int(digits)
         if offset + length > file_len:
-            raise DebError(path, "is cut short; download it again")
+            raise PackageError(path, "is cut short; download it again")
         yield ArMember(header[:16].decode("latin-1").strip().rstrip("/"), offset, length)
         offset += length + length % 2
 
@@ -90,123 +79,85 @@ class _MemberReader:
         return data
 
 
-def unpack_kernel(path: str, directory: str, progress: Progress) -> str:
-    """Unpack a kernel package's vmlinuz, config and modules/; return the version it is named after.
-
-    `directory` must be empty, and may be left with anything in it after an error: DebError for a
-    package that is damaged, hostile or holds no kernel; OSError if writing fails.
-    """
+def unpack(path: str, into: Unpacking, progress: Progress) -> None:
+    """Take out of a .deb what `into` wants of it; PackageError, or OSError if writing fails."""
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; its errors are of another kind
     except OSError as error:
-        raise DebError(path, f"cannot be read ({error.strerror})") from None
+        raise PackageError(path, f"cannot be read ({error.strerror})") from None
     with file:
         data = [m for m in ar_members(path, file) if m.name.startswith("data.tar")]
         if len(data) != 1:
-            raise DebError(path, "has no data.tar; is it a Debian package?")
+            raise PackageError(path, "has no data.tar; is it a Debian package?")
         reader = _MemberReader(file, data[0], f"unpacking {os.path.basename(path)}", progress)
         try:
-            return _take_kernel(path, reader, data[0].name.partition(".tar")[2], directory)
+            _unpack_tar(path, reader, data[0].name.partition(".tar")[2], into)
         except OSError as error:
             if error.errno is not None:  # a real one, from writing
                 raise
-            raise DebError(path, f"is damaged ({error}); download it again") from None
+            raise PackageError(path, f"is damaged ({error}); download it again") from None
 
 
-def _take_kernel(path: str, reader: _MemberReader, suffix: str, directory: str) -> str:
-    """Write what is wanted of a data.tar; return the version of the one kernel in it."""
+def _unpack_tar(path: str, reader: _MemberReader, suffix: str, into: Unpacking) -> None:
     import lzma
     import tarfile
     import zlib
 
+    source: Any = reader
+    mode = suffix[1:]
+    if mode == "zst":
+        source, mode = zstd.Reader(reader), ""
     try:
         tar: Any = tarfile.open  # for typeshed, a mode is a literal
-        with tar(fileobj=reader, mode=f"r|{suffix[1:]}") as archive:
-            names = [_take(path, archive, member, directory) for member in archive]
+        with tar(fileobj=source, mode=f"r|{mode}") as archive:
+            for member in archive:
+                if member.isreg():
+                    into.take(path, member.name, member.size, partial(archive.extractfile, member))
+                else:
+                    check_name(path, member.name)
     except tarfile.CompressionError:
-        raise DebError(
+        raise PackageError(
             path,
             f"holds data.tar{suffix}, which this Python cannot unpack; "
             "run dpkg -x on it and import the vmlinuz with --modules",
         ) from None
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
-        raise DebError(path, f"is damaged ({error}); download it again") from None
-    versions = [name.removeprefix("vmlinuz-") for name in names if name.startswith("vmlinuz-")]
-    if len(versions) != 1:
-        raise DebError(
-            path,
-            f"holds {len(versions) or 'no'} kernels; give a linux-image-VERSION-amd64 package "
-            "(neither meta-package nor -dbg)",
-        )
-    unpacked = os.path.join(directory, "modules.of")
-    if os.path.isdir(unpacked):
-        if os.listdir(unpacked) != versions:
-            raise DebError(path, "holds modules of another kernel; give a linux-image package")
-        os.rename(os.path.join(unpacked, versions[0]), os.path.join(directory, "modules"))
-        os.rmdir(unpacked)
-    return versions[0]
-
-
-def _take(path: str, archive: "tarfile.TarFile", member: "tarfile.TarInfo", directory: str) -> str:
-    """Write one member if it is wanted; return the last part of its name if so, else ""."""
-    parts = [part for part in member.name.split("/") if part not in {"", "."}]
-    if member.name.startswith("/") or ".." in parts:
-        raise DebError(path, f"holds {member.name!r}, a path out of it; do not trust it")
-    target = _target(parts)
-    if target is None or not member.isreg():
-        return ""
-    if member.size > FILE_LEN_MAX:
-        raise DebError(path, f"holds {member.name!r} of {member.size >> 30} GiB; no kernel does")
-    source = archive.extractfile(member)
-    if source is None:
-        raise DebError(path, f"holds no data for {member.name!r}")
-    try:
-        _write(os.path.join(directory, *target), source)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise DebError(path, f"holds {member.name!r} twice; do not trust it") from None
-    return parts[-1]
-
-
-def _target(parts: list[str]) -> list[str] | None:
-    """Return where a member of a kernel package goes, None for nowhere."""
-    if parts[:1] == ["usr"]:
-        parts = parts[1:]
-    if len(parts) == 2 and parts[0] == "boot":
-        for kind in ("vmlinuz", "config"):
-            if parts[1].startswith(kind + "-"):
-                return [kind]
-    if len(parts) > 3 and parts[:2] == ["lib", "modules"]:
-        return ["modules.of", *parts[2:]]
-    return None
-
-
-def _write(target: str, source: IO[bytes]) -> None:
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with open(fd, "wb") as copy:
-        while data := source.read(COPY_LEN):
-            copy.write(data)
+        raise PackageError(path, f"is damaged ({error}); download it again") from None
+    finally:
+        if isinstance(source, zstd.Reader):
+            source.close()
 
 
 # --- apt -----------------------------------------------------------------------------------------
 
 
-def newest_package() -> str:
-    """Return the name of the kernel package that Debian means by linux-image-amd64.
+def find_package(version: str | None = None, flavour: str = ARCHITECTURE) -> str:
+    """Return the name of the package of the newest kernel that is wanted and that apt knows.
 
-    Where there is no such meta-package, the newest versioned image. Asks for fresh package lists if
-    there is none at all and we may. ConfigError if apt is missing or knows no kernel.
+    `version` may be all of it, as `uname -r` says, or its beginning: 6.1, or 6.1.0-48. Without one
+    it is what Debian means by its meta-package for `flavour`, one of FLAVOURS. Asks for fresh
+    package lists if there is none at all and we may. ConfigError if apt is missing or knows none.
     """
-    package = _known_package()
-    if package is None and os.geteuid() == 0:
+    if version is not None:
+        flavour, version = _split_flavour(version, flavour)
+    if flavour not in FLAVOURS:
+        raise ConfigError(f"kernel fetch: {flavour!r} is no flavour: give {', '.join(FLAVOURS)}")
+    known = _known_packages(version, flavour)
+    if not known and os.geteuid() == 0:
         _apt(["apt-get", "-q", "update"])
-        package = _known_package()
-    if package is None:
+        known = _known_packages(version, flavour)
+    if version is not None:
+        wanted = [name for name in known if _is_version(name, version)]
+        if known and not wanted:
+            newest = ", ".join(name.removeprefix(PACKAGE_PREFIX) for name in known[:4])
+            raise ConfigError(f"kernel fetch {version}: apt knows no such kernel, but {newest}")
+        known = wanted
+    if not known:
         raise ConfigError(
             "kernel fetch: apt knows no linux-image-*-amd64 package; refresh its lists "
             "(sudo apt-get update), or import a kernel: tinyvmm kernel import PATH"
         )
-    return package
+    return known[0]
 
 
 def download(package: str, directory: str, progress: Progress) -> str:
@@ -229,18 +180,43 @@ def download(package: str, directory: str, progress: Progress) -> str:
     return target
 
 
-def _known_package() -> str | None:
+def _split_flavour(version: str, flavour: str) -> tuple[str, str]:
+    """Return the flavour that a version such as 6.1.0-48-cloud-amd64 names, and what is before."""
+    version = version.removeprefix(PACKAGE_PREFIX)
+    if not version.endswith(f"-{ARCHITECTURE}"):
+        return flavour, version
+    version = version.removesuffix(f"-{ARCHITECTURE}")
+    for named in FLAVOURS[1:]:
+        if version.endswith(f"-{named}"):
+            return named, version.removesuffix(f"-{named}")
+    return ARCHITECTURE, version
+
+
+def _is_version(package: str, version: str) -> bool:
+    """Whether a package's version is `version`, or begins with it, at the end of a part."""
+    rest = package.removeprefix(PACKAGE_PREFIX)
+    return rest.startswith(version) and rest[len(version) : len(version) + 1] in {"-", ".", "+"}
+
+
+def _known_packages(version: str | None, flavour: str) -> list[str]:
+    """Return apt's kernels of `flavour`, newest first: of the meta-package if it names any."""
     import re
 
     from tinyvmm.images.version import version_key
 
-    wanted = re.compile(f"^[ |]*(?:Depends: )?({PACKAGE})(?: - .*)?$", re.MULTILINE)
-    for question in (["depends", META_PACKAGE], ["search", "--names-only", "^linux-image-[0-9]"]):
+    middle = "" if flavour == ARCHITECTURE else f"{flavour}-"
+    meta = ["depends", f"{PACKAGE_PREFIX}{middle}{ARCHITECTURE}"]
+    line = re.compile(f"^[ |]*(?:Depends: )?({PACKAGE})(?: - .*)?$", re.MULTILINE)
+    for question in (meta, ["search", "--names-only", "^linux-image-[0-9]"]):
+        if question == meta and version is not None:
+            continue
         answer = _apt(["apt-cache", *question], may_fail=True)
-        found = [p for p in wanted.findall(answer) if not any(u in p for u in UNWANTED)]
+        found = {
+            name for name, _, kind in line.findall(answer) if (kind or ARCHITECTURE) == flavour
+        }
         if found:
-            return str(max(found, key=version_key))
-    return None
+            return sorted(found, key=version_key, reverse=True)
+    return []
 
 
 def _apt(

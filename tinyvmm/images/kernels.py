@@ -1,13 +1,13 @@
-"""Which kernel to boot, and the store that fetched and imported ones live in.
+"""Which kernel to boot, and the store that fetched, imported and built ones live in.
 
-    $XDG_DATA_HOME/tinyvmm/kernels/VERSION/   vmlinuz   modules/   config   source
+    $XDG_DATA_HOME/tinyvmm/kernels/VERSION/   vmlinuz   modules/   config   source   features
+                                   default    the VERSION that `kernel use` chose
 
-VERSION is what `uname -r` says in the guest. A version appears in the store by rename, complete or
-not at all; `.lock` is held while something is put in, so two processes that fetch at once fetch
-once. Looking a kernel up takes no lock and imports next to nothing: it is part of every start.
+VERSION is what `uname -r` says in the guest. What is in the store changes in kernel_store.py.
+Looking a kernel up takes no lock and imports next to nothing: it is part of every start.
 
-A kernel serves if it can mount 9P and talk over virtio-mmio, by modules or built in. Debian's cloud
-flavour, for one, cannot, and is refused when it is chosen.
+A kernel serves if it has what its root and the command's streams need, by modules or built in.
+Debian's cloud flavour, for one, has no 9P: it is refused where the root is one of 9P.
 """
 
 import os
@@ -15,21 +15,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.images.features import Features, Files, features, read_all
 from tinyvmm.images.version import version_key
 from tinyvmm.kernel_image import kernel_version
 
 Progress = Callable[[str, int, int], None]
 
-FEATURES = {
-    # feature: (modules, configuration options)
-    "9p": (("9p", "9pnet_virtio"), ("9P_FS", "NET_9P_VIRTIO")),
-    "virtio-mmio": (("virtio_mmio",), ("VIRTIO_MMIO",)),
-    "virtio-console": (("virtio_console",), ("VIRTIO_CONSOLE",)),
-    "overlay": (("overlay",), ("OVERLAY_FS",)),
+ROOTS = {
+    "9p": ("virtio-console", "9p"),
+    "erofs": ("virtio-console", "virtio-blk", "erofs", "overlay"),
 }
-REQUIRED = ("9p", "virtio-mmio", "virtio-console")
+"""What a kernel needs for each kind of root."""
+TRANSPORTS = ("virtio-pci", "virtio-mmio")  # one of them will do
 BOOT_DIR = "/boot"
-DRAFT_PREFIX = ".draft-"
+DEFAULT_FILE = "default"
 FETCH = "get Debian's with: tinyvmm kernel fetch"
 
 
@@ -45,217 +44,99 @@ class InstalledKernel(NamedTuple):
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def find(kernel: str | None = None, progress: Progress | None = None) -> InstalledKernel:
+def find(
+    kernel: str | None = None, progress: Progress | None = None, root: str = "9p"
+) -> InstalledKernel:
     """Return the kernel called `kernel`: a version in the store, or the path of a file.
 
-    With None: the newest in the store, else this computer's own, else Debian's, fetched now.
-    ConfigError if there is none, or it cannot serve.
+    With None: the one that `kernel use` chose, else the newest in the store that serves for such a
+    root (a key of ROOTS), else this computer's own, else Debian's, fetched now. ConfigError if
+    there is none, or it cannot serve.
     """
-    if kernel is None:
-        return default() or fetch(progress)
-    if os.sep not in kernel and (stored := _stored(kernel)):
+    found = default(root) if kernel is None else look_up(kernel)
+    if found is None:
+        from tinyvmm.images import kernel_store
+
+        found = kernel_store.fetch(progress)
+    check(found, root)
+    return found
+
+
+def look_up(kernel: str) -> InstalledKernel:
+    """Return the kernel of that version in the store, or of that file; ConfigError for neither."""
+    if os.sep not in kernel and (stored := stored_kernel(kernel)):
         return stored
     if os.sep not in kernel and not os.path.exists(kernel):
         known = ", ".join(k.version for k in list_()) or "none yet"
         raise ConfigError(f"kernel {kernel}: neither a file nor a version here ({known}); {FETCH}")
-    found = _beside(kernel)
-    check(found)
-    return found
+    return beside(kernel)
 
 
-def default() -> InstalledKernel | None:
+def default(root: str = "9p") -> InstalledKernel | None:
     """Return what `find` chooses by itself if it need not fetch anything, else None."""
-    stored = _versions()
-    if stored:
-        newest = _stored(max(stored, key=version_key))
-        if newest:
+    chosen = stored_kernel(chosen_version())
+    if chosen is not None:
+        return chosen
+    for version in sorted(versions(), key=version_key, reverse=True):
+        newest = stored_kernel(version)
+        if newest and not missing(newest, root):
             return newest
-    return _running()
+    return _running(root)
+
+
+def chosen_version() -> str:
+    """Return the version that `kernel use` chose, or nothing."""
+    try:
+        with open(os.path.join(store_dir(), DEFAULT_FILE), encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def list_() -> list[InstalledKernel]:
     """Return the kernels of the store, newest first, then this computer's own if it can serve."""
-    versions = sorted(_versions(), key=version_key, reverse=True)
-    found = [kernel for version in versions if (kernel := _stored(version))]
-    running = _running()
+    newest_first = sorted(versions(), key=version_key, reverse=True)
+    found = [kernel for version in newest_first if (kernel := stored_kernel(version))]
+    running = _running("9p")
     return [*found, running] if running else found
 
 
-def features(kernel: InstalledKernel) -> dict[str, bool | None]:
-    """Return which of FEATURES a kernel has; None where neither modules nor config tell."""
-    modules = (
-        _read_all(kernel.modules, ("modules.dep", "modules.builtin")) if kernel.modules else b""
-    )
-    directory = os.path.dirname(kernel.vmlinuz)
-    config = _read_all(directory, ("config", f"config-{kernel.version}"))
-    unknown = kernel.modules is None and not config
-    found: dict[str, bool | None] = {}
-    for feature, (names, options) in FEATURES.items():
-        loadable = all(b"/%s.ko" % name.encode() in modules for name in names)
-        builtin = all(b"\nCONFIG_%s=y\n" % option.encode() in config for option in options)
-        found[feature] = True if loadable or builtin else None if unknown else False
-    return found
+def able(kernel: InstalledKernel) -> Features:
+    """Return what a kernel can do: which of FEATURES it has, None for what cannot be told."""
+    return features(Files(kernel.version, kernel.vmlinuz, kernel.modules))
 
 
-def check(kernel: InstalledKernel) -> None:
-    """Raise ConfigError if `kernel` is known to lack what we need of it."""
+def size(kernel: InstalledKernel) -> int:
+    """Return the bytes its file has."""
+    return os.stat(kernel.vmlinuz).st_size
+
+
+def missing(kernel: InstalledKernel, root: str) -> list[str]:
+    """Return what `kernel` is known to lack of what a root of that kind needs."""
+    has = able(kernel)
+    lacks = [feature for feature in ROOTS[root] if has[feature] is False]
+    if all(has[transport] is False for transport in TRANSPORTS):
+        lacks.append(" or ".join(TRANSPORTS))
+    return lacks
+
+
+def check(kernel: InstalledKernel, root: str | None = "9p") -> None:
+    """Raise ConfigError if `kernel` is known to lack what that root (with None, any) needs."""
     if kernel.modules and not os.path.exists(os.path.join(kernel.modules, "modules.dep")):
         raise ConfigError(
             f"kernel {kernel.vmlinuz}: its modules in {kernel.modules} have no modules.dep; "
             f"run depmod, or: tinyvmm kernel import {kernel.vmlinuz}"
         )
-    has = features(kernel)
-    missing = [feature for feature in REQUIRED if has[feature] is False]
-    if missing:
-        lack = f"kernel {kernel.version} ({kernel.source}): has no {' and no '.join(missing)}"
+    lacks = min((missing(kernel, kind) for kind in (ROOTS if root is None else (root,))), key=len)
+    if lacks:
+        lack = f"kernel {kernel.version} ({kernel.source}): has no {' and no '.join(lacks)}"
         if kernel.modules:
-            raise ConfigError(f"{lack}, as cloud kernels have not; {FETCH}")
+            cloud = ", as cloud kernels have not" if "9p" in lacks else ""
+            raise ConfigError(f"{lack}{cloud}; {FETCH}")
         raise ConfigError(
             f"{lack} built in, and no modules beside it; "
             "give them: tinyvmm kernel import PATH --modules DIR"
         )
-
-
-# --- putting in ----------------------------------------------------------------------------------
-
-
-def fetch(progress: Progress | None = None) -> InstalledKernel:
-    """Put the newest Debian kernel that apt knows into the store, unless it is there."""
-    from tinyvmm.images import debian
-
-    package = debian.newest_package()
-    version = package.removeprefix("linux-image-")
-
-    def fill(draft: str, tell: Progress) -> str:
-        file = debian.download(package, draft, tell)
-        debian.unpack_kernel(file, draft, tell)
-        os.unlink(file)
-        return package
-
-    return _stored(version) or _install(fill, progress, fetched=version)
-
-
-def import_(
-    path: str, modules: str | None = None, progress: Progress | None = None
-) -> InstalledKernel:
-    """Put a kernel of the user's into the store: a .deb, or a vmlinuz or vmlinux and its modules.
-
-    `modules` is the modules' directory; by default the one that belongs to where the file is.
-    What is in the store under the same version is replaced.
-    """
-    path = os.path.abspath(path)
-
-    def fill_from_package(draft: str, tell: Progress) -> str:
-        from tinyvmm.images import debian
-
-        debian.unpack_kernel(path, draft, tell)
-        return f"imported from {path}"
-
-    def fill_from_file(draft: str, tell: Progress) -> str:
-        import shutil
-
-        found = _beside(path, modules)
-        tell(f"importing {path}", 0, 0)
-        shutil.copyfile(path, os.path.join(draft, "vmlinuz"))
-        config = os.path.join(os.path.dirname(path), f"config-{found.version}")
-        if os.path.exists(config):
-            shutil.copyfile(config, os.path.join(draft, "config"))
-        if found.modules:
-            links = shutil.ignore_patterns("build", "source")  # to the kernel's source, if anywhere
-            shutil.copytree(
-                found.modules,
-                os.path.join(draft, "modules"),
-                ignore=links,
-                ignore_dangling_symlinks=True,
-            )
-        return f"imported from {path}"
-
-    if not _is_package(path):
-        return _install(fill_from_file, progress)
-    if modules is not None:
-        raise ConfigError(
-            f"kernel import {path}: a package has its own modules; leave out --modules"
-        )
-    return _install(fill_from_package, progress)
-
-
-def _install(
-    fill: Callable[[str, Progress], str], progress: Progress | None, *, fetched: str = ""
-) -> InstalledKernel:
-    """Let `fill` put a kernel into a draft directory and say its source; check and store it.
-
-    If another process stores the version `fetched` while we wait for it, that is the answer.
-    """
-    import fcntl
-    import shutil
-    import tempfile
-
-    from tinyvmm.images.progress import TerminalProgress
-
-    terminal = TerminalProgress()
-    store = store_dir()
-    try:
-        os.makedirs(store, exist_ok=True)
-        lock = os.open(os.path.join(store, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _store_error(store, error) from None
-    draft = ""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if fetched and (stored := _stored(fetched)):
-            return stored
-        for name in os.listdir(store):  # left by a process that was killed: we hold the lock
-            if name.startswith(DRAFT_PREFIX):
-                shutil.rmtree(os.path.join(store, name))
-        draft = tempfile.mkdtemp(dir=store, prefix=DRAFT_PREFIX)
-        source = fill(draft, progress or terminal)
-        return _store(draft, source)
-    except OSError as error:
-        raise _store_error(store, error) from None
-    finally:
-        terminal.finish()
-        if draft and os.path.exists(draft):
-            shutil.rmtree(draft, ignore_errors=True)
-        os.close(lock)
-
-
-def _store(draft: str, source: str) -> InstalledKernel:
-    """Check what is in `draft` and move it into place."""
-    import shutil
-
-    vmlinuz = os.path.join(draft, "vmlinuz")
-    version = kernel_version(vmlinuz)
-    modules: str | None = os.path.join(draft, "modules")
-    if modules and not os.path.isdir(modules):
-        modules = None
-    if modules and not os.path.exists(os.path.join(modules, "modules.dep")):
-        from tinyvmm.guest.modules import write_modules_dep
-
-        write_modules_dep(modules)
-    check(InstalledKernel(version, vmlinuz, modules, source))
-    with open(os.path.join(draft, "source"), "w", encoding="utf-8") as file:
-        file.write(source + "\n")
-    os.chmod(draft, 0o755)
-    target = os.path.join(store_dir(), version)
-    if os.path.exists(target):
-        shutil.rmtree(draft + "-old", ignore_errors=True)
-        os.rename(target, draft + "-old")
-    os.rename(draft, target)
-    shutil.rmtree(draft + "-old", ignore_errors=True)
-    stored = _stored(version)
-    if stored is None:
-        raise ConfigError(f"kernel {version}: vanished from {store_dir()} as it was stored")
-    return stored
-
-
-def _store_error(store: str, error: OSError) -> ConfigError:
-    import errno
-
-    remedy = "set XDG_DATA_HOME to a directory you can write"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "a kernel with its modules takes 0.5 GB; free some, or set XDG_DATA_HOME elsewhere"
-    where = error.filename or store
-    return ConfigError(f"kernel store {where}: {error.strerror or error}; {remedy}")
 
 
 # --- where things are ----------------------------------------------------------------------------
@@ -269,38 +150,45 @@ def store_dir() -> str:
     return os.path.join(base, "tinyvmm", "kernels")
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
+    """Return the versions that the store may have."""
     try:
-        return [name for name in os.listdir(store_dir()) if not name.startswith(".")]
+        names = os.listdir(store_dir())
+        return [name for name in names if not name.startswith(".") and name != DEFAULT_FILE]
     except OSError:
         return []
 
 
-def _stored(version: str) -> InstalledKernel | None:
+def stored_kernel(version: str) -> InstalledKernel | None:
+    """Return the kernel of that version in the store, None if there is none."""
     directory = os.path.join(store_dir(), version)
     vmlinuz = os.path.join(directory, "vmlinuz")
-    if version.startswith(".") or not os.path.isfile(vmlinuz):
+    if not version or version.startswith(".") or not os.path.isfile(vmlinuz):
         return None
     modules = os.path.join(directory, "modules")
-    source = _read_all(directory, ("source",)).decode("utf-8", "replace").strip()
+    source = read_all(directory, ("source",)).decode("utf-8", "replace").strip()
     return InstalledKernel(version, vmlinuz, modules if os.path.isdir(modules) else None, source)
 
 
-def _running() -> InstalledKernel | None:
+def _running(root: str) -> InstalledKernel | None:
     """Return the kernel this computer runs, if its file can be read and it can serve."""
-    version = os.uname().release
-    vmlinuz = os.path.join(BOOT_DIR, f"vmlinuz-{version}")
+    vmlinuz = running_vmlinuz()
     if not os.access(vmlinuz, os.R_OK):
         return None
     try:
-        kernel = _beside(vmlinuz)._replace(source="this computer's own")
-        check(kernel)
+        kernel = beside(vmlinuz)._replace(source="this computer's own")
+        check(kernel, root)
     except ConfigError:
         return None
     return kernel
 
 
-def _beside(path: str, modules: str | None = None) -> InstalledKernel:
+def running_vmlinuz() -> str:
+    """Return where the file of the kernel is that this computer runs."""
+    return os.path.join(BOOT_DIR, f"vmlinuz-{os.uname().release}")
+
+
+def beside(path: str, modules: str | None = None) -> InstalledKernel:
     """Return the kernel file at `path` with its modules: those given, or where they belong."""
     version = kernel_version(path)
     directory = os.path.dirname(os.path.abspath(path))
@@ -323,25 +211,3 @@ def _beside(path: str, modules: str | None = None) -> InstalledKernel:
         if os.path.isdir(os.path.join(place, "kernel")):
             return InstalledKernel(version, path, place, path)
     return InstalledKernel(version, path, None, path)
-
-
-def _is_package(path: str) -> bool:
-    from tinyvmm.images.debian import AR_MAGIC
-
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(AR_MAGIC)) == AR_MAGIC
-    except OSError:
-        return False  # the kernel's reader has the words for it
-
-
-def _read_all(directory: str, names: tuple[str, ...]) -> bytes:
-    """Return the text of those files of `directory` that there are."""
-    texts = []
-    for name in names:
-        try:
-            with open(os.path.join(directory, name), "rb") as file:
-                texts.append(file.read())
-        except OSError:
-            continue
-    return b"".join(texts)

@@ -5,7 +5,6 @@ import os
 import socket
 import stat
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.calls_here import start, unix_address
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest.calls import ANSWER, ARENA_LEN, build_calls
+from tinyvmm.guest.calls import ANSWER, ARENA_LEN
 from tinyvmm.guest_calls import (
     PIECE,
     Guest,
@@ -58,19 +58,6 @@ from tinyvmm.guest_calls import (
 )
 
 WRITE = os.O_RDWR | os.O_CREAT | os.O_EXCL
-
-
-def start(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The program, running here, and our end of its socket."""
-    path = directory / "calls.socket"
-    program = directory / "calls"
-    program.write_bytes(build_calls(struct.pack("<H", socket.AF_UNIX) + os.fsencode(path) + b"\0"))
-    program.chmod(0o755)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        process = subprocess.Popen([program], cwd="/")
-        return process, listener.accept()[0]
 
 
 @pytest.fixture
@@ -187,9 +174,11 @@ def test_any_call_can_be_made(guest: Guest, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
-        address = struct.pack("<H", socket.AF_UNIX) + path.encode() + b"\0"
         made, connected = guest.all(
-            [make_socket(socket.AF_UNIX, socket.SOCK_STREAM, into=9), connect(Slot(9), address)]
+            [
+                make_socket(socket.AF_UNIX, socket.SOCK_STREAM, into=9),
+                connect(Slot(9), unix_address(path)),
+            ]
         )
         assert connected.result == 0
         accepted, _ = listener.accept()

@@ -410,6 +410,8 @@ def parse_stat(data: bytes) -> Stat:
     if len(data) != STAT.size:
         raise ConfigError("the guest answered with no struct stat")
     dev, ino, nlink, mode, uid, gid, rdev, size, _, blocks, *times = STAT.unpack(data)
+    if size < 0 or not all(0 <= nanoseconds < 10**9 for nanoseconds in times[1::2]):
+        raise ConfigError("the guest answered with no struct stat")
     atime, mtime = (times[n] * 10**9 + times[n + 1] for n in (0, 2))
     return Stat(dev, ino, nlink, mode, uid, gid, rdev, size, blocks, atime, mtime)
 

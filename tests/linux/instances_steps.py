@@ -60,12 +60,15 @@ def main() -> None:
     """Do as the arguments say."""
     sys.path.insert(0, sys.argv[1])
     import tinyvmm.attach
+    import tinyvmm.cli.inside
     import tinyvmm.cli.instance
     import tinyvmm.cli.instances
     import tinyvmm.cli.run
     import tinyvmm.command
     import tinyvmm.control
     import tinyvmm.exec_client
+    import tinyvmm.guest_files
+    import tinyvmm.guest_processes
     import tinyvmm.supervisor  # noqa: F401 (what each step needs)
 
     found: list[Any] = []

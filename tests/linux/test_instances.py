@@ -39,6 +39,8 @@ def ok(stdout: str = "", stderr: str = "", status: int = 0) -> dict[str, Any]:
     return {"status": status, "stdout": stdout, "stderr": stderr}
 
 
+OUT = "/tmp/tinyvmm-cp"
+WAS = "data\n750\n104857600\n1000\n"
 WORDS = "echo hello; echo oops >&2; while read -r x; do echo got $x; done; echo over; exit 9"
 
 
@@ -67,6 +69,17 @@ def test_commands_come_and_go_in_a_machine_that_runs(guest: Runner) -> None:
         ({"join": 10}, ok("up\ngot\n", "", 3)),
         (cli("exec", "web", "--", "sh", "-c", "until [ -e /tmp/alive ]; do sleep 0.2; done"), ok()),
         (cli("control", "web", "execs"), 0),
+        (sh(f"mkdir -p -m 750 {OUT}/d && cd {OUT} && echo data > d/f && ln -s f d/l && "
+            "touch -d @1000 d/f && truncate -s 100M sparse"), ok()),
+        (cli("cp", OUT, "web:/tmp/inside"), ok()),
+        (cli("exec", "web", "--", "sh", "-c",
+             "cd /tmp/inside; cat d/l; stat -c %a d; stat -c %s sparse; stat -c %Y d/f;"
+             " echo more > d/g; mknod d/null c 1 3"), ok(WAS)),
+        (cli("cp", "web:/tmp/inside/.", f"{OUT}/back"),
+         ok("", "tinyvmm: d/null is a device or a socket: left out\n")),
+        (sh(f"cd {OUT}/back && cat d/l d/g && stat -c '%a %Y' d/f && ls d && du -m sparse && "
+            f"rm -r {OUT}"), ok("data\nmore\n644 1000\nf\ng\nl\n0\tsparse\n")),
+        (cli("top", "--json", "web"), 0),
         (cli("attach", "web", stdin="one\n"), 9),
         (cli("ps"), 0),
         (cli("ps", "--all", "--json"), 0),
@@ -85,11 +98,16 @@ def test_commands_come_and_go_in_a_machine_that_runs(guest: Runner) -> None:
     execs = json.loads(found[13]["stdout"])
     assert execs["running"] == [] or len(execs["running"]) == 1  # the one of --timeout goes on
     assert 5 in execs["ended"].values()
+    processes = {process["command"]: process for process in json.loads(found[19]["stdout"])}
+    (command,) = (process for name, process in processes.items() if name.startswith("sh -c echo"))
+    assert (command["ppid"], command["user"], command["state"]) == (1, "root", "S")
+    assert command["resident"] > 1 << 16
+    assert processes["[kthreadd]"]["resident"] == 0
     assert "no-one-here" in found[5]["stderr"]
-    assert "web" not in found[15]["stdout"]
-    (known,) = json.loads(found[16]["stdout"])
+    assert "web" not in found[21]["stdout"]
+    (known,) = json.loads(found[22]["stdout"])
     assert (known["name"], known["status"], known["state"]) == ("web", 9, "ended")
-    assert "tinyvmm rm web" in found[19]["stderr"]
+    assert "tinyvmm rm web" in found[25]["stderr"]
 
 
 def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:

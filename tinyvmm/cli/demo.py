@@ -33,7 +33,9 @@ class NoInterrupts:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command, which has no options."""
-    parser = subparsers.add_parser("demo", help="run a tiny guest of our own; needs no kernel")
+    parser = subparsers.add_parser(
+        "demo", help="run a tiny guest of our own; needs no kernel", epilog="example: tinyvmm demo"
+    )
     parser.set_defaults(main=main)
 
 

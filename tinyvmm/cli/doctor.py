@@ -152,7 +152,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "doctor",
         help="say what this computer offers and lacks",
-        epilog="exit status: 0 if `tinyvmm run` can work here, else 1",
+        epilog="example: tinyvmm doctor (exit status: 0 if `tinyvmm run` can work here, else 1)",
     )
     parser.set_defaults(main=main)
 

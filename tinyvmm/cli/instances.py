@@ -80,6 +80,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _ps(args: argparse.Namespace) -> int:
     from tinyvmm import instances
+    from tinyvmm.cli.table import duration, print_table, printable
 
     states = [state for state in instances.list_() if args.all or state.running]
     if args.quiet:
@@ -94,25 +95,19 @@ def _ps(args: argparse.Namespace) -> int:
             resident = "-" if known["resident"] is None else f"{known['resident'] >> 20}M"
             what = known["state"] if state.running else f"ended ({state.status})"
             memory = f"{state.memory >> 20}M"
-            command = " ".join(state.command)
-            if len(command) > 40:
-                command = command[:39] + "…"
             rows.append(
                 (
                     state.name,
                     str(state.pid) if state.running else "-",
                     what,
-                    _duration(known["uptime"]),
+                    duration(known["uptime"]),
                     str(state.cpus),
                     memory,
                     resident,
-                    command,
+                    printable(" ".join(state.command)),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            print("  ".join(cells).rstrip())
+        print_table(rows)
     return 0
 
 
@@ -141,12 +136,6 @@ def _resident(pid: int) -> int | None:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _ask(name: str, method: str, **params: Any) -> Any:

@@ -27,19 +27,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    def action(name: str, says: str, main: Any) -> argparse.ArgumentParser:
-        added = actions.add_parser(name, help=says, allow_abbrev=False)
+    def action(name: str, says: str, main: Any, example: str = "") -> argparse.ArgumentParser:
+        epilog = f"example: tinyvmm kernel {name} {example}".rstrip()
+        added = actions.add_parser(name, help=says, epilog=epilog, allow_abbrev=False)
         added.set_defaults(main=main)
         return added
 
     listing = action("list", "the kernels here; * is what `run` boots", _list)
     listing.add_argument("--json", action="store_true", help="for programs")
 
-    fetching = action("fetch", "get a kernel of Debian's through apt-get", _fetch)
+    fetching = action(
+        "fetch", "get a kernel of Debian's through apt-get", _fetch, "--flavour cloud"
+    )
     fetching.add_argument("version", nargs="?", help="all of it or its beginning (default: newest)")
     fetching.add_argument("--flavour", help="amd64 (the default), cloud or rt")
 
-    importing = action("import", "take in packages, or a vmlinuz and its modules", _import)
+    importing = action(
+        "import",
+        "take in packages, or a vmlinuz and its modules",
+        _import,
+        "bzImage --modules ./lib/modules/6.12.1",
+    )
     what = importing.add_argument_group("what").add_mutually_exclusive_group(required=True)
     what.add_argument(
         "paths",
@@ -63,17 +71,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--directory", metavar="DIR", help="where to build, and keep what is made"
     )
 
-    showing = action("show", "all about one kernel", _show)
+    showing = action("show", "all about one kernel", _show, "6.1.0-48")
     showing.add_argument(
         "kernel", nargs="?", help="a version or a file (default: what `run` boots)"
     )
     showing.add_argument("--json", action="store_true", help="for programs")
 
-    using = action("use", "choose what `run` boots", _use)
+    using = action("use", "choose what `run` boots", _use, "6.1.0-48")
     using.add_argument("version", help="a version of those here; newest for whatever is newest")
 
-    removing = action("rm", "remove kernels", _rm)
-    removing.add_argument("versions", nargs="+", metavar="VERSION")
+    removing = action("rm", "remove kernels", _rm, "6.1.0-48")
+    removing.add_argument("versions", nargs="+", metavar="VERSION", help="of those here")
 
 
 def _fetch(args: argparse.Namespace) -> int:

@@ -27,11 +27,13 @@ COMMANDS = {
         ),
         "instances",
     ),
+    **dict.fromkeys(("cp", "top"), "inside"),
     "serve": "serve",
     "kernel": "kernel",
     "doctor": "doctor",
     "lab": "lab",
     "demo": "demo",
+    "completion": "completion",
 }
 """Each command's module in tinyvmm.cli, which may declare several."""
 
@@ -61,7 +63,8 @@ def build_parser(modules: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyvmm",
         description="Run commands in real virtual machines, from pure Python.",
-        epilog="example: tinyvmm run -- uname -a",
+        epilog="example: tinyvmm run -- uname -a. Each long option can come from the environment: "
+        "TINYVMM_MEMORY=2G is --memory 2G.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tinyvmm {__version__}")
@@ -80,9 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv by default) and return the exit status."""
     own, guests = split_argv(sys.argv[1:] if argv is None else argv)
     known = own and own[0] in COMMANDS
-    args = build_parser([COMMANDS[own[0]]] if known else all_modules()).parse_args(own)
-    args.own_argv, args.guest_argv = own, guests
+    parser = build_parser([COMMANDS[own[0]]] if known else all_modules())
     try:
+        if any(name.startswith("TINYVMM_") for name in os.environ):
+            from tinyvmm.cli.environment import with_environment
+
+            own = with_environment(parser, own)
+        args = parser.parse_args(own)
+        args.own_argv, args.guest_argv = own, guests
         return cast("int", args.main(args))
     except TinyvmmError as error:
         print(f"tinyvmm: {error}", file=sys.stderr)

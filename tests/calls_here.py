@@ -1,0 +1,68 @@
+"""guest/calls.py's program as a process of this computer, and a machine whose guest that is."""
+
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinyvmm.control import ControlServer
+from tinyvmm.guest.calls import build_calls
+from tinyvmm.instances import Instance, State
+
+
+def unix_address(path: str) -> bytes:
+    """struct sockaddr_un."""
+    return struct.pack("<H", socket.AF_UNIX) + os.fsencode(path) + b"\0"
+
+
+def start(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The program, running here, and our end of its socket."""
+    path = directory / "calls.socket"
+    program = directory / "calls"
+    program.write_bytes(build_calls(unix_address(str(path))))
+    program.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        process = subprocess.Popen([program], cwd="/")
+        return process, listener.accept()[0]
+
+
+class MachineHere:
+    """A machine `web` with a control socket, for `status`, `calls` and `exec_wait`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.instance = Instance(State("web", os.getpid(), ["x"], 1, 1, 1.0))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        methods: dict[str, Callable[..., Any]] = {
+            "status": self.status,
+            "calls": self.calls,
+            "exec_wait": self.exec_wait,
+        }
+        self._server = ControlServer(self.instance.file("control"), methods)
+
+    def status(self) -> dict[str, str]:
+        return {"vsock": self.instance.file("vsock")}
+
+    def calls(self, *, port: int) -> dict[str, int]:
+        program = self._directory / f"program{len(self.processes)}"
+        program.write_bytes(build_calls(unix_address(self.instance.file(f"vsock_{port}"))))
+        program.chmod(0o755)
+        self.processes.append(subprocess.Popen([program], cwd="/"))
+        return {"pid": len(self.processes) - 1}
+
+    def exec_wait(self, *, pid: int, timeout: float) -> int | None:
+        try:
+            return self.processes[pid].wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        self._server.close()
+        for process in self.processes:
+            assert process.wait(10) == 0
+        self.instance.end(0, None)

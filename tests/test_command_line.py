@@ -1,0 +1,210 @@
+"""The command line as a whole: help, options from the environment, completion, the man page."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinyvmm.cli.completion import script
+from tinyvmm.cli.described import Command, describe, walk
+from tinyvmm.cli.environment import variable, with_environment
+from tinyvmm.cli.main import all_modules, build_parser, main
+from tinyvmm.errors import ConfigError
+from tinyvmm.instances import Instance, State
+
+PARSER = build_parser(all_modules())
+WHOLE = describe(PARSER)
+COMMANDS = [command for command in walk(WHOLE) if command.words]
+
+
+def name(command: Command) -> str:
+    return " ".join(command.words)
+
+
+# --- help -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", COMMANDS, ids=name)
+def test_help_shows_an_example_that_parses(command: Command) -> None:
+    lines = [line.strip() for line in command.parser.format_help().splitlines()]
+    examples = [line.removeprefix("example: ") for line in lines]
+    found = [line for line in examples if line.startswith(f"tinyvmm {name(command)}")]
+    assert found, f"tinyvmm {name(command)} --help shows no example"
+    for example in found:
+        words = re.split(r"  | \| | > | && | \(", example)[0].split()[1:]
+        own = words[: words.index("--")] if "--" in words else words
+        PARSER.parse_args(own)
+
+
+@pytest.mark.parametrize("command", [WHOLE, *COMMANDS], ids=name)
+def test_everything_says_what_it_is_for(command: Command) -> None:
+    for option in (*command.options, *command.positionals):
+        if option.dest not in {"argv", "own"}:
+            assert option.help, (command.words, option.strings, option.dest)
+
+
+# --- the environment ------------------------------------------------------------------------
+def arguments(text: str, **environ: str) -> list[str]:
+    return with_environment(PARSER, text.split(), environ)
+
+
+def test_an_option_comes_from_the_environment() -> None:
+    assert arguments("run ls", TINYVMM_MEMORY="2G") == ["run", "--memory=2G", "ls"]
+    assert arguments("kernel list", TINYVMM_JSON="yes") == ["kernel", "list", "--json"]
+    assert arguments("ps", TINYVMM_JSON="0", TINYVMM_MEMORY="2G") == ["ps"]
+    args = PARSER.parse_args(arguments("run --cpus 3", TINYVMM_MEMORY="2G", TINYVMM_CPUS="2"))
+    assert (args.memory, args.cpus) == (2 << 30, 3)
+
+
+def test_the_command_line_comes_first() -> None:
+    environ = {"TINYVMM_MEMORY": "2G", "TINYVMM_READ": "/x '/y z'", "TINYVMM_DETACH": "1"}
+    assert arguments("run --memory=1G --read /", **environ)[:2] == ["run", "--detach"]
+    assert "--memory=2G" not in arguments("run --memory 1G", **environ)
+    assert arguments("run", **environ)[1:] == [
+        "--memory=2G",
+        "--read=/x",
+        "--read=/y z",
+        "--detach",
+    ]
+    assert arguments("run -d", **environ).count("--detach") == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("TINYVMM_MEMORY", "much", "no size"),
+        ("TINYVMM_CPUS", "two", "no such value"),
+        ("TINYVMM_TRANSPORT", "isa", "pci, mmio"),
+        ("TINYVMM_DETACH", "perhaps", "1 or 0"),
+        ("TINYVMM_READ", "'/a", "quot"),
+    ],
+)
+def test_a_bad_value_names_its_variable(
+    variable: str,
+    value: str,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        arguments("run", **{variable: value})
+    monkeypatch.setenv(variable, value)
+    assert main(["run", "--", "true"]) == 125
+    told = capsys.readouterr().err
+    assert f"{variable}={value}" in told
+    assert told.count("\n") == 1
+
+
+def test_every_long_option_has_a_variable() -> None:
+    for command in COMMANDS:
+        for option in command.options:
+            if option.long not in {None, "--help", "--version"}:
+                made = variable(option)
+                assert made is not None
+                assert made.replace("_", "").isalnum()
+
+
+# --- completion -----------------------------------------------------------------------------
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two machines, one of which has ended, and a `tinyvmm` to ask for them."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    state = State("webby", os.getpid(), ["x"], 1, 1, 1.0, keep=True)
+    Instance(state)  # its lock is ours until this process ends
+    Instance(state._replace(name="ended-one")).end(0, None)
+    command = tmp_path / "bin" / "tinyvmm"
+    command.parent.mkdir()
+    root = Path(__file__).parent.parent
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {sys.executable} -m tinyvmm "$@"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    (tmp_path / "a file").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bash(line: str) -> set[str]:
+    """What a real bash would offer for the last word."""
+    words = line.split(" ")
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = (
+        'eval "$(tinyvmm completion bash)"; '
+        f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _tinyvmm; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return set(done.stdout.splitlines()) - {""}
+
+
+@pytest.mark.usefixtures("machines")
+def test_bash_completes() -> None:
+    assert bash("tinyvmm pa") == {"pause"}
+    assert {"run", "exec", "cp", "completion"} <= bash("tinyvmm ")
+    assert bash("tinyvmm run --mem") == {"--memory"}
+    assert bash("tinyvmm run --transport ") == {"pci", "mmio"}
+    assert bash("tinyvmm run --transport = m") == {"mmio"}  # bash splits at =
+    assert bash("tinyvmm kernel ") >= {"list", "fetch", "import"}
+    assert bash("tinyvmm kernel list --j") == {"--json"}
+    assert bash("tinyvmm stop ") == {"webby"}
+    assert bash("tinyvmm rm ") == {"webby", "ended-one"}
+    assert bash("tinyvmm cp ") >= {"webby:", "a file"}
+    assert bash("tinyvmm run --read a") == {"a file"}
+    assert "uname" in bash("tinyvmm run -- una")
+    assert bash("tinyvmm completion z") == {"zsh"}
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh: apt install zsh")
+def test_zsh_completes(machines: Path) -> None:
+    (machines / "_tinyvmm").write_text(script("zsh", WHOLE))
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execvp("zsh", ["zsh", "-f"])
+    seen = b""
+
+    def say(text: str, until: str) -> None:
+        nonlocal seen
+        seen = b""
+        os.write(fd, text.encode())
+        end = time.monotonic() + 60
+        while until.encode() not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([fd], [], [], 1)[0]:
+                seen += os.read(fd, 1 << 16)
+
+    try:
+        say(
+            "PS1=; autoload -U compinit; compinit -u -D; source ./_tinyvmm; "
+            """show() { print -r -- "[$BUFFER]" }; zle -N show; bindkey '^X' show; """
+            "echo rea''dy\n",
+            "ready",
+        )
+        for typed, becomes in [
+            ("tinyvmm pau", "tinyvmm pause "),
+            ("tinyvmm run --transport mm", "tinyvmm run --transport mmio "),
+            ("tinyvmm run --transport=mm", "tinyvmm run --transport=mmio "),
+            ("tinyvmm stop we", "tinyvmm stop webby "),
+            ("tinyvmm kernel li", "tinyvmm kernel list "),
+            ("tinyvmm rm end", "tinyvmm rm ended-one "),
+            ("tinyvmm cp we", "tinyvmm cp webby:"),
+        ]:
+            say(f"\x15{typed}\t\x18", f"[{becomes}]")
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(fd)
+
+
+def test_ps_tells_programs_all(machines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert machines.exists()
+    assert main(["ps", "--all", "--json"]) == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert found["ended-one"]["status"] == 0
+    assert found["webby"]["resident"] > 1 << 20
+    assert {"memory", "cpus", "uptime", "command", "pid", "state"} <= found["webby"].keys()

@@ -1,0 +1,164 @@
+"""A tar archive as a stream of entries, and the other way round (tree_entries.py); - of tinyvmm cp.
+
+Archives are read and written once, from beginning to end, so that pipes will do; written in the pax
+format (POSIX.1-2001), with what does not fit it, the holes of files, as zeros.
+"""
+
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from typing import BinaryIO
+
+from tinyvmm.errors import ConfigError
+from tinyvmm.tree_entries import PIECE, Entry, Path, Pieces, no_pieces
+
+_XATTR = "SCHILY.xattr."  # as tar(1) of GNU and libarchive have them
+_KINDS = {
+    tarfile.DIRTYPE: stat.S_IFDIR,
+    tarfile.SYMTYPE: stat.S_IFLNK,
+    tarfile.FIFOTYPE: stat.S_IFIFO,
+    tarfile.CHRTYPE: stat.S_IFCHR,
+    tarfile.BLKTYPE: stat.S_IFBLK,
+}
+_TYPES = {kind: type_ for type_, kind in _KINDS.items()}
+
+
+def read(file: BinaryIO) -> Iterator[Entry]:
+    """Give the members of an archive, whatever it is compressed with; ConfigError if it is none.
+
+    The first entry is the directory they are in, and directories that have no member are made up.
+    """
+    known: set[Path] = {()}
+    yield _directory(())
+    try:
+        with tarfile.open(fileobj=file, mode="r|*") as archive:
+            for member in archive:
+                path = _path(member.name)
+                if not path:
+                    continue
+                for length in range(1, len(path)):
+                    if path[:length] not in known:
+                        known.add(path[:length])
+                        yield _directory(path[:length])
+                known.add(path)
+                yield _entry(archive, member, path)
+    except (tarfile.TarError, EOFError) as error:
+        raise ConfigError(f"cannot read the tar archive: {error}") from None
+
+
+def _directory(path: Path) -> Entry:
+    return Entry(path, stat.S_IFDIR | 0o755, 0, 0, 0, 0, 0)
+
+
+def _path(name: str) -> Path:
+    parts = tuple(part for part in name.split("/") if part not in {"", "."})
+    if ".." in parts:
+        raise ConfigError(f"the tar archive holds {name!r}, which leads out of it")
+    return parts
+
+
+def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Entry:
+    kind = _KINDS.get(member.type, stat.S_IFREG)
+    when = _nanoseconds(member, "mtime", member.mtime)
+    prefix = len(_XATTR)
+    return Entry(
+        path=path,
+        mode=kind | member.mode & 0o7777,
+        uid=member.uid,
+        gid=member.gid,
+        size=member.size if member.isreg() else 0,
+        atime_ns=_nanoseconds(member, "atime", member.mtime),
+        mtime_ns=when,
+        rdev=os.makedev(member.devmajor, member.devminor) if member.isdev() else 0,
+        target=member.linkname if member.issym() else "",
+        link=_path(member.linkname) if member.islnk() else None,
+        xattrs={
+            key[prefix:]: value.encode(errors="surrogateescape")
+            for key, value in member.pax_headers.items()
+            if key.startswith(_XATTR)
+        },
+        pieces=_reader(archive, member) if member.isreg() else no_pieces,
+    )
+
+
+def _nanoseconds(member: tarfile.TarInfo, name: str, otherwise: float) -> int:
+    """Return a time, which tarfile has as a float: that would be 200 ns too coarse."""
+    try:
+        return int(Decimal(member.pax_headers.get(name, otherwise)) * 10**9)
+    except ArithmeticError:
+        raise ConfigError(f"cannot read the tar archive: {member.name} has no time") from None
+
+
+def _reader(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Pieces:
+    def pieces() -> Iterator[tuple[int, bytes]]:
+        file = archive.extractfile(member)
+        offset = 0
+        while file is not None and (data := file.read(PIECE)):
+            yield offset, data
+            offset += len(data)
+
+    return pieces
+
+
+def write(entries: Iterable[Entry], top: str, file: BinaryIO) -> None:
+    """Write an archive whose members are in a directory named `top`, as podman's is."""
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for entry in entries:
+            kind = stat.S_IFMT(entry.mode)
+            if kind == stat.S_IFSOCK:
+                continue  # no archive holds one
+            member = tarfile.TarInfo("/".join((top, *entry.path)))
+            member.type = _TYPES.get(kind, tarfile.REGTYPE)
+            member.mode = entry.mode & 0o7777
+            member.uid, member.gid = entry.uid, entry.gid
+            member.linkname = entry.target
+            member.devmajor, member.devminor = os.major(entry.rdev), os.minor(entry.rdev)
+            member.pax_headers = {
+                _XATTR + name: value.decode(errors="surrogateescape")
+                for name, value in entry.xattrs.items()
+            }
+            for name, when in (("mtime", entry.mtime_ns), ("atime", entry.atime_ns)):
+                member.pax_headers[name] = format(Decimal(when).scaleb(-9), "f")
+            if entry.link is not None:
+                member.type = tarfile.LNKTYPE
+                member.linkname = "/".join((top, *entry.link))
+            elif kind == stat.S_IFREG:
+                member.size = entry.size
+            archive.addfile(member, _Content(entry))
+
+
+class _Content(io.RawIOBase):
+    """What a file holds, with zeros where it holds nothing."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._pieces = entry.pieces()
+        self._position = 0
+        self._size = entry.size
+        self._piece = (0, b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return `size` bytes, fewer only at the end."""
+        wanted = min(size if size >= 0 else self._size, self._size - self._position)
+        result = bytearray(wanted)
+        end = self._position + wanted
+        while True:
+            offset, data = self._piece
+            low, high = max(offset, self._position), min(offset + len(data), end)
+            if low < high:
+                at = low - self._position
+                result[at : at + high - low] = data[low - offset : high - offset]
+            if offset + len(data) >= end:
+                break
+            following = next(self._pieces, None)
+            if following is None:
+                self._piece = (self._size, b"")
+                break
+            self._piece = following
+        self._position = end
+        return bytes(result)

@@ -30,6 +30,7 @@ COMMANDS = {
     **dict.fromkeys(("cp", "top"), "inside"),
     "serve": "serve",
     "kernel": "kernel",
+    "image": "image",
     "doctor": "doctor",
     "lab": "lab",
     "demo": "demo",

@@ -106,19 +106,21 @@ def file_size(fd: int) -> int:
 # --- bytes ------------------------------------------------------------------------------------
 
 
-def read_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
-    """Fill `views` from the file at `offset`."""
-    wanted = size_of(views)
+def read_all(fd: int, views: Sequence[memoryview], offset: int) -> int:
+    """Fill `views` from the file at `offset`: how many bytes were there, not beyond its end."""
+    done, wanted = 0, size_of(views)
     while wanted:
         got = os.preadv(fd, views[:_IOV_MAX], offset)
+        done += got
         if got == wanted:
-            return
+            break
         if not got:
             fill_zeros(views)
-            return
+            break
         wanted -= got
         offset += got
         views = cut(views, got)
+    return done
 
 
 def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:

@@ -1,0 +1,536 @@
+"""EROFS images: made of host trees, read back by fsck.erofs, dump.erofs and a reader of our own."""
+
+import os
+import socket
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.erofs_reader import Entry, Image, read_image, read_tree
+from tinyvmm.cli.main import main
+from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver.tree import Node
+from tinyvmm.fileserver.union import open_tree
+from tinyvmm.images.erofs import format as erofs
+from tinyvmm.images.erofs import sources
+from tinyvmm.images.erofs.image import ErofsImage
+from tinyvmm.images.erofs.plan import Plan
+from tinyvmm.images.erofs.writer import write_image
+
+ROOT = os.geteuid() == 0
+CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # CAP_NET_RAW, permitted
+ACL = bytes.fromhex(
+    "02000000" "01000600ffffffff" "02000600e8030000" "04000400ffffffff"
+    "10000600ffffffff" "20000400ffffffff"
+)  # fmt: skip
+
+
+def fsck(image: Path) -> None:
+    done = subprocess.run(["fsck.erofs", str(image)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def make_torture_tree(top: Path, *, many: int = 2000) -> None:
+    """Everything that a file can be."""
+    (top / "plain").write_text("hello\n")
+    (top / "empty").touch()
+    for size in (1, 4095, 4096, 4097, 8192, 70_000):
+        (top / f"bytes-{size}").write_bytes(os.urandom(size))
+    with (top / "sparse").open("wb") as file:
+        file.truncate(200 << 20)
+        file.seek(100 << 20)
+        file.write(b"in the midst")
+    (top / "linked").hardlink_to(top / "plain")
+    for length in (1, 3900, 3990, 4095):
+        (top / f"symlink-{length}").symlink_to("t" * length)
+    os.mkfifo(top / "fifo", 0o640)
+    with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryDirectory() as short:
+        server.bind(f"{short}/s")
+        os.rename(f"{short}/s", top / "socket") if _same_device(short, top) else None
+    names = os.fsencode(top / "names")
+    os.mkdir(names)
+    odd = (b"\xff\xfe", b"!", b"-", b"\1", b"\n", b".hidden", b"..x", b"...", b"a" * 255)
+    for name in odd:
+        Path(os.fsdecode(names + b"/" + name)).touch()
+    (top / "directory").mkdir(mode=0o750)
+    (top / "directory" / "again").hardlink_to(top / "plain")
+    (top / "many").mkdir()
+    for number in range(many):
+        (top / "many" / f"{number:x}{'n' * (number % 40)}").touch()
+    deep = top / "deep"
+    for _ in range(30):
+        deep.mkdir()
+        deep /= "deeper"
+    os.setxattr(top / "empty", "user.nothing", b"")
+    os.setxattr(top / "empty", "user." + "n" * 200, os.urandom(3000))
+    os.setxattr(top / "directory", "user.of-a-directory", b"\0\1")
+    for number, path in enumerate(sorted(top.rglob("*"))):
+        when = (number - 20) * 1_000_000_007
+        os.utime(path, ns=(0, when), follow_symlinks=False)
+    (top / "plain").chmod(0o644)
+    if ROOT:
+        os.chown(top / "plain", 70_000, 4_000_000_000)
+        (top / "plain").chmod(0o6755)
+        os.mknod(top / "device", 0o620 | stat.S_IFCHR, os.makedev(4095, 1_048_575))
+        os.mknod(top / "disk", 0o600 | stat.S_IFBLK, os.makedev(8, 300))
+        os.setxattr(top / "directory", "trusted.t", b"t")
+        os.setxattr(top / "bytes-1", "security.capability", CAPABILITY)
+        os.setxattr(top / "bytes-1", "system.posix_acl_access", ACL)
+        os.setxattr(top / "directory", "system.posix_acl_default", ACL)
+
+
+def _same_device(one: str, other: Path) -> bool:
+    return os.stat(one).st_dev == other.stat().st_dev
+
+
+@pytest.fixture(scope="module")
+def torture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("torture")
+    make_torture_tree(top)
+    return top
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+def reader(image: ErofsImage) -> Callable[[int, int], bytes]:
+    def read(offset: int, length: int) -> bytes:
+        """Ask for whole sectors, in pieces, as a driver does."""
+        begin, end = offset // 512 * 512, -(-(offset + length) // 512) * 512
+        room = bytearray(end - begin)
+        half = len(room) // 1024 * 512
+        image.read_into([memoryview(room)[:half], memoryview(room)[half:]], begin)
+        return bytes(room[offset - begin : offset - begin + length])
+
+    return read
+
+
+@pytest.fixture
+def lazily(warnings: list[str]) -> Iterator[Callable[[Sequence[tuple[str, str]]], Image]]:
+    images = []
+
+    def make(reads: Sequence[tuple[str, str]]) -> Image:
+        images.append(ErofsImage(reads, warnings.append))
+        return Image(reader(images[-1]))
+
+    yield make
+    for image in images:
+        image.close()
+
+
+# --- exactness --------------------------------------------------------------------------------
+
+
+def test_an_image_in_a_file_is_the_tree_to_the_last_bit(torture: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    written = write_image([("/", str(torture))], str(image))
+    assert read_image(image) == read_tree(torture)
+    assert written.size == image.stat().st_size
+    fsck(image)
+
+
+def test_an_image_made_while_it_is_read_is_the_same_tree(
+    torture: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image], warnings: list[str]
+) -> None:
+    found = lazily([("/", str(torture))]).tree()
+    assert {path: entry for path, (_, entry) in found.items()} == read_tree(torture)
+    assert warnings == []
+
+
+def test_names_of_one_file_lead_to_one_inode(torture: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    write_image([("/", str(torture))], str(image))
+    data = image.read_bytes()
+    tree = Image(lambda offset, length: data[offset : offset + length]).tree()
+    names = (b"/plain", b"/linked", b"/directory/again")
+    assert len({tree[name][0] for name in names}) == 1
+    assert tree[b"/plain"][1].links == 3
+
+
+def test_dump_erofs_sees_owner_mode_time_and_links(torture: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    write_image([("/", str(torture))], str(image))
+    (torture / "plain").stat()
+    argv = ["dump.erofs", "--path=/bytes-4097", str(image)]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert "Size: 4097" in told
+    assert "Links: 1" in told
+    assert "Access: 0644" in told
+
+
+@pytest.mark.skipif(not ROOT, reason="fsck.erofs gives files to their owners")
+def test_fsck_erofs_extracts_the_same_files(torture: Path, tmp_path: Path) -> None:
+    image, out = tmp_path / "image", tmp_path / "out"
+    write_image([("/", str(torture / "names")), ("/many", str(torture / "many"))], str(image))
+    argv = ["fsck.erofs", f"--extract={out}", "--preserve", str(image)]
+    subprocess.run(argv, capture_output=True, check=True)
+    extracted = read_tree(out)
+    for path, entry in read_image(image).items():
+        assert extracted[path].content == entry.content
+        assert extracted[path].mode == entry.mode
+        assert extracted[path].uid == entry.uid
+
+
+NAMES = st.binary(min_size=1, max_size=20).filter(
+    lambda name: not {b"/", b"\0"} & {bytes([byte]) for byte in name} and name not in {b".", b".."}
+)
+FILES = st.one_of(
+    st.tuples(st.just("file"), st.binary(max_size=300), st.integers(1, 40)),
+    st.tuples(st.just("symlink"), NAMES, st.integers(1, 200)),
+)
+TREES = st.recursive(
+    st.dictionaries(NAMES, FILES, max_size=6),
+    lambda trees: st.dictionaries(NAMES, st.one_of(FILES, trees), max_size=6),
+    max_leaves=25,
+)
+
+
+def make_tree(top: bytes, tree: dict[bytes, object]) -> None:
+    for name, what in tree.items():
+        path = top + b"/" + name
+        match what:
+            case ("file", bytes(content), int(times)):
+                Path(os.fsdecode(path)).write_bytes(content * times)
+            case ("symlink", bytes(target), int(times)):
+                os.symlink(target * times, path)
+            case dict():
+                os.mkdir(path)
+                make_tree(path, what)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=TREES)
+def test_any_tree_is_read_back_as_it_is(tree: dict[bytes, object]) -> None:
+    with tempfile.TemporaryDirectory() as where:
+        top, image = Path(where) / "top", Path(where) / "image"
+        top.mkdir()
+        make_tree(os.fsencode(top), tree)
+        write_image([("/", str(top))], str(image))
+        fsck(image)
+        assert read_image(image) == read_tree(top)
+        lazy = ErofsImage([("/", str(top))], pytest.fail)
+        try:
+            found = Image(reader(lazy)).tree()
+        finally:
+            lazy.close()
+        assert {path: entry for path, (_, entry) in found.items()} == read_tree(top)
+
+
+# --- the union --------------------------------------------------------------------------------
+
+
+def read_union(reads: Sequence[tuple[str, str]]) -> dict[bytes, Entry]:
+    """What the 9P root shows of it, from the file server's own nodes."""
+    tree = open_tree(reads, [])
+    found: dict[bytes, Entry] = {}
+
+    def visit(path: bytes, node: Node) -> None:
+        stat_ = node.stat()
+        content = b""
+        if stat.S_ISLNK(stat_.st_mode):
+            content = node.readlink()
+        elif stat.S_ISREG(stat_.st_mode):
+            file = node.open(os.O_RDONLY)
+            room = bytearray(stat_.st_size)
+            file.readv([memoryview(room)], 0)
+            file.close()
+            content = bytes(room)
+        else:
+            file = node.open(os.O_RDONLY)
+            names = [name for _, _, _, name in file.readdir(0)]
+            file.close()
+            for name in names:
+                if name not in {b".", b".."}:
+                    visit(path + b"/" + name, node.walk(name))
+        xattrs = tuple(sorted((name, node.getxattr(name)) for name in node.listxattr()))
+        mode, size = stat_.st_mode, 0 if stat.S_ISDIR(stat_.st_mode) else stat_.st_size
+        who = (stat_.st_uid, stat_.st_gid)
+        found[path] = Entry(mode, *who, 0, stat_.st_mtime_ns, 0, size, content, xattrs)
+        node.close()
+
+    visit(b"", tree.root())
+    tree.close()
+    return found
+
+
+def same_union(reads: Sequence[tuple[str, str]], image: Image) -> set[bytes]:
+    """Compare both, all but link counts and what has no time; the paths they have."""
+
+    def plain(path: bytes, entry: Entry, content: bytes) -> Entry:
+        when = 0 if path in made else entry.mtime_ns
+        return entry._replace(links=0, mtime_ns=when, content=content)
+
+    mapped = {os.fsencode(guest) for guest, _ in reads}
+    expected = read_union(reads)
+    found = {}
+    made = {path for path in expected if not expected[path].mtime_ns or path not in mapped}
+    made = {path for path in made if any(guest.startswith(path + b"/") for guest in mapped)}
+    for path, (nid, entry) in image.tree().items():
+        inode = image.inode(nid)
+        content = b"" if stat.S_ISDIR(entry.mode) else b"".join(image.data(inode))
+        found[path] = plain(path, entry, content)
+    assert found == {path: plain(path, e, e.content) for path, e in expected.items()}
+    return set(found)
+
+
+@pytest.mark.skipif(not ROOT, reason="makes whiteouts")
+def test_trees_are_united_as_the_9p_root_unites_them(
+    tmp_path: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image]
+) -> None:
+    base, middle, top, data = (tmp_path / name for name in ("base", "middle", "top", "data"))
+    for number, layer in enumerate((base, middle, top, data)):
+        for name in ("both", "opaque", "cut", f"only{number}", "map"):
+            (layer / name / "sub").mkdir(parents=True)
+            (layer / name / "sub" / f"file{number}").write_text(str(number))
+            (layer / name / "same").write_text(str(number))
+    (base / "gone").mkdir()
+    (base / "gone" / "file").touch()
+    (base / "removed").touch()
+    (base / "turned").mkdir()
+    (base / "turned" / "file").touch()
+    (top / "turned").write_text("a file now")
+    for name in ("gone", "removed", "nothing"):
+        os.mknod(middle / name, stat.S_IFCHR, os.makedev(0, 0))
+    os.setxattr(top / "opaque", "trusted.overlay.opaque", b"y")
+    os.setxattr(middle / "cut", "user.overlay.opaque", b"x")
+    (middle / "cut" / "same").write_text("")
+    os.setxattr(middle / "cut" / "same", "user.overlay.whiteout", b"y")
+    (top / "cut" / "same").unlink()
+    os.setxattr(top / "only2", "user.seen", b"yes")
+    reads = [
+        ("/", str(base)),
+        ("/", str(middle)),
+        ("/", str(top)),
+        ("/map", str(data)),
+        ("/new/place", str(data)),
+        ("/both/sub/deep", str(data)),
+    ]
+    paths = same_union(reads, lazily(reads))
+    assert b"/gone" not in paths
+    assert b"/removed" not in paths
+    assert b"/cut/same" not in paths
+    assert b"/opaque/sub/file0" not in paths
+    assert b"/both/sub/file0" in paths
+    assert b"/new/place/only3/same" in paths
+
+
+# --- a host that changes ----------------------------------------------------------------------
+
+
+def find(image: Image, path: bytes) -> int:
+    nid = image.root
+    for name in path.split(b"/")[1:]:
+        nid = {entry: to for entry, to, _ in image.directory(image.inode(nid))}[name]
+    return int(nid)
+
+
+def content(image: Image, path: bytes) -> bytes:
+    return b"".join(image.data(image.inode(find(image, path))))
+
+
+def replaced(path: Path) -> None:
+    path.rename(path.with_name("old"))
+    path.write_text("first")
+
+
+def redirected(path: Path) -> None:
+    path.rename(path.with_name("old"))
+    path.symlink_to("old")
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "written": lambda path: path.write_text("other"),
+    "cut": lambda path: os.truncate(path, 3),
+    "replaced": replaced,
+    "removed": Path.unlink,
+    "redirected": redirected,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("seen", [False, True], ids=["unread", "read"])
+def test_a_file_that_changes_is_an_error_and_named(
+    change: str,
+    seen: bool,
+    tmp_path: Path,
+    lazily: Callable[[Sequence[tuple[str, str]]], Image],
+    warnings: list[str],
+) -> None:
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "file"
+    path.write_text("first")
+    (tmp_path / "other").write_text("untouched")
+    image = lazily([("/", str(tmp_path))])
+    inode = image.inode(find(image, b"/d/file"))
+    if seen:
+        assert content(image, b"/d/file") == b"first"
+    CHANGES[change](path)
+    for _ in range(2):
+        with pytest.raises(OSError, match="cannot be read"):
+            b"".join(image.data(inode))
+    assert len(warnings) == 1
+    assert str(path) in warnings[0]
+    assert content(image, b"/other") == b"untouched"
+
+
+@pytest.mark.parametrize("redirect", [False, True], ids=["renamed", "a symlink"])
+def test_a_directory_is_the_one_it_was_or_none(
+    redirect: bool,
+    tmp_path: Path,
+    lazily: Callable[[Sequence[tuple[str, str]]], Image],
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    monkeypatch.setattr(sources, "OPEN_MAX", 1)
+    image = lazily([("/", str(tmp_path))])
+    inodes = [image.inode(find(image, path)) for path in (b"/one/file", b"/two/file")]
+    assert b"".join(image.data(inodes[1])) == b"two"
+    (tmp_path / "one").rename(tmp_path / "moved")
+    if redirect:
+        (tmp_path / "one").symlink_to("moved")
+    with pytest.raises(OSError, match="cannot be read"):
+        b"".join(image.data(inodes[0]))
+    assert len(warnings) == 1
+    assert b"".join(image.data(inodes[1])) == b"two"
+
+
+def test_what_goes_away_before_it_is_looked_at_is_no_file(
+    tmp_path: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image], warnings: list[str]
+) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("gone", "here"):
+        (tmp_path / "d" / name).write_text(name)
+    image = lazily([("/", str(tmp_path))])
+    root = image.inode(image.root)  # which lists d
+    (tmp_path / "d" / "gone").unlink()
+    entries = {name: nid for name, nid, _ in image.directory(root)}
+    entries = {name: nid for name, nid, _ in image.directory(image.inode(entries[b"d"]))}
+    assert image.read(image.meta * 4096 + entries[b"gone"] * 32, 64) == bytes(64)
+    assert content(image, b"/d/here") == b"here"
+    assert [str(tmp_path / "d" / "gone") in line for line in warnings] == [True]
+
+
+def test_metadata_that_is_nowhere_yet_cannot_be_read(torture: Path) -> None:
+    image = ErofsImage([("/", str(torture))], pytest.fail)
+    with pytest.raises(OSError, match="not been planned"):
+        image.read_into([memoryview(bytearray(4096))], 32 << 30)
+    end = memoryview(bytearray(b"\1" * 8192))
+    image.read_into([end[:4096], end[4096:]], image.size - 8192)
+    assert bytes(end) == bytes(8192)
+    with pytest.raises(OSError, match="Read-only"):
+        image.write_from([memoryview(b"x" * 512)], 0)
+    image.close()
+
+
+def test_a_file_of_a_terabyte_is_read_at_once(
+    tmp_path: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image]
+) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(b"here")
+    image = lazily([("/", str(tmp_path))])
+    inode = image.inode(find(image, b"/large"))
+    assert inode.entry.size == 1 << 40
+    assert image.read(inode.block * 4096 + (1 << 39), 5) == b"here\0"
+
+
+def test_files_beyond_what_an_image_can_hold_are_errors(
+    tmp_path: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image], warnings: list[str]
+) -> None:
+    for number in range(3):
+        with (tmp_path / f"large{number}").open("wb") as file:
+            file.truncate(8 << 40)
+    (tmp_path / "small").write_text("small")
+    image = lazily([("/", str(tmp_path))])
+    inodes = [image.inode(find(image, b"/large%d" % number)) for number in range(3)]
+    assert [inode.entry.size for inode in inodes] == [8 << 40] * 3
+    assert sum(inode.block >= (1 << 32) - 1 for inode in inodes) == 2
+    assert len(warnings) == 2
+    assert "16 TiB" in warnings[0]
+    assert content(image, b"/small") == b"small"
+
+
+# --- the layout -------------------------------------------------------------------------------
+
+
+def test_attributes_that_erofs_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"system\.nfs4_acl"):
+        erofs.xattr_body([(b"system.nfs4_acl", b"")])
+    with pytest.raises(ValueError, match=r"user\.large"):
+        erofs.xattr_body([(b"user.large", bytes(65536))])
+    assert erofs.xattr_body([]) == b""
+
+
+def test_the_checksum_is_crc32c() -> None:
+    block = erofs.superblock(root_nid=2, inodes=1, blocks=9, meta_block=1, uuid=bytes(16))
+    assert len(block) == erofs.BLOCK
+    assert erofs.crc32c(b"123456789") ^ 0xFFFF_FFFF == 0xE306_9283  # RFC 3720's polynomial
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_image_build_writes_an_image_and_says_what_is_in_it(
+    torture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "x.erofs"
+    assert main(["image", "build", str(torture), "-o", str(image), "--name", "torture"]) == 0
+    inodes = len({(os.lstat(path).st_ino) for path in (torture, *torture.rglob("*"))})
+    assert f"{inodes} inodes, {image.stat().st_size} bytes" in capsys.readouterr().out
+    fsck(image)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/nowhere", "-o", "x"], "/nowhere"),
+        ([".", "-o", "/nowhere/x"], "cannot write /nowhere/x"),
+        ([".", "-o", "x", "--name", "n" * 17], "17 bytes"),
+    ],
+)
+def test_image_build_refuses_in_one_line(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["image", "build", *arguments]) == 125
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_of_a_tree_that_changes_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top, image = tmp_path / "top", tmp_path / "image"
+    top.mkdir()
+    (top / "file").write_text("first")
+    image.write_text("the old one")
+
+    plan_all = Plan.plan_all
+
+    def after(self: Plan) -> None:
+        plan_all(self)
+        (top / "file").write_text("second")
+
+    monkeypatch.setattr(Plan, "plan_all", after)
+    with pytest.raises(ConfigError, match="changed"):
+        write_image([("/", str(top))], str(image))
+    assert image.read_text() == "the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image", "top"]

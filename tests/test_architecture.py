@@ -44,6 +44,7 @@ LAYERS = [
         "guest_calls",
         "guest_files",
         "guest_processes",
+        "writes",
         "attach",
     ),
     ("probe", "command", "own_device", "bare", "mounts", "lab", "qemu", "lab_agent"),

@@ -135,6 +135,8 @@ class RunOptions(NamedTuple):
     """Have a balloon, of so many bytes at first; with 0, free memory returns to the host too."""
     net: "NetOptions | None" = None
     """The network interface; None for none."""
+    keep_writes: str | None = None
+    """Path of a link to make to what the guest writes, which then stays (scratch.py)."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
@@ -494,7 +496,7 @@ def _trees(
     raise_nofile_limit()
     scratch = None
     if options.private_writes == "server" and all(guest != "/" for guest, _ in options.writes):
-        directory = ScratchDirectory()
+        directory = ScratchDirectory(kept_by=options.keep_writes)
         cleanup.callback(directory.close)
         scratch = directory.path
 

@@ -370,6 +370,11 @@ def kill(pid: int, number: int) -> Call:
     return call(abi.SYS_KILL, pid, number, what=f"process {pid}")
 
 
+def sync() -> Call:
+    """Have the guest write out what it holds in memory."""
+    return call(abi.SYS_SYNC, what="sync")
+
+
 def make_socket(family: int, kind: int, protocol: int = 0, *, into: int = 0) -> Call:
     """The result is a descriptor of the program's."""
     return call(abi.SYS_SOCKET, family, kind, protocol, into=into, what="socket")

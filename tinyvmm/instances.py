@@ -8,6 +8,7 @@ A machine is a directory of mode 0700, named as it is, under `directory()`:
     vsock     the Unix socket in front of the guest's AF_VSOCK, and vsock_N (vsock_host.py)
     output    what a detached machine's command wrote (output_log.py)
     console   the last of what the kernel printed, once it has ended
+    writes    a link to what the guest wrote, where nothing else keeps it (scratch.py)
 
 Nobody asks a process id whether it lives, since numbers are used again: a lock dies with its
 holder. A directory is made under another name, its lock taken, and then renamed: so whoever finds
@@ -20,14 +21,16 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.scratch import remove_kept
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAKING = ".making-"
+WRITES = "writes"
 STATUS_LOST = 255  # of a machine whose process was killed
 
 
@@ -50,6 +53,10 @@ class State(NamedTuple):
     ended: float | None = None
     message: str | None = None
     """Why it ended, where the status does not say it all."""
+    reads: Sequence[Sequence[str]] = ()
+    """(guest path, host path) of the trees its root was made of."""
+    writes: Sequence[Sequence[str]] = ()
+    """As `reads`: the directories that keep what it wrote."""
 
     @property
     def running(self) -> bool:
@@ -234,6 +241,7 @@ def _unlocked(path: str) -> Iterator[bool]:
 
 def _remove(path: str) -> None:
     """Remove a machine's directory, which has no others in it; somebody else may be at it too."""
+    remove_kept(os.path.join(path, WRITES))
     with suppress(FileNotFoundError):
         for name in os.listdir(path):
             with suppress(FileNotFoundError):
@@ -263,8 +271,14 @@ def _read_state(path: str) -> State | None:
     try:
         with open(os.path.join(path, "state"), encoding="utf-8") as file:
             fields: Mapping[str, Any] = json.load(file)
-        return State(**fields)
+        state = State(**fields)
+        return state._replace(reads=_tuples(state.reads), writes=_tuples(state.writes))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"cannot read the state of {path}: {error}; remove it") from None
+
+
+def _tuples(pairs: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """As they were before they were JSON."""
+    return tuple(tuple(pair) for pair in pairs)

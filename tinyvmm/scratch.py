@@ -1,7 +1,11 @@
 """A private directory that goes away: what a guest writes when nobody asked to keep it.
 
-Each run makes `tinyvmm-XXXXXXXX` under $TMPDIR and holds a lock (flock(2)) on it. A run that was
-killed outright could not remove its own; the lock died with it, so the next run can tell and does.
+Each run makes `tinyvmm-scratch-XXXXXXXX` under $TMPDIR and holds a lock (flock(2)) on it. A run
+that was killed outright could not remove its own; the lock died with it, so the next run can tell
+and does.
+
+What the guest of a machine with a name wrote stays as long as the machine is known: a link in the
+machine's directory and one here, `machine`, lead to each other, and while both do, it is kept.
 """
 
 import fcntl
@@ -12,20 +16,30 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.removal import remove_whole
 
 _PREFIX = "tinyvmm-scratch-"
+_KEEPER = "machine"
+_WRITES = "writes"
 
 
 class ScratchDirectory:
     """A new directory at `path` until `close`, inside a locked one of mode 0700."""
 
-    def __init__(self, parent: str | None = None) -> None:
-        """Make it under `parent` ($TMPDIR, else /tmp), after removing what dead runs left there."""
+    def __init__(self, parent: str | None = None, kept_by: str | None = None) -> None:
+        """Make it under `parent` ($TMPDIR, else /tmp), after removing what dead runs left there.
+
+        `kept_by` is the path of a link to make: `close` then leaves all as it is until
+        `remove_kept`.
+        """
+        self._kept = kept_by is not None
         parent = parent or os.environ.get("TMPDIR") or "/tmp"
         self._base = os.path.join(parent, _PREFIX + os.urandom(6).hex())
-        self.path = os.path.join(self._base, "writes")
+        self.path = os.path.join(self._base, _WRITES)
         try:
             _remove_stale(parent)
             os.mkdir(self._base, 0o700)
             os.mkdir(self.path, 0o755)
+            if kept_by is not None:
+                os.symlink(kept_by, os.path.join(self._base, _KEEPER))
+                os.symlink(self._base, kept_by)
         except OSError as error:
             raise ConfigError(
                 f"cannot make a directory for the guest's writes in {parent}: {error.strerror}; "
@@ -37,8 +51,31 @@ class ScratchDirectory:
         """Remove the directory and all that is in it; harmless when done twice."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            _remove(self._base)
+            if not self._kept:
+                _remove(self._base)
             os.close(fd)
+
+
+def kept_writes(kept_by: str) -> str | None:
+    """Return the directory of what was written, which the link `kept_by` keeps; None for none."""
+    base = _kept_base(kept_by)
+    return None if base is None else os.path.join(base, _WRITES)
+
+
+def remove_kept(kept_by: str) -> None:
+    """Remove what the link `kept_by` keeps, if there is any."""
+    base = _kept_base(kept_by)
+    if base is not None:
+        _remove(base)
+
+
+def _kept_base(kept_by: str) -> str | None:
+    try:
+        base = os.readlink(kept_by)
+        back = os.readlink(os.path.join(base, _KEEPER))
+    except OSError:
+        return None
+    return base if back == kept_by and os.path.basename(base).startswith(_PREFIX) else None
 
 
 def _lock(path: str) -> int | None:
@@ -61,14 +98,23 @@ def _remove_stale(parent: str) -> None:
             path = os.path.join(parent, name)
             fd = _lock(path)
             if fd is not None:
-                if os.fstat(fd).st_uid == os.geteuid():
+                if os.fstat(fd).st_uid == os.geteuid() and not _is_kept(path):
                     _remove(path)
                 os.close(fd)
 
 
+def _is_kept(path: str) -> bool:
+    try:
+        return _kept_base(os.readlink(os.path.join(path, _KEEPER))) == path
+    except OSError:
+        return False
+
+
 def _remove(path: str) -> None:
     try:
-        os.rmdir(os.path.join(path, "writes"))  # the common case: nothing was written
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(path, _KEEPER))
+        os.rmdir(os.path.join(path, _WRITES))  # the common case: nothing was written
         os.rmdir(path)
     except OSError:
         with suppress(OSError):

@@ -110,19 +110,30 @@ def test_commands_come_and_go_in_a_machine_that_runs(guest: Runner) -> None:
     assert "tinyvmm rm web" in found[25]["stderr"]
 
 
+CHANGES = "C /etc\nD /etc/debian_version\nC /srv\nA /srv/new\nA /srv/new/file\n"
+
+
 def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:
-    forever = ("--", "sh", "-c", "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 1; done")
+    wait = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 1; done"
+    writes = "mkdir /srv/new; echo x > /srv/new/file; rm /etc/debian_version; "
+    forever = ("--", "sh", "-c", writes + wait)
     script: list[tuple[dict[str, Any], Any]] = [
         (run("-d", "--name", "one", *forever), ok("one\n")),
         (cli("pause", "one"), ok("one\n")),
         (cli("control", "one", "registers", "cpu=0"), 0),
         (cli("control", "one", "registers", "cpu=9"), 125),
         (cli("control", "one", "nothing"), 125),
+        (cli("diff", "one"), 0),
         (cli("resume", "one"), ok("one\n")),
+        (cli("diff", "one"), ok(CHANGES)),
         (cli("control", "one", "memory_info"), 0),
         (cli("stop", "--time", "30", "one", "missing"), 125),
         (cli("inspect", "one"), 0),
         (cli("logs", "one"), ok("up\nbye\n", "Terminated\n")),  # says sh of its sleep
+        (cli("diff", "one"), ok(CHANGES)),
+        (cli("commit", "one", "-o", "/tmp/layer.tar"), 0),
+        (sh("tar -tf /tmp/layer.tar"),
+         ok("etc/\netc/.wh.debian_version\nsrv/\nsrv/new/\nsrv/new/file\n")),
         # The machine's process is killed outright.
         (run("-d", "--name", "two", *forever), ok("two\n")),
         (sh("kill -9 $(grep -o '\"pid\": [0-9]*' $XDG_RUNTIME_DIR/tinyvmm/two/state | cut -c8-)"),
@@ -151,12 +162,12 @@ def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:
         seen = got["status"] if isinstance(expected, int) else got
         assert seen == expected, (step, got)
     assert json.loads(found[2]["stdout"])["rip"] > 0
-    assert json.loads(found[6]["stdout"])["size"] == 1 << 30
-    assert found[7]["stdout"] == "one\n"
-    assert "no machine is named missing" in found[7]["stderr"]
-    (one,) = json.loads(found[8]["stdout"])
+    assert json.loads(found[8]["stdout"])["size"] == 1 << 30
+    assert found[9]["stdout"] == "one\n"
+    assert "no machine is named missing" in found[9]["stderr"]
+    (one,) = json.loads(found[10]["stdout"])
     assert (one["state"], one["status"]) == ("ended", 4)
-    (three,) = json.loads(found[17]["stdout"])
+    (three,) = json.loads(found[22]["stdout"])
     assert three["status"] == 255
     assert "panic" in three["message"]
-    assert "Kernel panic" in found[18]["stdout"]
+    assert "Kernel panic" in found[23]["stdout"]

@@ -55,7 +55,7 @@ def _run(
     """Run it, while others can reach it; `ready` is told its name when the command runs."""
     from tinyvmm.command import run_command
     from tinyvmm.control import ControlServer
-    from tinyvmm.instances import Instance, State
+    from tinyvmm.instances import WRITES, Instance, State
     from tinyvmm.session import Result
     from tinyvmm.supervisor import Supervisor
 
@@ -69,8 +69,11 @@ def _run(
             created=time.time(),
             detached=args.detach,
             keep=(args.detach or bool(args.name)) and not args.rm,
+            reads=tuple(options.reads),
+            writes=tuple(options.writes),
         )
     )
+    options = options._replace(keep_writes=instance.file(WRITES))
     result = Result(STATUS_FAILED, "machine", "interrupted")
     vsock = instance.file("vsock") if options.vsock is None else options.vsock[0]
     supervisor = Supervisor(vsock, keep_stdin=args.detach and args.interactive)

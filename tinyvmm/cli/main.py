@@ -28,6 +28,8 @@ COMMANDS = {
         "instances",
     ),
     **dict.fromkeys(("cp", "top"), "inside"),
+    "diff": "writes",
+    "commit": "writes",
     "serve": "serve",
     "kernel": "kernel",
     "image": "image",

@@ -34,7 +34,43 @@ from tinyvmm.fileserver.whiteout import (
 WORK_NAME = b".tinyvmm-work"
 
 
-class WriteTree:
+class WrittenNames:
+    """What the names in a write tree mean: what is there, what is gone, what is ours."""
+
+    def __init__(self, fd: int) -> None:
+        """Of the tree whose root `fd` is."""
+        self.by_name = _exists(NAME_MARK, fd)
+
+    def index(self, fd: int) -> tuple[set[bytes], set[bytes]]:
+        """The names in the upper directory `fd`: what is there, and what is gone."""
+        there: set[bytes] = set()
+        gone: set[bytes] = set()
+        path = fd_path(fd)
+        xattrs = layer_xattr(path, b"opaque") is not None
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = entry.name
+                if self.hides(name):
+                    if self.by_name and name not in {NAME_MARK, NAME_OPAQUE, WORK_NAME}:
+                        gone.add(name[len(NAME_PREFIX) :])
+                elif _may_be_whiteout(entry, xattrs) and _entry_is_whiteout(name, fd):
+                    gone.add(name)
+                else:
+                    there.add(name)
+        return there, gone - there
+
+    def hides(self, name: bytes) -> bool:
+        """Whether a name in the write tree is ours, not the guest's."""
+        return name == WORK_NAME or (self.by_name and name.startswith(NAME_PREFIX))
+
+    def is_opaque(self, fd: int) -> bool:
+        """Whether the directory `fd` hides everything below it."""
+        if layer_xattr(fd_path(fd), b"opaque") == b"y":
+            return True
+        return self.by_name and _exists(NAME_OPAQUE, fd)
+
+
+class WriteTree(WrittenNames):
     """One host directory that takes changes; `space` tells its inodes from other trees'."""
 
     def __init__(self, path: bytes, space: int) -> None:
@@ -64,7 +100,7 @@ class WriteTree:
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         st = os.fstat(self.fd)
         self.inode = (st.st_dev, st.st_ino)
-        self.by_name = _exists(NAME_MARK, self.fd)
+        super().__init__(self.fd)
         self.owners = Owners()
         self._work_fd = -1
         self._serial = 0
@@ -182,35 +218,6 @@ class WriteTree:
         if self.by_name or not set_layer_xattr(fd_path(fd), b"opaque", b"y"):
             self._use_names()
             _touch(NAME_OPAQUE, fd)
-
-    def is_opaque(self, fd: int) -> bool:
-        """Whether the directory `fd` hides everything below it."""
-        if layer_xattr(fd_path(fd), b"opaque") == b"y":
-            return True
-        return self.by_name and _exists(NAME_OPAQUE, fd)
-
-    # --- looking --------------------------------------------------------------------------------
-    def index(self, fd: int) -> tuple[set[bytes], set[bytes]]:
-        """The names in the upper directory `fd`: what is there, and what is gone."""
-        there: set[bytes] = set()
-        gone: set[bytes] = set()
-        path = fd_path(fd)
-        xattrs = layer_xattr(path, b"opaque") is not None
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = entry.name
-                if self.hides(name):
-                    if self.by_name and name not in {NAME_MARK, NAME_OPAQUE, WORK_NAME}:
-                        gone.add(name[len(NAME_PREFIX) :])
-                elif _may_be_whiteout(entry, xattrs) and _entry_is_whiteout(name, fd):
-                    gone.add(name)
-                else:
-                    there.add(name)
-        return there, gone - there
-
-    def hides(self, name: bytes) -> bool:
-        """Whether a name in the write tree is ours, not the guest's."""
-        return name == WORK_NAME or (self.by_name and name.startswith(NAME_PREFIX))
 
 
 def _may_be_whiteout(entry: os.DirEntry[bytes], xattrs: bool) -> bool:

@@ -34,6 +34,7 @@ LAYERS = [
         "control",
         "tree_entries",
         "tree_tar",
+        "control_schema",
     ),
     ("machine", "session", "guest", "images"),
     (
@@ -45,6 +46,9 @@ LAYERS = [
         "guest_files",
         "guest_processes",
         "writes",
+        "watching",
+        "inspection",
+        "exec_streams",
         "attach",
     ),
     ("probe", "command", "own_device", "bare", "mounts", "lab", "qemu", "lab_agent"),

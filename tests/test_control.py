@@ -3,11 +3,13 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from tinyvmm import control
 from tinyvmm.control import ControlClient, ControlServer
+from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError
 
 
@@ -25,12 +28,17 @@ class Served:
         self.path = str(path)
         self.release = threading.Event()
         self.calls: list[int] = []
+        self.left: list[control.Client] = []
         self.server = ControlServer(
             self.path,
             {
                 "add": self.add,
                 "refuse": self.refuse,
                 "wait": self.wait,
+                "echo": self.echo,
+                "order": self.order,
+                "told": self.told,
+                "broken": self.broken,
                 "large": lambda: "x" * 300_000,
             },
         )
@@ -42,9 +50,36 @@ class Served:
     def refuse(self) -> None:
         raise ConfigError("not today")
 
+    @control.remote(waits=True)
     def wait(self) -> str:
         self.release.wait(30)
         return "waited"
+
+    def echo(
+        self,
+        *,
+        words: list[str] | None = None,
+        small: Annotated[int, limits(minimum=1, maximum=9)] = 1,
+        ratio: float = 0.5,
+        on: bool = False,
+    ) -> list[Any]:
+        return [words, small, ratio, on]
+
+    @control.remote(waits=True, lane="order", lane_by="which")
+    def order(self, *, turn: int, which: str) -> None:
+        time.sleep(0.02 if turn % 2 else 0)
+        self.calls.append(turn)
+        if which == "slow":
+            self.release.wait(30)
+
+    @control.remote(client=True)
+    def told(self, *, count: int, client: control.Client) -> int:
+        """Say so many things; how many of them the client had room for."""
+        client.when_gone(self.left.append)
+        return sum(client.notify("thing", {"x": "y" * 10_000}) for _ in range(count))
+
+    def broken(self) -> None:
+        raise ZeroDivisionError("ours")
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
@@ -65,7 +100,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     yield served
     served.release.set()
     served.server.close()
-    until(lambda: not any(t.name == "control" for t in threading.enumerate()))
+    until(lambda: not any(t.name.startswith("control") for t in threading.enumerate()))
 
 
 def until(condition: Any) -> None:
@@ -117,6 +152,16 @@ def test_nobody_there_is_said(tmp_path: Path) -> None:
         (request("add"), control.INVALID_PARAMS, 7),
         (request("add", a=1, c=1), control.INVALID_PARAMS, 7),
         (request("refuse"), control.REFUSED, 7),
+        (request("add", a="1"), control.INVALID_PARAMS, 7),
+        (request("add", a=True), control.INVALID_PARAMS, 7),
+        (request("echo", small=10), control.INVALID_PARAMS, 7),
+        (request("echo", words=["a", 1]), control.INVALID_PARAMS, 7),
+        (request("echo", words="a"), control.INVALID_PARAMS, 7),
+        (request("echo", on=1), control.INVALID_PARAMS, 7),
+        (request("told", count=1, client=1), control.INVALID_PARAMS, 7),
+        (b'{"jsonrpc": "2.0", "id": NaN, "method": "add"}', control.PARSE_ERROR, None),
+        (b'{"jsonrpc": "2.0", "id": [1], "method": "add"}', control.INVALID_REQUEST, None),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": "\xff"}', control.PARSE_ERROR, None),
     ],
 )
 def test_what_is_wrong_has_its_code(served: Served, line: bytes, code: int, number: Any) -> None:
@@ -145,6 +190,108 @@ def test_a_slow_call_and_a_client_that_reads_nothing_delay_nobody(served: Served
         assert json.loads(lines.readline())["result"] == "waited"
 
 
+def test_calls_that_wait_hold_up_no_other_of_their_client(served: Served) -> None:
+    with served.connect() as sock, sock.makefile("rb") as lines:
+        for number in range(20):
+            sock.sendall(request("wait", number) + b"\n")
+        sock.sendall(request("add", 99, a=1) + b"\n")
+        assert json.loads(lines.readline()) == {"jsonrpc": "2.0", "id": 99, "result": 2}
+        served.release.set()
+        assert {json.loads(lines.readline())["id"] for _ in range(20)} == set(range(20))
+
+
+def test_calls_of_a_lane_are_made_in_their_order_and_lanes_beside_each_other(
+    served: Served,
+) -> None:
+    with served.connect() as sock, sock.makefile("rb") as lines:
+        sock.sendall(request("order", turn=1000, which="slow") + b"\n")
+        for number in range(20):
+            sock.sendall(request("order", number, turn=number, which="quick") + b"\n")
+        assert [json.loads(lines.readline())["id"] for _ in range(20)] == list(range(20))
+        assert [number for number in served.calls if number < 1000] == list(range(20))
+
+
+def test_more_calls_than_may_wait_are_refused_at_once(served: Served) -> None:
+    with served.connect() as sock, sock.makefile("rb") as lines:
+        for number in range(control.CALLS_MAX + 3):
+            sock.sendall(request("wait", number) + b"\n")
+        busy = [json.loads(lines.readline()) for _ in range(3)]
+        assert {answer["error"]["code"] for answer in busy} == {control.BUSY}
+        served.release.set()
+        for _ in range(control.CALLS_MAX):
+            assert json.loads(lines.readline())["result"] == "waited"
+        sock.sendall(request("wait", 1) + b"\n")
+        assert json.loads(lines.readline())["result"] == "waited"
+
+
+def test_notifications_come_between_answers_and_end_when_nobody_reads_them(
+    served: Served,
+) -> None:
+    with ControlClient(served.path) as client:
+        assert client.call("told", count=3) == 3
+        assert client.call("add", a=1) == 2
+        assert [client.notification() for _ in range(3)] == [("thing", {"x": "y" * 10_000})] * 3
+    until(lambda: len(served.left) == 1)
+    with served.connect() as deaf, deaf.makefile("rb") as lines:
+        deaf.sendall(request("told", count=1000) + b"\n")
+        time.sleep(0.2)
+        assert served.ask(request("add", a=1))["result"] == 2
+        told = 0
+        while "method" in (message := json.loads(lines.readline())):
+            told += 1
+        assert message["result"] == told
+        assert control.UNREAD_MAX // 11_000 < told < 1000
+    until(lambda: len(served.left) == 2)
+
+
+def test_whoever_leaves_while_a_call_waits_is_gone(served: Served) -> None:
+    with served.connect() as sock:
+        sock.sendall(request("told", count=0) + b"\n" + request("wait") + b"\n")
+        assert sock.recv(100)
+    until(lambda: len(served.left) == 1)
+    assert served.left[0].gone
+    assert not served.left[0].notify("thing", {})
+
+
+def test_a_client_that_has_no_more_to_say_gets_its_answers(served: Served) -> None:
+    with served.connect() as sock, sock.makefile("rb") as lines:
+        sock.sendall(request("wait") + b"\n")
+        sock.shutdown(socket.SHUT_WR)
+        served.release.set()
+        assert json.loads(lines.readline())["result"] == "waited"
+        assert lines.readline() == b""
+
+
+def test_a_bug_is_told_to_the_client_and_to_us(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    answer = served.ask(request("broken"))
+    assert answer["error"]["code"] == control.INTERNAL_ERROR
+    assert "ZeroDivisionError: ours" in answer["error"]["message"]
+    assert seen[0].exc_type is ZeroDivisionError
+
+
+def test_other_users_are_turned_away(served: Served) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    os.chmod(served.path, 0o666)
+    script = (
+        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX);"
+        "s.connect(sys.argv[1]); s.sendall(sys.argv[2].encode() + b'\\n'); print(s.recv(100))"
+    )
+    copy = f"/tmp/tinyvmm-control-test-{os.getpid()}"
+    os.link(served.path, copy)
+    try:
+        argv = [sys.executable, "-c", script, copy, request("add", a=1).decode()]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
+    finally:
+        os.unlink(copy)
+    assert served.calls == []
+    assert done.stdout in {"", "b''\n"}, done
+
+
 def test_a_line_without_an_end_costs_its_client_the_connection(served: Served) -> None:
     with served.connect() as sock, sock.makefile("rb") as lines:
         sock.sendall(b"x" * (control.LINE_MAX + 1))
@@ -158,8 +305,9 @@ def test_more_clients_than_there_may_be_are_turned_away_until_some_leave(served:
     for sock in held:
         sock.sendall(request("add", a=1) + b"\n")
         assert sock.recv(100)
-    with served.connect() as late:
-        assert late.recv(1) == b""
+    with served.connect() as late, late.makefile("rb") as lines:
+        assert json.loads(lines.readline())["error"]["code"] == control.BUSY
+        assert lines.readline() == b""
     for sock in held:
         sock.close()
 

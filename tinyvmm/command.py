@@ -237,6 +237,7 @@ class _Turn:
         self._timeout = timeout
         self._tail = _Tail(options.console)
         self._executor: Executor | None = None
+        self._vsock_host: VsockHost | None = None
         self.rebooted = False
 
     def run(
@@ -291,12 +292,13 @@ class _Turn:
         return HostFiles(self._supervisor.stdin, None, None)
 
     def _supervise(self, machine: Machine, session: Session, vsock: "VirtioVsock | None") -> None:
-        if self._supervisor is None or vsock is None:
+        host = self._vsock_host
+        if self._supervisor is None or vsock is None or host is None:
             return
         from tinyvmm.executor import Executor
 
         self._executor = Executor(session.send)
-        self._supervisor.attach(machine, session, self._executor, self._tail.last, vsock)
+        self._supervisor.attach(machine, session, self._executor, self._tail.last, vsock, host)
 
     def _on_record(self, kind: int, value: int) -> None:
         if self._executor is not None and self._supervisor is not None:
@@ -311,7 +313,7 @@ class _Turn:
         vsock_at = options.vsock
         if vsock_at is None and self._supervisor is not None:
             vsock_at = (self._supervisor.vsock_path, GUEST_CID)
-        vsock_host = _open_vsock(vsock_at, cleanup)
+        self._vsock_host = vsock_host = _open_vsock(vsock_at, cleanup)
         backend = _open_net(options, self._warn, cleanup)
         machine = cleanup.enter_context(
             Machine(

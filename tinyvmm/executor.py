@@ -33,6 +33,7 @@ class Executor:
         self._running: set[int] = set()
         self._ended: OrderedDict[int, int] = OrderedDict()
         self._ending = 0
+        self._acts: dict[int, Callable[[], None]] = {}
 
     def on_record(self, kind: int, value: int) -> None:
         """Take a record of the guest's. The session's thread."""
@@ -43,12 +44,16 @@ class Executor:
                 self._answered += 1
                 if value < 1 << 31 and len(self._running) < KEPT:
                     self._running.add(value)
+                    self._ended.pop(value, None)  # process ids come again
                 if self._answered in self._waiting:
                     self._answers[self._answered] = value
             elif kind == ENDED:
                 self._ending = value
             elif kind == ENDED_STATUS and self._ending in self._running:
                 self._running.discard(self._ending)
+                act = self._acts.pop(self._ending, None)
+                if act is not None:
+                    act()
                 self._ended[self._ending] = value
                 if len(self._ended) > KEPT:
                     self._ended.popitem(last=False)
@@ -78,13 +83,31 @@ class Executor:
             raise ConfigError(f"the guest cannot start a program: {reason}")
         return value
 
-    def wait(self, pid: int, timeout: float | None) -> int | None:
-        """Wait for the end of a program: its status as from wait4(2), None if it takes longer."""
+    def wait(
+        self, pid: int, timeout: float | None, given_up: Callable[[], bool] = bool
+    ) -> int | None:
+        """Wait for the end of a program: its status as from wait4(2), None if it takes longer.
+
+        Also None once `given_up`, for which `look` has it looked at.
+        """
         with self._changed:
             if pid not in self._running and pid not in self._ended:
                 raise ConfigError(f"no program that was started has process id {pid}")
-            self._changed.wait_for(lambda: pid in self._ended or self._over, timeout)
+            self._changed.wait_for(lambda: pid in self._ended or self._over or given_up(), timeout)
             return self._ended.get(pid)
+
+    def when_ended(self, pid: int, act: Callable[[], None]) -> None:
+        """Call `act` when a program ends; at once if it has. It must not wait."""
+        with self._changed:
+            if pid in self._running:
+                self._acts[pid] = act
+            else:
+                act()
+
+    def look(self) -> None:
+        """Have whoever waits look whether it still does."""
+        with self._changed:
+            self._changed.notify_all()
 
     def ends(self) -> dict[int, int]:
         """Return the ends that are remembered, by process id: statuses as from wait4(2)."""

@@ -363,24 +363,29 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.start()
 
-    def pause(self) -> None:
-        """Take every vCPU out of the guest; return when they are. From any thread but a vCPU's.
+    def pause(self, cpu: int | None = None) -> None:
+        """Take every vCPU, or only `cpu`, out of the guest; return when they are.
 
-        Then registers and RAM can be read and changed, and vCPUs stepped (`Vcpu.step`). Devices go
-        on: they finish what the guest has asked of them, and interrupts that they raise arrive once
-        the guest goes on. Harmless when paused, ended or not yet started; then it starts paused.
+        From any thread but a vCPU's. Then registers and RAM can be read and changed, and vCPUs
+        stepped (`Vcpu.step`). Devices go on: they finish what the guest has asked of them, and
+        interrupts that they raise arrive once the guest goes on. Harmless when paused, ended or
+        not yet started; then it starts paused.
         """
         with self._pause_lock:
-            for vcpu in self.vcpus:
+            vcpus = self.vcpus if cpu is None else [self.vcpus[cpu]]
+            for vcpu in vcpus:
                 vcpu.begin_pause()
-            for vcpu in self.vcpus:
+            for vcpu in vcpus:
                 vcpu.await_pause()
-            self.paused = True
+            self.paused = all(vcpu.pausing for vcpu in self.vcpus)
 
-    def resume(self) -> None:
-        """Go on after `pause`; harmless if the machine is not paused. From any thread."""
+    def resume(self, cpu: int | None = None) -> None:
+        """Have every vCPU, or only `cpu`, go on after `pause`; harmless if none is paused.
+
+        From any thread.
+        """
         with self._pause_lock:
-            for vcpu in self.vcpus:
+            for vcpu in self.vcpus if cpu is None else [self.vcpus[cpu]]:
                 vcpu.resume()
             self.paused = False
 

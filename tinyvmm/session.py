@@ -115,6 +115,28 @@ def write_all(fd: int, data: bytes) -> None:
             poller.poll()
 
 
+def result_of(
+    kind: int, value: int, command: str, describe_step: Callable[[int], str]
+) -> Result | None:
+    """Return how `command` ended, if a record of the guest's says so."""
+    if kind == EXITED:
+        number = value & 0x7F  # wait(2): 0x80 is the core dump flag
+        if number:
+            return Result(STATUS_SIGNAL + number, "killed")
+        return Result(value >> 8 & 0xFF, "exited")
+    if kind == EXEC_FAILED:
+        if value == errno.ENOENT:
+            text = f"{command}: command not found in the guest"
+            return Result(STATUS_NOT_FOUND, "exec", text)
+        text = f"{command}: {os.strerror(value & 0xFFFF)}, in the guest"
+        return Result(STATUS_NOT_EXECUTABLE, "exec", text)
+    if kind == SETUP_FAILED:
+        step, number = value >> 16, value & 0xFFFF
+        text = f"the guest could not {describe_step(step)}: {os.strerror(number)}"
+        return Result(STATUS_MACHINE_FAILED, "setup", text)
+    return None
+
+
 class Session:
     """One command's session with a machine that is about to start.
 
@@ -307,26 +329,11 @@ class Session:
             if self._terminal is not None:
                 self._terminal.enter_raw()
             self._input_may_flow.set()
-        elif kind == EXITED:
-            number = value & 0x7F  # wait(2): 0x80 is the core dump flag
-            if number:
-                self._end(Result(STATUS_SIGNAL + number, "killed"))
-            else:
-                self._end(Result(value >> 8 & 0xFF, "exited"))
-        elif kind == EXEC_FAILED:
-            self._end(self._exec_failure(value))
-        elif kind == SETUP_FAILED:
-            step, number = value >> 16, value & 0xFFFF
-            text = f"the guest could not {self._describe_step(step)}: {os.strerror(number)}"
-            self._end(Result(STATUS_MACHINE_FAILED, "setup", text))
+        else:
+            result = result_of(kind, value, self._command, self._describe_step)
+            if result is not None:
+                self._end(result)
         # Any other kind is from a newer PID 1 and says nothing about the command's end.
-
-    def _exec_failure(self, number: int) -> Result:
-        if number == errno.ENOENT:
-            text = f"{self._command}: command not found in the guest"
-            return Result(STATUS_NOT_FOUND, "exec", text)
-        text = f"{self._command}: {os.strerror(number & 0xFFFF)}, in the guest"
-        return Result(STATUS_NOT_EXECUTABLE, "exec", text)
 
     def _on_control_closed(self, _: None) -> None:
         self._control_open = False

@@ -7,28 +7,75 @@ thread. docs/control.md lists them, with the types of what goes in and comes out
 """
 
 import os
+import select
 import signal
 import threading
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
+from tinyvmm.control import Client, remote
+from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError
 from tinyvmm.executor import Executor
 from tinyvmm.guest.protocol import SIGNAL, STARTED, WINSIZE
+from tinyvmm.inspection import Inspection, decode
 from tinyvmm.session import STATUS_SIGNAL, Result
+from tinyvmm.watching import Watching
 
 if TYPE_CHECKING:
     from tinyvmm.devices.virtio.device import VirtioDevice
+    from tinyvmm.exec_streams import Command, ExecStreams
     from tinyvmm.fileserver.tree import Tree
     from tinyvmm.guest.execution import Execution
     from tinyvmm.machine import Machine
     from tinyvmm.session import Session
+    from tinyvmm.vsock_host import VsockHost
 
-MEMORY_AT_ONCE = 512 << 10  # bytes of RAM in one answer
 INPUT_MAX = 1 << 16  # bytes of one `stdin`
 STOP_TIMEOUT = 10.0  # podman's
+
+Seconds = Annotated[float, limits(minimum=0)]
+Size = Annotated[int, limits(minimum=1, maximum=0xFFFF)]
+Port = Annotated[int, limits(minimum=1, maximum=(1 << 32) - 2)]
+Base64 = Annotated[str, limits(maxLength=INPUT_MAX // 3 * 4 + 4)]
+Name = Annotated[str, limits(maxLength=64)]
+
+
+class Status(TypedDict):
+    """Whether it is up ("starting", "running", "paused", "ended"), since how many seconds."""
+
+    state: str
+    uptime: float
+    pid: int
+    vsock: str
+
+
+class Ended(TypedDict):
+    """How the run ended: an exit status as a shell's, and perhaps why."""
+
+    status: int
+    message: str | None
+
+
+class Started(TypedDict):
+    """A command that was started: its process id, and what its program does before it."""
+
+    pid: int
+    steps: list[str]
+
+
+class Calls(TypedDict):
+    """What serves system calls was started: its process id."""
+
+    pid: int
+
+
+class Execs(TypedDict):
+    """Process ids that run, and the exit statuses of what has ended."""
+
+    running: list[int]
+    ended: dict[str, int]
 
 
 class Context(NamedTuple):
@@ -47,6 +94,7 @@ class _Turn(NamedTuple):
     executor: Executor
     console: Callable[[], bytes]
     vsock: "VirtioDevice"
+    streams: "ExecStreams"
 
 
 class Supervisor:
@@ -63,11 +111,14 @@ class Supervisor:
         self._changed = threading.Condition()  # guards _turn, _result
         self._result: Result | None = None
         self._began = time.monotonic()
+        self._watching = Watching(lambda: None if self._turn is None else self._turn.machine)
+        self._inspection = Inspection(lambda: self._now().machine, self._watching)
         self._input_lock = threading.Lock()  # guards the descriptor below
         self.stdin: int | None = None
         self._input: int | None = None
         if keep_stdin:
             self.stdin, self._input = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self._input, False)
 
     # --- the run's side ---------------------------------------------------------------------
 
@@ -82,10 +133,14 @@ class Supervisor:
         executor: Executor,
         console: Callable[[], bytes],
         vsock: "VirtioDevice",
+        vsock_host: "VsockHost",
     ) -> None:
         """Answer for this machine from now on."""
+        from tinyvmm.exec_streams import ExecStreams
+
+        streams = ExecStreams(vsock_host)
         with self._changed:
-            self._turn = _Turn(machine, session, executor, console, vsock)
+            self._turn = _Turn(machine, session, executor, console, vsock, streams)
             self._changed.notify_all()
 
     def detach(self) -> None:
@@ -94,6 +149,7 @@ class Supervisor:
             turn, self._turn = self._turn, None
         if turn is not None:
             turn.executor.close()
+            turn.streams.close()
             self.last_console = turn.console()
 
     def on_record(self, kind: int, _value: int) -> None:
@@ -106,6 +162,7 @@ class Supervisor:
         with self._changed:
             self._result = result
             self._changed.notify_all()
+        self._watching.close()
         self._close_input()
 
     # --- what can be asked ------------------------------------------------------------------
@@ -124,18 +181,30 @@ class Supervisor:
             "calls": self.calls,
             "execs": self.execs,
             "stdin": self.stdin_,
+            "exec_stdin": self.exec_stdin,
+            "exec_signal": self.exec_signal,
+            "exec_resize": self.exec_resize,
             "resize": self.resize,
             "console": self.console,
-            "devices": self.devices,
-            "registers": self.registers,
-            "step": self.step,
-            "memory_info": self.memory_info,
-            "memory_read": self.memory_read,
-            "memory_write": self.memory_write,
-            "balloon": self.balloon,
+            "rpc.discover": self.discover,
+            **self._inspection.methods(),
+            **self._watching.methods(),
         }
 
-    def status(self) -> dict[str, Any]:
+    def discover(self) -> dict[str, Any]:
+        """Describe every method and notification, in JSON Schema."""
+        from tinyvmm.control_schema import describe
+        from tinyvmm.exec_streams import ExecExited, ExecOutput
+        from tinyvmm.watching import TraceRecord
+
+        notifications = {
+            "trace_record": TraceRecord,
+            "exec_output": ExecOutput,
+            "exec_exited": ExecExited,
+        }
+        return describe(self.methods(), notifications)
+
+    def status(self) -> Status:
         """Say whether it is up, and since when."""
         turn = self._turn
         state = "starting" if turn is None else "paused" if turn.machine.paused else "running"
@@ -148,28 +217,44 @@ class Supervisor:
             "vsock": self.vsock_path,
         }
 
-    def wait(self, *, timeout: float | None = None) -> dict[str, Any] | None:
-        """Wait for the end of the run; None after `timeout` seconds."""
+    @remote(waits=True, client=True)
+    def wait(self, *, timeout: Seconds | None = None, client: Client | None = None) -> Ended | None:
+        """Wait for the end of the run; null after `timeout` seconds."""
+        if client is not None:
+            client.when_gone(self._look)
         with self._changed:
-            self._changed.wait_for(lambda: self._result is not None, timeout)
+            self._changed.wait_for(
+                lambda: self._result is not None or (client is not None and client.gone), timeout
+            )
             if self._result is None:
                 return None
             return {"status": self._result.status, "message": self._result.message}
 
-    def pause(self) -> None:
-        """Take every vCPU out of the guest."""
-        self._now().machine.pause()
+    def _look(self, _client: Client) -> None:
+        """Have whoever waits look whether it still does."""
+        with self._changed:
+            self._changed.notify_all()
+        turn = self._turn
+        if turn is not None:
+            turn.executor.look()
 
-    def resume(self) -> None:
-        """Let the guest go on."""
-        self._now().machine.resume()
+    @remote(waits=True, lane="machine")
+    def pause(self, *, cpu: Annotated[int, limits(minimum=0)] | None = None) -> None:
+        """Take every vCPU, or one, out of the guest."""
+        self._now().machine.pause(self._cpu(cpu))
 
-    def stop(self, *, time: float = STOP_TIMEOUT) -> dict[str, Any] | None:
+    @remote(waits=True, lane="machine")
+    def resume(self, *, cpu: Annotated[int, limits(minimum=0)] | None = None) -> None:
+        """Let the guest, or one of its vCPUs, go on."""
+        self._now().machine.resume(self._cpu(cpu))
+
+    @remote(waits=True)
+    def stop(self, *, time: Seconds = STOP_TIMEOUT) -> Ended | None:
         """Ask the command to end (SIGTERM), and end the machine if it has not after `time`."""
         turn = self._now()
         turn.machine.resume()
         turn.session.send(SIGNAL, signal.SIGTERM)
-        if self.wait(timeout=max(0.0, float(time))) is None:
+        if self.wait(timeout=float(time)) is None:
             killed = Result(STATUS_SIGNAL + signal.SIGKILL, "signal")
             turn.session.end(killed)
         return self.wait(timeout=STOP_TIMEOUT)
@@ -183,119 +268,128 @@ class Supervisor:
         else:
             turn.session.send(SIGNAL, number)
 
+    @remote(waits=True, client=True)
     def exec(
         self,
         *,
-        argv: list[str],
-        port: int,
+        argv: Annotated[list[str], limits(minItems=1)],
+        stream: Name | None = None,
+        port: Port | None = None,
         env: list[str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
-        terminal: list[int] | None = None,
-    ) -> dict[str, Any]:
-        """Start another command; it connects to `port` of the vsock socket four times."""
+        terminal: Annotated[list[Size], limits(minItems=2, maxItems=2)] | None = None,
+        client: Client | None = None,
+    ) -> Started:
+        """Start another command, with a terminal of so many rows and columns if they are given.
+
+        With `stream`, a name of the client's choice, its streams are `exec_output`, `exec_stdin`
+        and `exec_exited` of this connection. With `port` it connects to that port of the vsock
+        socket four times: control, stdin, stdout, stderr. With neither nobody hears what it says.
+        """
         turn = self._now()
         from tinyvmm.guest.execution import build_execution, execution_steps
 
-        execution = self._execution(turn, argv, port, env or [], cwd, user, terminal)
-        pid = turn.executor.start(build_execution(execution))
-        return {"pid": pid, "steps": [step.says for step in execution_steps(execution)]}
+        if port is not None and stream is not None:
+            raise ConfigError("give a stream or a port, not both")
+        command: Command | None = None
+        if port is None:
+            whose = None if stream is None else client
+            command = turn.streams.open(whose, stream or os.urandom(8).hex(), argv[0])
+            port = command.port
+        try:
+            execution = self._execution(turn, argv, port, env or [], cwd, user, terminal)
+            steps = [step.says for step in execution_steps(execution)]
+            if command is not None:
+                command.steps = steps
+            pid = turn.executor.start(build_execution(execution))
+        except BaseException:
+            if command is not None:
+                turn.streams.forget(command)
+            raise
+        if command is not None:
+            started, streams = command, turn.streams
+            turn.executor.when_ended(pid, lambda: streams.ended(started))
+        return {"pid": pid, "steps": steps}
 
-    def calls(self, *, port: int) -> dict[str, int]:
+    @remote(waits=True, lane="exec_stdin", lane_by="stream", client=True)
+    def exec_stdin(
+        self, *, client: Client, stream: Name, data: Base64 = "", eof: bool = False
+    ) -> None:
+        """Write to the stdin of a command of this client's (base64), and perhaps end it.
+
+        Answers when all of it is on its way, or wanted no more.
+        """
+        streams = self._now().streams
+        streams.write(streams.find(client, stream), decode(data), eof=eof)
+
+    @remote(waits=True, client=True)
+    def exec_signal(self, *, client: Client, stream: Name, signal: str | int) -> None:
+        """Send a command of this client's a signal, by name or number."""
+        streams = self._now().streams
+        streams.tell(streams.find(client, stream), SIGNAL, signal_number(signal))
+
+    @remote(waits=True, client=True)
+    def exec_resize(self, *, client: Client, stream: Name, rows: Size, columns: Size) -> None:
+        """Tell the terminal of a command of this client's its size."""
+        streams = self._now().streams
+        streams.tell(streams.find(client, stream), WINSIZE, rows | columns << 16)
+
+    @remote(waits=True)
+    def calls(self, *, port: Port) -> Calls:
         """Start guest/calls.py, which connects to `port` of the vsock socket: guest_calls.py."""
         turn = self._now()
         from tinyvmm.guest.calls import build_calls
         from tinyvmm.guest.execution import vsock_address
 
-        _check_port(port)
         program = build_calls(vsock_address(port), self._vsock_modules(turn))
         return {"pid": turn.executor.start(program)}
 
-    def exec_wait(self, *, pid: int, timeout: float | None = None) -> int | None:
+    @remote(waits=True, client=True)
+    def exec_wait(
+        self, *, pid: int, timeout: Seconds | None = None, client: Client | None = None
+    ) -> int | None:
         """Wait for the end of a command that `exec` started: its exit status."""
-        status = self._now().executor.wait(pid, timeout)
+        executor = self._now().executor
+        if client is None:
+            status = executor.wait(pid, timeout)
+        else:
+            client.when_gone(self._look)
+            status = executor.wait(pid, timeout, lambda: client.gone)
         return None if status is None else exit_status(status)
 
-    def execs(self) -> dict[str, Any]:
+    def execs(self) -> Execs:
         """List what `exec` started: process ids that run, and the statuses of what has ended."""
         executor = self._now().executor
         ends = {str(pid): exit_status(status) for pid, status in executor.ends().items()}
         return {"running": executor.running(), "ended": ends}
 
-    def stdin_(self, *, data: str = "", eof: bool = False) -> None:
-        """Write to the command's stdin (base64), and perhaps end it."""
-        raw = _decode(data)
-        if len(raw) > INPUT_MAX:
-            raise ConfigError(f"{len(raw)} bytes at once: send {INPUT_MAX} at most")
+    @remote(waits=True, lane="stdin")
+    def stdin_(self, *, data: Base64 = "", eof: bool = False) -> None:
+        """Write to the machine's command's stdin (base64), and perhaps end it."""
+        rest = memoryview(decode(data))
         with self._input_lock:
             if self._input is None:
                 raise ConfigError("the command's stdin is not kept open; run it with --interactive")
-            rest = memoryview(raw)
-            while rest:
-                rest = rest[os.write(self._input, rest) :]
+            poller = select.poll()
+            poller.register(self._input, select.POLLOUT)
+            while rest and self._result is None:
+                try:
+                    rest = rest[os.write(self._input, rest) :]
+                except BlockingIOError:
+                    poller.poll(200)
+                except BrokenPipeError:
+                    return  # the session is over
         if eof:
             self._close_input()
 
-    def resize(self, *, rows: int, columns: int) -> None:
-        """Tell the command's terminal its size."""
-        if not 0 < rows < 1 << 16 or not 0 < columns < 1 << 16:
-            raise ConfigError(f"{rows} rows and {columns} columns are no size")
+    def resize(self, *, rows: Size, columns: Size) -> None:
+        """Tell the machine's command's terminal its size."""
         self._now().session.send(WINSIZE, rows | columns << 16)
 
     def console(self) -> str:
         """Return the last of what the kernel printed."""
         return self._now().console().decode(errors="replace")
-
-    def devices(self) -> list[dict[str, Any]]:
-        """List the virtio devices."""
-        return [
-            {"name": device.name, "class": type(device).__name__, "running": device.running}
-            for device in self._now().machine.virtio_devices
-        ]
-
-    def registers(self, *, cpu: int = 0) -> dict[str, int]:
-        """Return a vCPU's general registers, for which the machine must be paused."""
-        regs = self._paused().vcpus[self._cpu(cpu)].handle.get_regs()
-        return {name: getattr(regs, name) for name in type(regs).__annotations__}
-
-    def step(self, *, cpu: int = 0) -> bool:
-        """Let one vCPU execute one instruction; False if it waits for an interrupt instead."""
-        return self._paused().vcpus[self._cpu(cpu)].step()
-
-    def memory_info(self) -> dict[str, Any]:
-        """Say how much RAM there is, and where."""
-        memory = self._now().machine.memory
-        regions = [{"gpa": region.gpa, "size": region.size} for region in memory.regions]
-        return {"size": memory.size, "regions": regions}
-
-    def memory_read(self, *, gpa: int, length: int) -> str:
-        """Copy out RAM (base64)."""
-        if not 0 <= length <= MEMORY_AT_ONCE:
-            raise ConfigError(f"{length} bytes at once: ask for {MEMORY_AT_ONCE} at most")
-        try:
-            return b64encode(self._now().machine.memory.read(gpa, length)).decode()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def memory_write(self, *, gpa: int, data: str) -> None:
-        """Change RAM (base64)."""
-        try:
-            self._now().machine.memory.write(gpa, _decode(data))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def balloon(self, *, size: int) -> dict[str, int]:
-        """Ask the guest to give up so many bytes of its RAM; how many it has given up so far."""
-        from tinyvmm.devices.virtio.balloon import VirtioBalloon
-
-        machine = self._now().machine
-        if not 0 <= size < machine.memory.size:
-            raise ConfigError(f"the guest has no {size} bytes to give up")
-        for device in machine.virtio_devices:
-            if isinstance(device, VirtioBalloon):
-                device.resize(size)
-                return {"actual": device.actual}
-        raise ConfigError("the machine has no balloon; run it with --balloon")
 
     # --- how ------------------------------------------------------------------------------
 
@@ -305,15 +399,10 @@ class Supervisor:
             raise ConfigError("the machine does not run")
         return turn
 
-    def _paused(self) -> "Machine":
-        machine = self._now().machine
-        if not machine.paused:
-            raise ConfigError("the machine runs: pause it first")
-        return machine
-
-    def _cpu(self, number: int) -> int:
-        if not 0 <= number < len(self._now().machine.vcpus):
-            raise ConfigError(f"there is no vCPU {number}")
+    def _cpu(self, number: int | None) -> int | None:
+        vcpus = len(self._now().machine.vcpus)
+        if number is not None and number >= vcpus:
+            raise ConfigError(f"there is no vCPU {number}: the machine has {vcpus}")
         return number
 
     def _execution(
@@ -332,9 +421,6 @@ class Supervisor:
         context = self._context
         if context is None:
             raise AssertionError("a machine without a context")
-        if not argv or not all(isinstance(word, str) for word in (*argv, *env)):
-            raise ConfigError("give a command and its environment as lists of strings")
-        _check_port(port)
         if any("=" not in entry for entry in env):
             raise ConfigError("each variable of the environment is NAME=VALUE")
         variables = dict(entry.split("=", 1) for entry in context.env)
@@ -347,8 +433,7 @@ class Supervisor:
         variables |= dict(entry.split("=", 1) for entry in env)
         size = None
         if terminal is not None:
-            rows, columns = terminal
-            size = rows & 0xFFFF, columns & 0xFFFF
+            size = terminal[0], terminal[1]
         return Execution(
             commands=search_path(argv[0], variables.get("PATH", "/usr/bin:/bin")),
             argv=argv,
@@ -391,18 +476,6 @@ def exit_status(status: int) -> int:
     """Return the exit status, as a shell's, of a status as from wait4(2)."""
     number = status & 0x7F
     return STATUS_SIGNAL + number if number else status >> 8 & 0xFF
-
-
-def _check_port(port: int) -> None:
-    if not 0 < port < (1 << 32) - 1:
-        raise ConfigError(f"{port} is no vsock port")
-
-
-def _decode(data: str) -> bytes:
-    try:
-        return b64decode(data, validate=True)
-    except ValueError as error:
-        raise ConfigError(f"no base64: {error}") from None
 
 
 def _nothing() -> None:

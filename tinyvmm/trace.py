@@ -10,6 +10,7 @@ fields: `text` renders one for people, `fields` for programs. The hook is called
 the event happened, vCPU threads included, and must not raise.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,6 +61,32 @@ KINDS: dict[str, Callable[[Record], bool]] = {
 """What can be asked for by name."""
 
 hook: Callable[[Record], None] | None = None
+
+_lock = threading.Lock()  # guards _watchers
+_watchers: tuple[Callable[[Record], None], ...] = ()
+
+
+def watch(watcher: Callable[[Record], None]) -> None:
+    """Have `watcher` see every record too, beside those that do already; from any thread."""
+    with _lock:
+        _set((*_watchers, watcher))
+
+
+def unwatch(watcher: Callable[[Record], None]) -> None:
+    """Undo `watch`; harmless if `watcher` does not see any."""
+    with _lock:
+        _set(tuple(other for other in _watchers if other != watcher))
+
+
+def _set(watchers: tuple[Callable[[Record], None], ...]) -> None:
+    global _watchers, hook
+    _watchers = watchers
+    hook = _tell if len(watchers) > 1 else watchers[0] if watchers else None
+
+
+def _tell(record: Record) -> None:
+    for watcher in _watchers:
+        watcher(record)
 
 
 def text(record: Record) -> str:

@@ -84,6 +84,7 @@ class Vcpu:
 
     def start(self) -> None:
         """Start the thread that runs the guest."""
+        self.handle.open_stats()
         name = f"vcpu{self.handle.vcpu_id}"
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -100,6 +101,16 @@ class Vcpu:
         thread = self._thread
         if thread is not None and thread.ident is not None and thread.is_alive():
             signal.pthread_kill(thread.ident, KICK_SIGNAL)
+
+    @property
+    def pausing(self) -> bool:
+        """Whether it is to stay out of the guest, and after `await_pause` does."""
+        return self._pausing
+
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's number of its thread; None before it has started."""
+        return None if self._thread is None else self._thread.native_id
 
     def begin_pause(self) -> None:
         """Have the vCPU stay out of the guest from soon on; from any thread but its own."""

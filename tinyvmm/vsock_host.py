@@ -91,6 +91,7 @@ class VsockHost:
         self.path = path
         self._device: Device | None = None
         self._streams: dict[int, HostStream] = {}
+        self._offers: dict[int, Callable[[socket.socket], None]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._listener = _listen(path)
@@ -119,10 +120,31 @@ class VsockHost:
         self._epoll.close()
         os.close(self._end)
 
+    def offer(self, port: int, take: Callable[[socket.socket], None]) -> None:
+        """Have `take` get this end of what the guest connects to `port`, in place of PATH_port.
+
+        A blocking socket; `take` must not wait, as the device's lock is held.
+        """
+        self._offers[port] = take
+
+    def withdraw(self, port: int) -> None:
+        """End an offer; harmless if there is none."""
+        self._offers.pop(port, None)
+
     # --- what the device asks for -----------------------------------------------------------
 
     def dial(self, port: int) -> HostStream | None:
-        """Connect to PATH_port."""
+        """Connect to PATH_port, or take up what is offered there."""
+        take = self._offers.get(port)
+        if take is not None:
+            theirs, ours = socket.socketpair()
+            ours.setblocking(False)
+            stream = self._add(ours, asks=False)
+            if stream is None:
+                theirs.close()
+            else:
+                take(theirs)
+            return stream
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.connect(f"{self.path}_{port}")

@@ -272,5 +272,16 @@ def _control(args: argparse.Namespace) -> int:
             raise ConfigError(f"{text!r}: give KEY=JSON, e.g. cpu=0 or signal='\"HUP\"'") from None
         if not equals:
             raise ConfigError(f"{text!r}: give KEY=JSON")
-    print(json.dumps(_ask(args.name, args.method, **params), indent=2))
-    return 0
+    from tinyvmm.exec_client import connect
+
+    with connect(args.name) as client:
+        result = client.call(args.method, **params)
+        if args.method != "trace":
+            print(json.dumps(result, indent=2))
+            return 0
+        while True:  # until the machine's end, or Ctrl-C
+            try:
+                _, told = client.notification()
+            except ConfigError:
+                return 0
+            print(json.dumps(told), flush=True)

@@ -47,7 +47,7 @@ def start(kinds: list[str] | None, path: str | None) -> None:
         except OSError as error:
             raise ConfigError(f"cannot write the trace to {path}: {error.strerror}") from None
     as_json = path is not None and path.endswith((".json", ".jsonl"))
-    trace.hook = recorder(kinds, fd, as_json=as_json)
+    trace.watch(recorder(kinds, fd, as_json=as_json))
 
 
 def recorder(kinds: list[str], fd: int, *, as_json: bool) -> Callable[[trace.Record], None]:

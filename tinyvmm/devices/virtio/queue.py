@@ -81,6 +81,8 @@ class Virtqueue:
         """Interrupts the driver."""
         self.halted = False
         """Set from any thread, without the lock, to have `pop` find nothing any more."""
+        self.served = 0
+        """How many chains were given back, in all."""
         self._on_error = on_error
         self._fence = threading.Lock()
         self.reset()
@@ -215,6 +217,7 @@ class Virtqueue:
         avail = self._avail
         self._used_ring[idx & self._mask] = chain.head | written << 32
         self._used[1] = self.used_idx = (idx + 1) & 0xFFFF
+        self.served += 1
         with self._fence:
             pass
         if self._event_idx:

@@ -29,6 +29,7 @@ from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
 from tinyvmm.guest.init import (
     ROOT_TAG,
     STANDARD_MOUNTS,
+    Filesystem,
     InitConfig,
     Network,
     describe_step,
@@ -65,11 +66,13 @@ if TYPE_CHECKING:
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
     from tinyvmm.executor import Executor
+    from tinyvmm.fileserver.tree import Tree
     from tinyvmm.kernel_image import Kernel
     from tinyvmm.net.options import NetOptions
     from tinyvmm.net.passt import Frames
     from tinyvmm.net.tap import Tap
     from tinyvmm.own_device import OwnDevice
+    from tinyvmm.pack_mounts import PackMap
     from tinyvmm.supervisor import Context, Supervisor
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
@@ -105,6 +108,8 @@ class RunOptions(NamedTuple):
     """Host directories that are live on both sides, mounted in the root."""
     disks: "Sequence[DiskOptions]" = ()
     """/dev/vda, /dev/vdb and so on."""
+    packs: "Sequence[PackMap]" = ()
+    """Trees of files that are one file each, joined with the root; later ones win."""
     cache: str | None = None
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
     private_writes: str = "server"
@@ -188,11 +193,13 @@ def run_command(
     with ExitStack() as cleanup:
         options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
+        options = _with_packs(options)
         own_devices = load_devices(options.devices)
         disks = open_disks(options.disks, cleanup)
         kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
         trees = _trees(options, warn, cleanup)
+        served: list[tuple[str, Tree]] = [*trees, *_pack_trees(options, cleanup)]
         terminal = _terminal(options)
         options = _with_user(options, trees[0][1])
         config = _init_config(options, modules, terminal)
@@ -202,7 +209,15 @@ def run_command(
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
             turn = _Turn(
-                options, trees, disks, own_devices, terminal, timeout, warn, supervisor, sinks or {}
+                options,
+                served,
+                disks,
+                own_devices,
+                terminal,
+                timeout,
+                warn,
+                supervisor,
+                sinks or {},
             )
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
@@ -217,7 +232,7 @@ class _Turn:
     def __init__(
         self,
         options: RunOptions,
-        trees: list[tuple[str, HostTree | UnionTree]],
+        trees: "Sequence[tuple[str, Tree]]",
         disks: "list[RawDisk | Qcow2Image]",
         own_devices: "list[OwnDevice]",
         terminal: "Terminal | None",
@@ -361,7 +376,13 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     disks = DISK_MODULES if options.disks else ()
     net = () if options.net is None else NET_MODULES
     vsock = () if options.vsock is None else VSOCK_MODULES
-    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock)
+    packs: Sequence[str] = ()
+    if options.packs:
+        from tinyvmm import pack_mounts
+
+        packs = pack_mounts.modules(options.packs)
+    wanted = (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock, *packs)
+    return tuple(dict.fromkeys(wanted))
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
@@ -370,6 +391,7 @@ def check_options(options: RunOptions) -> Sequence[Shared]:
     root_mounts(options.cache, options.private_writes)
     _check_balloon(options)
     load_devices(options.devices)
+    _with_packs(options)
     _open_root(options, None).close()
     return shared
 
@@ -380,6 +402,35 @@ def _check_balloon(options: RunOptions) -> None:
             f"--balloon {options.balloon >> 20}M takes all of --memory {options.memory >> 20}M: "
             "give it less"
         )
+
+
+def _with_packs(options: RunOptions) -> RunOptions:
+    """Add the disks that packs are; ConfigError for packs that cannot be where they are to be."""
+    if not options.packs:
+        return options
+    from tinyvmm import pack_mounts
+
+    pack_mounts.check(options.packs, options.writes)
+    return options._replace(disks=(*options.disks, *pack_mounts.disks(options.packs)))
+
+
+def _pack_trees(options: RunOptions, cleanup: ExitStack) -> "Sequence[tuple[str, Tree]]":
+    """Open the packs that are served, with their mount tags, until `cleanup`."""
+    if not options.packs:
+        return ()
+    from tinyvmm import pack_mounts
+
+    return pack_mounts.open_trees(options.packs, cleanup)
+
+
+def _pack_mounts(options: RunOptions) -> "Sequence[Filesystem]":
+    """How PID 1 joins packs with the root."""
+    if not options.packs:
+        return ()
+    from tinyvmm import pack_mounts
+
+    own = len(options.disks) - len(pack_mounts.disks(options.packs))
+    return pack_mounts.mounts(options.packs, own)
 
 
 def load_devices(texts: Sequence[str]) -> "list[OwnDevice]":
@@ -556,7 +607,7 @@ def _init_config(
         env=options.env,
         cwd=options.cwd,
         modules=modules.paths,
-        root=root_mounts(options.cache, options.private_writes),
+        root=(*root_mounts(options.cache, options.private_writes), *_pack_mounts(options)),
         mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
         hostname=options.hostname,
         network=_network(options),

@@ -70,6 +70,8 @@ def _run(
             detached=args.detach,
             keep=(args.detach or bool(args.name)) and not args.rm,
             reads=tuple(options.reads),
+            in_memory=options.private_writes == "guest"
+            or any(guest == "/" for guest, _ in options.packs),
             writes=tuple(options.writes),
         )
     )

@@ -31,6 +31,7 @@ COMMANDS = {
     "diff": "writes",
     "commit": "writes",
     "serve": "serve",
+    "pack": "pack",
     "kernel": "kernel",
     "image": "image",
     "doctor": "doctor",

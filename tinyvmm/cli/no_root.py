@@ -18,6 +18,7 @@ _FOR_A_ROOT: dict[str, object] = {
     "cache": None,
     "private_writes": "server",
     "env": [],
+    "pack": [],
     "console": None,
     "balloon": None,
     "vsock": None,

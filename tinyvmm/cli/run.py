@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.mounts import Shared
     from tinyvmm.net.options import NetOptions
+    from tinyvmm.pack_mounts import PackMap
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -129,6 +130,16 @@ def parse_disk(text: str) -> "DiskOptions":
     return options._replace(path=os.path.abspath(options.path), overlay=overlay)
 
 
+def parse_pack(text: str) -> "PackMap":
+    """Parse `[GUEST=]NAME`, a pack of the store or of a file."""
+    from tinyvmm import pack_mounts
+
+    try:
+        return pack_mounts.parse_pack(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_vsock(text: str) -> tuple[str, int]:
     """Parse `PATH[,cid=N]` into (absolute path, the guest's CID)."""
     from tinyvmm.devices.virtio.vsock import CID_MAX, CID_MIN
@@ -211,6 +222,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         metavar="IMAGE",
         help="a disk image, /dev/vda in the guest",
+    )
+    add(
+        "--pack",
+        type=parse_pack,
+        action="append",
+        default=[],
+        metavar="[GUEST=]NAME",
+        help="a pack (tinyvmm pack create) as one more read-only tree of the root",
     )
     add("--cache", metavar="POLICY", help="what the guest remembers of the root (default loose)")
     add(
@@ -325,6 +344,7 @@ def main(args: argparse.Namespace) -> int:
         writes=args.write,
         shared=args.shared,
         disks=args.disk,
+        packs=args.pack,
         cache=args.cache,
         private_writes=args.private_writes,
         env=environment(args.env),
@@ -392,6 +412,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         writes=args.write,
         shared=args.shared,
         disks=args.disk,
+        packs=args.pack,
         cache=args.cache,
         private_writes=args.private_writes,
         memory=args.memory,

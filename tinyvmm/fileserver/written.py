@@ -77,6 +77,30 @@ class Deleted:
         raise FileNotFoundError(self.path)
 
 
+class Kept:
+    """A directory that is remembered for longer than its lister does."""
+
+    def __init__(self, change: Change) -> None:
+        self.kind = change.kind
+        self.path = change.path
+        self.stat = change.stat
+        self.opaque = change.opaque
+        self.implied = change.implied
+        self._xattrs = change.xattrs()
+
+    def xattrs(self) -> dict[bytes, bytes]:
+        """Return its extended attributes, as they were."""
+        return self._xattrs
+
+    def target(self) -> bytes:
+        """IsADirectoryError: it is one."""
+        raise IsADirectoryError(self.path)
+
+    def open(self) -> IO[bytes]:
+        """IsADirectoryError: it is one."""
+        raise IsADirectoryError(self.path)
+
+
 class ChangedFile:
     """A file of a write tree, by an O_PATH descriptor that its lister closes."""
 

@@ -146,12 +146,13 @@ class Plan:
         end_block: int,
         strict: bool = False,
         veiled: frozenset[tuple[int, int]] = frozenset(),
+        keep: Callable[[bytes], bool] | None = None,
     ) -> None:
         """Open the trees and plan the root; ConfigError for what cannot be had.
 
         Data gets blocks from `first_block` on, before `end_block`. `strict` makes an error of what
         cannot be read; else the guest gets EIO for it. Directories whose (st_dev, st_ino) is in
-        `veiled` appear empty.
+        `veiled` appear empty. `keep` says of a path of this computer whether it is to be in it.
         """
         self.meta = bytearray(INODE_LEN)  # no inode is number 0
         self.files = Files()
@@ -165,6 +166,7 @@ class Plan:
         self._gap = 0 if strict else 1  # so that no request of a kernel has two files' data
         self._strict = strict
         self._veiled = veiled
+        self._keep = keep
         self._links: dict[tuple[int, int], int] = {}
         self._mapped: dict[int, list[int]] = {}  # what is mapped at each point, by its id
         self._pending: dict[int, _Directory] = {}
@@ -295,6 +297,10 @@ class Plan:
             except OSError as error:
                 readable = False
                 self._cannot(self.directories.path(layers[0]), error)
+            if self._keep is not None:
+                top = self.directories.path(layers[0])
+                kept = {n: t for n, t in listing.types.items() if self._keep(os.path.join(top, n))}
+                listing = listing._replace(names=list(kept), types=kept)
         listing = point_listing(listing, point)
         listing = listing._replace(names=sorted([b".", b"..", *listing.names]))
         xattrs = self._directory_xattrs(layers)

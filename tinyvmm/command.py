@@ -10,6 +10,7 @@ itself, and the console's sink, which runs on vCPU threads.
 """
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -31,6 +32,7 @@ from tinyvmm.guest.init import (
     STANDARD_MOUNTS,
     Filesystem,
     InitConfig,
+    Mkdir,
     Network,
     describe_step,
     search_path,
@@ -114,6 +116,8 @@ class RunOptions(NamedTuple):
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
     private_writes: str = "server"
     """Where writes nobody keeps go: to a directory of the "server", or the "guest"'s RAM."""
+    directories: Sequence[str] = ()
+    """What of the root is made if it is missing, mount points too; outer ones first."""
     env: Sequence[str] = ()
     """`NAME=VALUE` each."""
     cwd: str = "/"
@@ -132,6 +136,8 @@ class RunOptions(NamedTuple):
     account: User | None = None
     """Who that is, once it has been looked up."""
     hostname: str = "tinyvmm"
+    stop_signal: str | int = signal.SIGTERM
+    """What asks the command to end: a name or a number."""
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
     devices: Sequence[str] = ()
@@ -576,8 +582,10 @@ def _with_user(options: RunOptions, root: HostTree | UnionTree) -> RunOptions:
     from tinyvmm.guest_users import resolve
 
     account = resolve(options.user, root)
-    env = [entry for entry in options.env if not entry.startswith("HOME=")]
-    return options._replace(account=account.user, env=[*env, f"HOME={account.home}"])
+    env = list(options.env)
+    if not any(entry.startswith("HOME=") for entry in env):
+        env.append(f"HOME={account.home}")
+    return options._replace(account=account.user, env=env)
 
 
 def _context(options: RunOptions, root: HostTree | UnionTree, inserted: ModuleArchive) -> "Context":
@@ -608,7 +616,11 @@ def _init_config(
         cwd=options.cwd,
         modules=modules.paths,
         root=(*root_mounts(options.cache, options.private_writes), *_pack_mounts(options)),
-        mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
+        mounts=(
+            *(Mkdir(path) for path in options.directories),
+            *STANDARD_MOUNTS,
+            *shared_mounts(options.shared),
+        ),
         hostname=options.hostname,
         network=_network(options),
         terminal=_terminal_size(options, terminal),

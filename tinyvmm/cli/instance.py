@@ -57,7 +57,7 @@ def _run(
     from tinyvmm.control import ControlServer
     from tinyvmm.instances import WRITES, Instance, State
     from tinyvmm.session import Result
-    from tinyvmm.supervisor import Supervisor
+    from tinyvmm.supervisor import Supervisor, signal_number
 
     instance = Instance(
         State(
@@ -80,6 +80,7 @@ def _run(
     vsock = instance.file("vsock") if options.vsock is None else options.vsock[0]
     supervisor = Supervisor(vsock, keep_stdin=args.detach and args.interactive)
     try:
+        supervisor.stop_signal = signal_number(options.stop_signal)
         started = False
 
         def on_started() -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     **dict.fromkeys(("cp", "top"), "inside"),
     "diff": "writes",
     "commit": "writes",
+    **dict.fromkeys(("pull", "images", "rmi", "prune"), "images"),
     "serve": "serve",
     "pack": "pack",
     "kernel": "kernel",

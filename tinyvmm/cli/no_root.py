@@ -31,6 +31,10 @@ _FOR_A_ROOT: dict[str, object] = {
     "user": None,
     "workdir": None,
     "hostname": "tinyvmm",
+    "image": None,
+    "pull": "missing",
+    "entrypoint": None,
+    "insecure": False,
 }
 _OWN: dict[str, object] = {"boot_protocol": "auto", "module": [], "fw_cfg": [], "serial": None}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from tinyvmm.cli import instance, no_root, tracing
+from tinyvmm.cli import image_options, instance, no_root, tracing
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PASSED_ON = ("HOME", "TERM", "LANG")
 
 _EPILOG = """\
 A MAP is [GUEST=]HOST: the host's directory HOST appears at GUEST, / by default. Several read
@@ -282,6 +280,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default="auto",
         help="serve virtio queues on threads of the devices', or on the vCPUs' (default auto)",
     )
+    image_options.add_options(parser)
     instance.add_options(parser)
     no_root.add_options(parser)
     tracing.add_options(parser)
@@ -291,14 +290,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="refuse, rather than use the lab, where this KVM cannot run Linux",
     )
     add("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # the -- may be left out
-
-
-def environment(extra: list[str]) -> list[str]:
-    """Return the command's environment: PATH, HOME, TERM, LANG as here, then `extra`."""
-    variables = {"PATH": os.environ.get("PATH") or _DEFAULT_PATH}
-    variables |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    variables |= dict(entry.split("=", 1) for entry in extra)
-    return [f"{name}={value}" for name, value in variables.items()]
 
 
 def open_console(where: str | None) -> Callable[[bytes], None] | None:
@@ -324,38 +315,45 @@ def main(args: argparse.Namespace) -> int:
         return no_root.main(args)
     no_root.check_unused(args)
     argv = args.argv + args.guest_argv
-    if not argv:
+    if not argv and not image_options.given(args):
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
     from tinyvmm.probe import missing_for_linux
 
     problem = missing_for_linux()
-    if problem is not None:
-        return run_in_lab(args, problem)
+    with ExitStack() as cleanup:
+        root = image_options.root(args, argv, cleanup)
+        return _run(args, root) if problem is None else run_in_lab(args, root, problem)
+
+
+def _run(args: argparse.Namespace, root: image_options.Root) -> int:
+    """Run it here."""
     from tinyvmm.command import RunOptions
     from tinyvmm.terminal import is_terminal_session
 
     tracing.start(args.trace, args.trace_file)
 
     options = RunOptions(
-        argv=argv,
+        argv=root.argv,
         memory=args.memory,
         cpus=args.cpus,
-        reads=read_maps(args.read),
+        reads=root.reads,
+        directories=root.directories,
         writes=args.write,
         shared=args.shared,
         disks=args.disk,
         packs=args.pack,
         cache=args.cache,
         private_writes=args.private_writes,
-        env=environment(args.env),
-        cwd=os.getcwd() if args.workdir is None else args.workdir,
+        env=root.env,
+        cwd=root.cwd,
         kernel=args.kernel,
         append=args.append,
         timeout=args.timeout,
         console=open_console(args.console),
         terminal=args.tty or (not args.detach and is_terminal_session()),
         detached=args.detach,
-        user=args.user,
+        user=root.user,
+        stop_signal=root.stop_signal,
         hostname=args.hostname,
         transport=args.transport,
         balloon=args.balloon,
@@ -368,7 +366,7 @@ def main(args: argparse.Namespace) -> int:
     return instance.run(args, options, warn)
 
 
-def run_in_lab(args: argparse.Namespace, problem: str) -> int:
+def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str) -> int:
     """Do the same in the lab, where KVM is a hardware one; say so first."""
     if args.no_lab:
         raise ConfigError(
@@ -407,8 +405,8 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
             f"this KVM cannot run Linux ({problem}), and for the lab {error}"
         ) from None
     options = RunOptions(
-        argv=args.guest_argv,
-        reads=read_maps(args.read),
+        argv=root.argv,
+        reads=root.reads,
         writes=args.write,
         shared=args.shared,
         disks=args.disk,
@@ -434,7 +432,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         if path not in {None, "-"}:
             shares.append(os.path.dirname(os.path.realpath(path)))
     warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
-    own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
+    own = [args.own_argv[0], "--no-lab", *root.inner_options, *args.own_argv[1:]]
     # The limit is kept in there; out here only a lab that hangs is in question.
     limit = None if args.timeout is None else args.timeout + LAB_ALLOWANCE
     command = [*own, "--", *args.guest_argv]
@@ -442,13 +440,6 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         # Locked out here, because in there nobody else's locks show.
         open_disks(options.disks, cleanup)
         return reexec(command, shares=list(dict.fromkeys(shares)), timeout=limit)
-
-
-def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the read trees: this computer's / underneath, unless something else is given for /."""
-    if any(guest == "/" for guest, _ in maps):
-        return maps
-    return [("/", "/"), *maps]
 
 
 def warn(line: str) -> None:

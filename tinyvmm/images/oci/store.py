@@ -131,7 +131,8 @@ class Store:
         """Make an empty directory for a layer, removed if `keep_layer` does not take it."""
         path = tempfile.mkdtemp(dir=self._file("layers"), prefix=_DRAFT)
         try:
-            os.mkdir(os.path.join(path, "diff"), 0o755)
+            os.mkdir(os.path.join(path, "diff"))
+            os.chmod(os.path.join(path, "diff"), 0o755)  # whatever our umask is
             yield path
         finally:
             _remove(path)

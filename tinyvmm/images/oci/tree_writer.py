@@ -190,7 +190,8 @@ class TreeWriter:
             raise LayerError(f"symlink {shown(path)} has no target that could be one")
         self._clear(name, dir_fd, path)
         if self.pretends and attributes.owner[:2] != (0, 0):
-            self._stand_in(name, dir_fd, stat.S_IFLNK, 0, attributes, target)
+            as_links_are = attributes._replace(owner=attributes.owner._replace(mode=0o777))
+            self._stand_in(name, dir_fd, stat.S_IFLNK, 0, as_links_are, target)
             return
         os.symlink(target, name, dir_fd=dir_fd)
         if not self.pretends:

@@ -12,6 +12,7 @@ and how much of what is believed:
 
 import gzip
 import hashlib
+import io
 import os
 import stat
 import tarfile
@@ -159,6 +160,8 @@ def _unpack_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo, writer: TreeWrit
     """Make of one entry what it says; how many bytes of data it has."""
     path = os.fsencode(entry.name)
     names = split(path)
+    if any(name.startswith(_AUFS_PREFIX) for name in names) and names[-1] != NAME_OPAQUE:
+        return 0
     if names and names[-1].startswith(NAME_PREFIX):
         _unpack_whiteout(names, path, writer)
         return 0
@@ -188,7 +191,7 @@ def _unpack_whiteout(names: list[bytes], path: bytes, writer: TreeWriter) -> Non
     name = names[-1]
     if name == NAME_OPAQUE:
         writer.opaque(b"/".join(names[:-1]))
-    elif not name.startswith(_AUFS_PREFIX):
+    else:
         hidden = name.removeprefix(NAME_PREFIX)
         if hidden in {b"", b".", b".."}:
             raise LayerError(f"whiteout {shown(path)} hides no name")
@@ -202,11 +205,14 @@ def _pieces(
     contents = tar.extractfile(entry)
     if contents is None:
         return
+    raw = cast(
+        "io.BufferedReader", contents
+    ).raw  # of a stream only this one can be sought, forward
     for start, length in _extents(entry, path):
-        contents.seek(start)
+        raw.seek(start)
         offset, end = start, start + length
         while offset < end:
-            data = contents.read(min(PIECE_LEN, end - offset))
+            data = raw.read(min(PIECE_LEN, end - offset))
             if not data:
                 raise LayerError(f"entry {shown(path)} ends before its end")
             if data != _ZEROS[: len(data)]:
@@ -218,7 +224,8 @@ def _extents(entry: tarfile.TarInfo, path: bytes) -> list[tuple[int, int]]:
     """Where a file has data, as the map of a sparse one says: (offset, length) each, in order."""
     if entry.sparse is None:
         return [(0, entry.size)]
-    extents = cast("list[tuple[int, int]]", entry.sparse)
+    given = cast("list[tuple[int, int]]", entry.sparse)
+    extents = [(start, length) for start, length in given if length]  # padded with empty ones
     end = 0
     for start, length in extents:
         if start < end or length < 0 or start + length > entry.size:

@@ -18,7 +18,6 @@ from tests.oci import Entry, directory, entry, hard_link, symlink, tar_of
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.tree import Node, Tree
 from tinyvmm.fileserver.union import open_tree
-from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.oci import unpack as unpacking
 from tinyvmm.images.oci.layer import LayerWriter
 from tinyvmm.images.oci.tree_writer import LayerError
@@ -483,7 +482,7 @@ def test_a_file_system_without_attributes_is_named_with_a_remedy(
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(tree_writer.os, "setxattr", refuse)
+    monkeypatch.setattr(os, "setxattr", refuse)
     with pytest.raises(ConfigError, match="set XDG_DATA_HOME"):
         put(tree, pretend=True)
 

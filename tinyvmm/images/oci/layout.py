@@ -49,7 +49,8 @@ class TarFiles:
             self._tar = tarfile.open(path)  # noqa: SIM115 - closed by `close`
             self._members = {os.path.normpath(m.name): m for m in self._tar}
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ConfigError(f"{path} is no archive of an image: {error}") from None
+            why = str(error).partition(":")[0]  # of a line for every compression there is
+            raise ConfigError(f"{path} is no archive of an image: {why}") from None
         self._path = path
 
     def open(self, name: str) -> IO[bytes]:

@@ -205,14 +205,13 @@ def _pieces(
     contents = tar.extractfile(entry)
     if contents is None:
         return
-    raw = cast(
-        "io.BufferedReader", contents
-    ).raw  # of a stream only this one can be sought, forward
+    # Of a stream's file only what is below its buffer can be sought, forward.
+    raw = cast("io.BufferedReader[io.RawIOBase]", contents).raw
     for start, length in _extents(entry, path):
         raw.seek(start)
         offset, end = start, start + length
         while offset < end:
-            data = raw.read(min(PIECE_LEN, end - offset))
+            data = raw.read(min(PIECE_LEN, end - offset)) or b""
             if not data:
                 raise LayerError(f"entry {shown(path)} ends before its end")
             if data != _ZEROS[: len(data)]:

@@ -1,18 +1,30 @@
 """Images for the tests: layers of entries that no well-meaning tool would write, and layouts."""
 
+import gzip
+import hashlib
 import io
+import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
-from tinyvmm.images.oci.layer import Layer, LayerWriter, write_layout
-from tinyvmm.images.oci.spec import Descriptor
+from tinyvmm.images.oci import spec
 from tinyvmm.images.oci.store import Image, Store
 
 Entry = tuple[tarfile.TarInfo, bytes]
-Written = tuple[Layer, IO[bytes]]
+
+
+class Layer(NamedTuple):
+    """A layer's blob, and the digest that its tar has, or is said to have."""
+
+    blob: bytes
+    diff_id: str
+
+    @property
+    def digest(self) -> str:
+        return spec.digest_of(self.blob)
 
 
 def entry(
@@ -49,42 +61,66 @@ def hard_link(name: str | bytes, to: str | bytes) -> Entry:
     return entry(name, kind=tarfile.LNKTYPE, to=to)
 
 
-def layer(*entries: Entry, compress: bool = True) -> Written:
-    """A layer of these entries, and its blob."""
-    blob = io.BytesIO()
-    writer = LayerWriter(blob, compress=compress)
-    for info, data in entries:
-        writer.add(info, io.BytesIO(data))
-    written = writer.close()
-    blob.seek(0)
-    return written, blob
-
-
-def tar_of(entries: Iterable[Entry]) -> bytes:
+def tar_of(*entries: Entry) -> bytes:
     """The tar of a layer."""
-    return layer(*entries, compress=False)[1].read()
+    file = io.BytesIO()
+    with tarfile.open(
+        fileobj=file,
+        mode="w",
+        format=tarfile.PAX_FORMAT,
+        encoding="utf-8",
+        errors="surrogateescape",
+    ) as tar:
+        for info, data in entries:
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
 
 
-def of_blob(data: bytes, diff_id: str, media_type: str = "") -> Written:
-    """A layer of which this is the blob, whatever it is."""
-    import hashlib
-
-    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    return Layer(Descriptor(digest, len(data), media_type), diff_id), io.BytesIO(data)
+def layer(*entries: Entry) -> Layer:
+    """A gzipped layer of these entries."""
+    tar = tar_of(*entries)
+    return Layer(gzip.compress(tar, mtime=0), spec.digest_of(tar))
 
 
 def image(
     path: Path,
-    *layers: Written,
+    *layers: Layer,
     tag: str = "v1",
     config: Mapping[str, Any] | None = None,
     platform: Mapping[str, str] | None = None,
 ) -> str:
-    """Add an image to the layout `path`; what `pull` calls it."""
-    for _, blob in layers:
-        blob.seek(0)
-    write_layout(str(path), layers, tag=tag, config=config, platform=platform)
+    """Add an image to the OCI layout `path`, made if need be; what `pull` calls it."""
+    (path / "blobs/sha256").mkdir(parents=True, exist_ok=True)
+    platform = {"os": "linux", "architecture": "amd64", **(platform or {})}
+    document = {
+        **platform,
+        "created": "1970-01-01T00:00:00Z",
+        "config": config or {},
+        "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": spec.OCI_MANIFEST,
+        "config": _blob(path, json.dumps(document).encode(), spec.OCI_CONFIG),
+        "layers": [_blob(path, layer.blob, f"{spec.OCI_LAYER}+gzip") for layer in layers],
+    }
+    found = _blob(path, json.dumps(manifest).encode(), spec.OCI_MANIFEST)
+    index_path = path / "index.json"
+    index: dict[str, Any] = {"schemaVersion": 2, "manifests": []}
+    if index_path.exists():
+        index = json.loads(index_path.read_bytes())
+    others = [e for e in index["manifests"] if e["annotations"][spec.REF_NAME] != tag]
+    named = {**found, "platform": platform, "annotations": {spec.REF_NAME: tag}}
+    index["manifests"] = [*others, named]
+    index_path.write_text(json.dumps(index))
+    (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     return f"oci:{path}:{tag}"
+
+
+def _blob(path: Path, data: bytes, media_type: str) -> dict[str, Any]:
+    digest = hashlib.sha256(data).hexdigest()
+    (path / "blobs/sha256" / digest).write_bytes(data)
+    return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
 
 
 def trees(store: Store, found: Image) -> Sequence[Path]:

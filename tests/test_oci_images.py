@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.oci import directory, entry, image, layer, of_blob, tar_of, trees
+from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci import zstd
@@ -254,10 +254,10 @@ def test_podmans_storage_is_read_through_skopeo(tmp_path: Path, store: Store) ->
 def test_layers_compressed_with_zstd_need_the_module_or_the_program(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, with_module: bool
 ) -> None:
-    tar = tar_of([entry("hello", b"hello" * 100_000)])
+    tar = tar_of(entry("hello", b"hello" * 100_000))
     done = subprocess.run(["zstd", "-qc"], input=tar, capture_output=True, check=True)
     diff_id = f"sha256:{hashlib.sha256(tar).hexdigest()}"
-    name = image(tmp_path / "lay", of_blob(done.stdout, diff_id))
+    name = image(tmp_path / "lay", Layer(done.stdout, diff_id))
     if not with_module:
         monkeypatch.setattr(shutil, "which", lambda _: None)
         monkeypatch.setattr(zstd, "import_module", _no_module)
@@ -266,7 +266,7 @@ def test_layers_compressed_with_zstd_need_the_module_or_the_program(
         return
     [tree] = trees(store, pull(name, store))
     assert (tree / "hello").read_bytes() == b"hello" * 100_000
-    broken = image(tmp_path / "broken", of_blob(done.stdout[:-20], diff_id))
+    broken = image(tmp_path / "broken", Layer(done.stdout[:-20], diff_id))
     with pytest.raises(ConfigError):
         pull(broken, Store(str(tmp_path / "other")))
 
@@ -279,11 +279,11 @@ def _no_module(_: str) -> object:
 def test_what_is_corrupted_is_refused_and_nothing_of_it_kept(
     tmp_path: Path, store: Store, what: str
 ) -> None:
-    written, blob = layer(entry("hello", os.urandom(5000)))
+    written = layer(entry("hello", os.urandom(5000)))
     if what == "diff_id":
         written = written._replace(diff_id=DIGEST)
-    name = image(tmp_path / "lay", (written, blob))
-    with_layer = tmp_path / "lay/blobs/sha256" / written.blob.digest[7:]
+    name = image(tmp_path / "lay", written)
+    with_layer = tmp_path / "lay/blobs/sha256" / written.digest[7:]
     manifest = json.loads((tmp_path / "lay/index.json").read_bytes())["manifests"][0]["digest"]
     manifest_path = tmp_path / "lay/blobs/sha256" / manifest[7:]
     config_digest = json.loads(manifest_path.read_bytes())["config"]["digest"]

@@ -266,7 +266,7 @@ def test_layers_come_side_by_side_and_progress_is_told(
 
     monkeypatch.setattr(RegistrySource, "_download", meet)
     pull(f"{open_registry}/many:1", store, progress=progress)
-    sizes = sum(written.blob.size for written, _ in layers)
+    sizes = sum(len(written.blob) for written in layers)
     assert told[0] == (f"pulling {open_registry}/many:1", 0, sizes)
     assert told[-1][1] == sizes
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
@@ -334,9 +334,9 @@ def harmful(behind: str, harm: Harm) -> Iterator[tuple[str, list[tuple[str, dict
 @pytest.fixture
 def pushed(tmp_path: Path, open_registry: str) -> tuple[str, str, int]:
     """An image with one layer of 300 kB: the registry, the layer's digest and length."""
-    written, blob = layer(entry("data", os.urandom(300_000)))
-    push(image(tmp_path / "pushed", (written, blob)), open_registry, "harm/app:1")
-    return open_registry, written.blob.digest, written.blob.size
+    written = layer(entry("data", os.urandom(300_000)))
+    push(image(tmp_path / "pushed", written), open_registry, "harm/app:1")
+    return open_registry, written.digest, len(written.blob)
 
 
 def is_layer(proxy: Proxy, digest: str) -> bool:

@@ -16,12 +16,11 @@ from contextlib import suppress
 from typing import IO, Protocol
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.hostfile import fd_path, open_path
+from tinyvmm.fileserver.hostfile import altered, fd_path, open_path
 from tinyvmm.fileserver.maps import Path
 from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.tree import Node
 from tinyvmm.fileserver.union import open_tree
-from tinyvmm.fileserver.union_node import altered
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.fileserver.writetree import WrittenNames
 from tinyvmm.ninep import QTDIR

@@ -222,7 +222,7 @@ class Plan:
         for point in root.walk():
             reads, point.reads = point.reads, []
             self._mapped[id(point)] = [
-                self.directories.add_root(fd, os.readlink(fd_path(fd))) for fd in reads
+                self.directories.add_root(fd, os.readlink(fd_path(fd))) for fd, _ in reads
             ]
         layers = self._mapped[id(root)]
         if not layers:

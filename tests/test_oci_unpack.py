@@ -289,6 +289,20 @@ def test_names_of_any_bytes_arrive(given_names: list[bytes]) -> None:
         assert set(os.listdir(os.fsencode(path))) == set(given_names)
 
 
+def test_the_end_may_lack_its_padding_but_nothing_before_it_may_be_broken(tree: Path) -> None:
+    """Umoci leaves out what follows the last file's data."""
+    tar = tar_of(entry("a", b"first"), entry("b", b"last"))
+    done = unpack(io.BytesIO(tar[: 512 * 3 + 4]), str(tree))
+    assert (done.size, (tree / "b").read_bytes()) == (9, b"last")
+    for broken in (
+        tar[: 512 * 3 + 3],  # a byte of data is missing
+        tar[: 512 * 2 + 100],  # the second header is cut
+        tar[:1024] + b"x" * 512 + tar[1024:],  # or none
+    ):
+        with pytest.raises(LayerError):
+            unpack(io.BytesIO(broken), str(tree))
+
+
 def test_gnu_tar_and_our_reader_agree_on_sparse_files(tree: Path, tmp_path: Path) -> None:
     source = tmp_path / "sparse"
     with source.open("wb") as file:

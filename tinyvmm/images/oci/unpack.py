@@ -19,6 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from tarfile import HeaderError
 from typing import IO, NamedTuple, Protocol, cast
 
 from tinyvmm.fileserver.ownership import Owner
@@ -41,6 +42,7 @@ PIECE_LEN = 64 << 10
 _ZEROS = bytes(PIECE_LEN)
 _AUFS_PREFIX = NAME_PREFIX + NAME_PREFIX  # AUFS's own files, but for the opaque marker
 _XATTR = "SCHILY.xattr."
+_ENDS = {"EmptyHeaderError", "EOFHeaderError"}  # of an archive: no more bytes, or zeros
 _KINDS = {
     tarfile.CHRTYPE: stat.S_IFCHR,
     tarfile.BLKTYPE: stat.S_IFBLK,
@@ -72,12 +74,14 @@ class _Measured:
         self._stream = stream
         self.digest = hashlib.new(algorithm)
         self.position = 0
+        self.ended = False
         self.limit: int | None = HEADER_MAX + BUFFER_LEN
 
     def read(self, size: int) -> bytes:
         if self.limit is not None and self.position > self.limit:
             raise LayerError(f"a header of more than {HEADER_MAX >> 20} MiB")
         data = self._stream.read(size)
+        self.ended = not data and size > 0
         self.digest.update(data)
         self.position += len(data)
         if self.position > LAYER_MAX:
@@ -124,12 +128,30 @@ def unpack(
     return Unpacked(f"{algorithm}:{measured.digest.hexdigest()}", size)
 
 
+class _Header(tarfile.TarInfo):
+    """A header that is none is an error anywhere: tarfile takes it for the end, but for the first.
+
+    Without this, what damage or a tool's fault makes unreadable would be missing and nobody told.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_Header":
+        """Read the next header."""
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if type(error).__name__ in _ENDS:
+                raise
+            raise LayerError(f"a broken header: {error}") from None
+
+
 def _open_tar(measured: _Measured) -> tarfile.TarFile:
     with _broken_headers():  # the first is read here
         return tarfile.open(
             fileobj=cast("IO[bytes]", measured),  # `read` is all it needs
             mode="r|",
             bufsize=BUFFER_LEN,
+            tarinfo=_Header,
             encoding="utf-8",
             errors="surrogateescape",
         )
@@ -147,8 +169,13 @@ def _broken_headers() -> Iterator[None]:
 def _entries(tar: tarfile.TarFile, measured: _Measured) -> Iterator[tarfile.TarInfo]:
     while True:
         measured.limit = tar.offset + HEADER_MAX + BUFFER_LEN
-        with _broken_headers():
-            entry = tar.next()
+        try:
+            with _broken_headers():
+                entry = tar.next()
+        except tarfile.ReadError:
+            if not measured.ended:
+                raise
+            return  # without the padding that some tools leave out at the end
         if entry is None:
             return
         measured.limit = None

@@ -129,7 +129,7 @@ def _rmi(args: argparse.Namespace) -> int:
                 raise ConfigError(f"image {text} is being run: stop its machines first")
             name = None
         store.forget(image, name)
-        print(name or image.id.partition(":")[2])
+        print("\n".join([name] if name else image.names or [image.id.partition(":")[2]]))
     store.collect(partial=False, wait=False)
     return 0
 

@@ -51,7 +51,18 @@ LAYERS = [
         "exec_streams",
         "attach",
     ),
-    ("probe", "command", "own_device", "bare", "mounts", "pack_mounts", "lab", "qemu", "lab_agent"),
+    (
+        "probe",
+        "command",
+        "erofs_root",
+        "own_device",
+        "bare",
+        "mounts",
+        "pack_mounts",
+        "lab",
+        "qemu",
+        "lab_agent",
+    ),
     ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
+    from tinyvmm.erofs_root import RootDisks
     from tinyvmm.executor import Executor
     from tinyvmm.fileserver.tree import Tree
     from tinyvmm.kernel_image import Kernel
@@ -79,7 +80,9 @@ if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
 
-MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
+FILE_MODULES = ("9pnet_virtio", "9p")
+MODULES = ("virtio_pci", "virtio_console", *FILE_MODULES, "virtio_rng")
+ROOT_MODES = ("9p", "erofs", "auto")
 # The file system is not found by itself, because the guest's /lib/modules is another kernel's; nor
 # is what it computes checksums with, which newer kernels have built in.
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
@@ -114,8 +117,11 @@ class RunOptions(NamedTuple):
     """Trees of files that are one file each, joined with the root; later ones win."""
     cache: str | None = None
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
-    private_writes: str = "server"
-    """Where writes nobody keeps go: to a directory of the "server", or the "guest"'s RAM."""
+    root_mode: str = "auto"
+    """One of ROOT_MODES: how the root gets there; "auto" for 9p where the kernel has it."""
+    private_writes: str | None = None
+    """Where writes nobody keeps go: to this side (the "server"'s), or the "guest"'s RAM; None for
+    "server" with a root over 9P, "guest" with one of EROFS."""
     directories: Sequence[str] = ()
     """What of the root is made if it is missing, mount points too; outer ones first."""
     env: Sequence[str] = ()
@@ -197,20 +203,21 @@ def run_command(
     cannot be done.
     """
     with ExitStack() as cleanup:
-        options = options._replace(shared=arrange(options.shared))
+        options = settle(options._replace(shared=arrange(options.shared)))
         _check_balloon(options)
         options = _with_packs(options)
         own_devices = load_devices(options.devices)
         disks = open_disks(options.disks, cleanup)
-        kernel, modules = prepare_kernel(options.kernel, modules_for(options))
+        kernel, modules = prepare_kernel(options.kernel, modules_for(options), options.root_mode)
         cleanup.callback(kernel.close)
-        trees = _trees(options, warn, cleanup)
+        root, trees = _trees(options, warn, cleanup)
         served: list[tuple[str, Tree]] = [*trees, *_pack_trees(options, cleanup)]
+        root_disks = _open_root_disks(options, warn, cleanup)
         terminal = _terminal(options)
-        options = _with_user(options, trees[0][1])
-        config = _init_config(options, modules, terminal)
+        options = _with_user(options, root)
+        config = _init_config(options, modules, terminal, root_disks)
         if supervisor is not None:
-            supervisor.begin(_context(options, trees[0][1], modules))
+            supervisor.begin(_context(options, root, modules))
         initrd = [modules.archive, init_archive(config)]
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
@@ -218,6 +225,7 @@ def run_command(
                 options,
                 served,
                 disks,
+                root_disks,
                 own_devices,
                 terminal,
                 timeout,
@@ -240,6 +248,7 @@ class _Turn:
         options: RunOptions,
         trees: "Sequence[tuple[str, Tree]]",
         disks: "list[RawDisk | Qcow2Image]",
+        root_disks: "RootDisks | None",
         own_devices: "list[OwnDevice]",
         terminal: "Terminal | None",
         timeout: float | None,
@@ -253,6 +262,7 @@ class _Turn:
         self._warn = warn
         self._trees = trees
         self._disks = disks
+        self._root_disks = root_disks
         self._own_devices = own_devices
         self._terminal = terminal
         self._timeout = timeout
@@ -356,6 +366,7 @@ class _Turn:
         for tag, tree in self._trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         add_disks(machine, options.disks, self._disks)
+        _add_root_disks(machine, self._root_disks)
         vsock = None
         if vsock_at is not None and vsock_host is not None:
             vsock = _add_vsock(machine, vsock_host, vsock_at[1])
@@ -365,10 +376,13 @@ class _Turn:
 
 
 def prepare_kernel(
-    wanted: str | None, names: Sequence[str] = MODULES
+    wanted: str | None, names: Sequence[str] = MODULES, root: str = "9p"
 ) -> tuple["Kernel", ModuleArchive]:
-    """Find, unpack and cache the kernel and its modules; the caller closes the kernel."""
-    installed = kernels.find(wanted)
+    """Find, unpack and cache the kernel and its modules; the caller closes the kernel.
+
+    `root` is the kind of root that the kernel has to serve for.
+    """
+    installed = kernels.find(wanted, root=root)
     kernel = load_kernel(installed.vmlinuz)
     if installed.modules is None:
         return kernel, ModuleArchive((), b"")  # then everything must be built in
@@ -377,7 +391,16 @@ def prepare_kernel(
 
 def modules_for(options: RunOptions) -> Sequence[str]:
     """Return the names of the kernel modules that the guest needs."""
-    names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
+    names: Sequence[str] = MODULES
+    if options.root_mode == "erofs":
+        from tinyvmm.erofs_root import MODULES as EROFS_MODULES
+
+        files = FILE_MODULES if options.shared else ()
+        upper = DISK_MODULES if options.writes or options.private_writes == "server" else ()
+        names = [name for name in MODULES if name not in FILE_MODULES]
+        names += [*files, *EROFS_MODULES, *upper]
+    elif options.private_writes == "guest":
+        names = OVERLAY_MODULES
     balloon = () if options.balloon is None else ("virtio_balloon",)
     disks = DISK_MODULES if options.disks else ()
     net = () if options.net is None else NET_MODULES
@@ -391,9 +414,33 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     return tuple(dict.fromkeys(wanted))
 
 
+def settle(options: RunOptions) -> RunOptions:
+    """Decide what was left open of the root; ConfigError for what does not go together."""
+    mode = options.root_mode
+    if mode not in ROOT_MODES:
+        raise ConfigError(f"{mode!r} is no kind of root: give {' or '.join(ROOT_MODES)}")
+    if mode == "auto":
+        mode = "9p"
+        given = options.kernel
+        found = kernels.default() if given is None else kernels.look_up(given)
+        if found and kernels.missing(found, "9p") and not kernels.missing(found, "erofs"):
+            mode = "erofs"
+    if mode == "erofs":
+        from tinyvmm.erofs_root import check_shared, upper_directory
+
+        upper_directory(options.writes)
+        if options.cache is not None:
+            raise ConfigError("--cache is about 9P, and the root is none: leave out --cache")
+        if options.shared:
+            check_shared(kernels.find(options.kernel, root="erofs"))
+    usual = "guest" if mode == "erofs" and not options.writes else "server"
+    return options._replace(root_mode=mode, private_writes=options.private_writes or usual)
+
+
 def check_options(options: RunOptions) -> Sequence[Shared]:
     """Raise ConfigError for directories and policies that cannot be; return what is shared."""
     shared = arrange(options.shared)
+    options = settle(options)
     root_mounts(options.cache, options.private_writes)
     _check_balloon(options)
     load_devices(options.devices)
@@ -488,14 +535,46 @@ def add_disks(
 def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:
     """Join the root's read and write trees; `scratch` takes writes that nothing keeps."""
     writes = list(options.writes)
-    if options.private_writes == "guest" and writes:
+    if options.private_writes == "guest" and options.writes:
         raise ConfigError(
             "--private-writes guest throws away what the guest writes, --write keeps it: "
             "leave one out"
         )
-    if scratch is not None:
+    if options.root_mode == "erofs":
+        writes = []  # they are a disk's
+    elif scratch is not None:
         writes.append(("/", scratch))
     return open_tree(options.reads, writes)
+
+
+def _open_root_disks(
+    options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
+) -> "RootDisks | None":
+    """Open the disks of a root of EROFS, until `cleanup`; None if it is another."""
+    if options.root_mode != "erofs":
+        return None
+    from tinyvmm.erofs_root import open_root
+
+    return open_root(
+        options.reads,
+        options.writes,
+        private_writes=options.private_writes or "guest",
+        number=len(options.disks),
+        warn=warn,
+        cleanup=cleanup,
+    )
+
+
+def _add_root_disks(machine: Machine, root: "RootDisks | None") -> None:
+    """Add a device for each disk of the root."""
+    if root is None:
+        return
+    from tinyvmm.devices.virtio.blk import VirtioBlk
+    from tinyvmm.erofs_root import SERIAL, UPPER_SERIAL
+
+    machine.add_virtio(VirtioBlk(root.image, serial=SERIAL))
+    if root.upper is not None:
+        machine.add_virtio(VirtioBlk(root.upper, serial=UPPER_SERIAL))
 
 
 def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
@@ -550,11 +629,16 @@ def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost
 
 def _trees(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> list[tuple[str, HostTree | UnionTree]]:
-    """Open everything that is served, with its mount tag; the root first."""
+) -> tuple[UnionTree, list[tuple[str, HostTree | UnionTree]]]:
+    """Open the root's tree, and all that is served, with its mount tag."""
     raise_nofile_limit()
     scratch = None
-    if options.private_writes == "server" and all(guest != "/" for guest, _ in options.writes):
+    over_9p = options.root_mode == "9p"
+    if (
+        over_9p
+        and options.private_writes == "server"
+        and all(guest != "/" for guest, _ in options.writes)
+    ):
         directory = ScratchDirectory(kept_by=options.keep_writes)
         cleanup.callback(directory.close)
         scratch = directory.path
@@ -562,6 +646,7 @@ def _trees(
     def no_space(path: bytes) -> None:
         warn(f"no space left for the guest's writes: {os.fsdecode(path)} is full")
 
+    root = _open_root(options, scratch)
     trees: list[tuple[str, HostTree | UnionTree]] = []
 
     def add(tag: str, tree: HostTree | UnionTree) -> None:
@@ -569,10 +654,13 @@ def _trees(
         tree.on_no_space = no_space
         trees.append((tag, tree))
 
-    add(ROOT_TAG, _open_root(options, scratch))
+    if over_9p:
+        add(ROOT_TAG, root)
+    else:
+        cleanup.callback(root.close)
     for number, shared in enumerate(options.shared):
         add(shared_tag(number), open_shared(shared))
-    return trees
+    return root, trees
 
 
 def _with_user(options: RunOptions, root: HostTree | UnionTree) -> RunOptions:
@@ -595,7 +683,7 @@ def _context(options: RunOptions, root: HostTree | UnionTree, inserted: ModuleAr
     def modules() -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure
 
-        where = kernels.find(options.kernel).modules
+        where = kernels.find(options.kernel, root=options.root_mode).modules
         if where is None:
             return ()  # then everything must be built in
         there = {os.path.basename(path).removesuffix(".ko") for path in inserted.paths}
@@ -606,8 +694,14 @@ def _context(options: RunOptions, root: HostTree | UnionTree, inserted: ModuleAr
 
 
 def _init_config(
-    options: RunOptions, modules: ModuleArchive, terminal: "Terminal | None"
+    options: RunOptions,
+    modules: ModuleArchive,
+    terminal: "Terminal | None",
+    root_disks: "RootDisks | None",
 ) -> InitConfig:
+    mounts = (
+        root_disks.mounts() if root_disks else root_mounts(options.cache, options.private_writes)
+    )
     path = dict(entry.split("=", 1) for entry in options.env).get("PATH", "/usr/bin:/bin")
     return InitConfig(
         commands=search_path(options.argv[0], path),
@@ -615,7 +709,7 @@ def _init_config(
         env=options.env,
         cwd=options.cwd,
         modules=modules.paths,
-        root=(*root_mounts(options.cache, options.private_writes), *_pack_mounts(options)),
+        root=(*mounts, *_pack_mounts(options)),
         mounts=(
             *(Mkdir(path) for path in options.directories),
             *STANDARD_MOUNTS,

@@ -53,12 +53,14 @@ def _run(
     ready: Callable[[str], None] | None = None,
 ) -> "Result":
     """Run it, while others can reach it; `ready` is told its name when the command runs."""
-    from tinyvmm.command import run_command
+    from tinyvmm.command import run_command, settle
     from tinyvmm.control import ControlServer
     from tinyvmm.instances import WRITES, Instance, State
     from tinyvmm.session import Result
     from tinyvmm.supervisor import Supervisor, signal_number
 
+    options = settle(options)
+    over_disk = options.root_mode == "erofs"  # then what is written is in memory, or in a disk
     instance = Instance(
         State(
             name=args.name,
@@ -71,8 +73,9 @@ def _run(
             keep=(args.detach or bool(args.name)) and not args.rm,
             reads=tuple(options.reads),
             in_memory=options.private_writes == "guest"
+            or over_disk
             or any(guest == "/" for guest, _ in options.packs),
-            writes=tuple(options.writes),
+            writes=() if over_disk else tuple(options.writes),
         )
     )
     options = options._replace(keep_writes=instance.file(WRITES))

@@ -39,6 +39,12 @@ cannot. Also serial=ID and queues=N. A comma that begins no option is part of th
 --private-writes says where writes go that nothing keeps: to a temporary directory here (server),
 or to the guest's RAM (guest), which is quicker, up to half of --memory.
 
+--root-mode says how the root gets there: over 9P, or as a disk (erofs) that is made of the read
+trees while it is read. The disk needs no 9P in the kernel and is quicker where there are many
+files, but does not see what changes here: a file that changed gives an error. What is written to it
+goes to the guest's RAM, with --private-writes server to a disk, and with --write DIR to the disk
+DIR/upper.ext4, which keeps it. auto is 9p where the kernel has it.
+
 Ctrl-C interrupts the command, and a second one ends the machine; on a terminal, typing Ctrl-]
 three times does.
 
@@ -232,9 +238,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--cache", metavar="POLICY", help="what the guest remembers of the root (default loose)")
     add(
         "--private-writes",
-        default="server",
         metavar="WHERE",
         help="where writes go that nothing keeps: server or guest (default server)",
+    )
+    add(
+        "--root-mode",
+        choices=("auto", "9p", "erofs"),
+        default="auto",
+        help="how the root gets there: over 9P, or as a disk made of the directories",
     )
     add(
         "--env",
@@ -343,6 +354,7 @@ def _run(args: argparse.Namespace, root: image_options.Root) -> int:
         disks=args.disk,
         packs=args.pack,
         cache=args.cache,
+        root_mode=args.root_mode,
         private_writes=args.private_writes,
         env=root.env,
         cwd=root.cwd,
@@ -378,6 +390,7 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
         modules_for,
         open_disks,
         prepare_kernel,
+        settle,
     )
 
     if args.net is not None:
@@ -412,10 +425,12 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
         disks=args.disk,
         packs=args.pack,
         cache=args.cache,
+        root_mode=args.root_mode,
         private_writes=args.private_writes,
         memory=args.memory,
         balloon=args.balloon,
         devices=args.device,
+        kernel=args.kernel,
     )
     shared = check_options(options)  # what is wrong with a map shows here
     for disk in args.disk:
@@ -424,7 +439,12 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
                 f"disk {disk.path} is a block device, which the lab cannot reach: copy it to a file"
             )
     # What is fetched, unpacked and cached here need not be there, where everything is slow.
-    prepare_kernel(args.kernel, modules_for(options))[0].close()
+    options = settle(options)
+    prepare_kernel(args.kernel, modules_for(options), options.root_mode)[0].close()
+    if options.root_mode == "erofs" and options.writes:
+        from tinyvmm.erofs_root import open_upper
+
+        open_upper(options.writes[0][1]).close()  # made here, where it is quick
     shares = [host for _, host in args.write]
     # The lab has all of / for reading; but what changes there it need not see.
     shares += [item.host for item in shared if item.host != "/" or not item.readonly]

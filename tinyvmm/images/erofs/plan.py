@@ -21,7 +21,7 @@ import stat
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from errno import ENODATA, ENOENT, EOPNOTSUPP
+from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -458,7 +458,8 @@ class Plan:
         """Make what stands for an entry that could not be looked at: an inode that is none."""
         layers = directory.layers
         where = self.directories.path(layers[0]) if layers else b"/"
-        self._cannot(os.path.join(where, name), error)
+        if self._strict or error.errno not in {ENOENT, ENOTDIR}:  # what is gone nobody misses
+            self._cannot(os.path.join(where, name), error)
         at = self._room(INODE_LEN, 0)
         self.meta += bytes(INODE_LEN)
         self.inodes += 1

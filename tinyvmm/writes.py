@@ -50,9 +50,9 @@ def _write_trees(state: State) -> list[tuple[str, str]]:
         writes.append(("/", kept))
     if not writes:
         raise ConfigError(
-            f"machine {state.name}: what it wrote is in its own memory or disk, or gone from TMPDIR; "
-            "leave out --private-writes guest, --root-mode erofs and --pack /=..., or keep it: "
-            "--write DIR"
+            f"machine {state.name}: what it wrote was in its own memory, or is gone from "
+            "TMPDIR; leave out --private-writes guest, --root-mode erofs and --pack /=..., or keep "
+            "it: --write DIR"
         )
     return writes
 

@@ -27,11 +27,13 @@ from tinyvmm.devices.virtio.net import (
 )
 from tinyvmm.errors import ConfigError
 from tinyvmm.net import options
-from tinyvmm.net.passt import Frames, Passt
+from tinyvmm.net.passt import BACKLOG_MAX, Frames, Passt
 from tinyvmm.net.tap import Tap
 
 MAC = bytes.fromhex("525400123456")
 NO_HEADER = bytes(12)
+PASST = bytes.fromhex("9a5554000001")
+GUEST_IP, PASST_IP = bytes((10, 0, 2, 15)), bytes((10, 0, 2, 2))
 FRAME = b"\xff" * 6 + MAC + b"\x08\x00" + b"payload of a frame"
 
 
@@ -238,8 +240,10 @@ def test_a_frame_follows_its_length(stream: Stream) -> None:
     assert theirs.recv(100) == b"\0\0\0\6abcdef"
     theirs.sendall(b"\0\0\0\5")
     buffer = room()
+    frames.drain()
     assert frames.receive([buffer]) is None
     theirs.sendall(b"hello\0\0\0\2xy")
+    frames.drain()
     assert frames.receive([buffer[:2], buffer[2:]]) == 5
     assert bytes(buffer[:5]) == b"hello"
     assert frames.receive([buffer]) == 2
@@ -248,6 +252,7 @@ def test_a_frame_follows_its_length(stream: Stream) -> None:
 def test_a_frame_too_long_for_the_buffer_is_dropped(stream: Stream) -> None:
     frames, theirs, _ = stream
     theirs.sendall(b"\0\0\0\4long\0\0\0\2ok")
+    frames.drain()
     buffer = room(3)
     assert frames.receive([buffer]) == 2
     assert bytes(buffer[:2]) == b"ok"
@@ -275,7 +280,8 @@ def test_the_other_ends_end_is_told_once(stream: Stream, last: bytes) -> None:
     frames, theirs, told = stream
     theirs.sendall(last)
     theirs.close()
-    assert frames.receive([room()]) is None
+    frames.drain()
+    frames.drain()
     assert frames.receive([room()]) is None
     assert frames.send([memoryview(b"into the void")])
     assert told == ["ended"]
@@ -312,12 +318,81 @@ def test_frames_that_came_together_do_not_wait_for_more(stream: Stream) -> None:
     driver = Driver(device)
     receive, _ = driver.start()
     theirs.sendall(b"".join(struct.pack(">I", len(FRAME)) + FRAME for _ in range(3)))
+    frames.drain()
     receive.send([], [2000])
     assert len(receive.collect()) == 1
     receive.send([], [2000])
     receive.send([], [2000])
     assert len(receive.collect()) == 2
     device.detach()
+
+
+def test_frames_wait_for_the_guest_and_not_in_the_socket(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    frame = struct.pack(">I", 60_000) + bytes(range(250)) * 240
+    count = BACKLOG_MAX // 2 // 60_000
+    for _ in range(count):
+        theirs.sendall(frame)  # which would wait for ever, were nobody to read
+        frames.drain()
+    buffer = room()
+    assert [frames.receive([buffer]) for _ in range(count + 1)] == [60_000] * count + [None]
+    assert bytes(buffer[:60_000]) == frame[4:]
+
+
+def test_a_guest_that_takes_nothing_has_no_more_than_a_limit_kept_for_it(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    frame = struct.pack(">I", 60_000) + bytes(60_000)
+    theirs.setblocking(False)
+    sent = 0
+    idle = 0
+    data = b""
+    while idle < 3:
+        data = data or frame
+        try:
+            done = theirs.send(data)
+        except BlockingIOError:
+            frames.drain()
+            idle += 1
+        else:
+            idle = 0
+            sent += done
+            data = data[done:]
+    assert BACKLOG_MAX < sent < BACKLOG_MAX + (4 << 20)
+    buffer = room()
+    taken = 0
+    while (count := frames.receive([buffer])) is not None:
+        taken += count
+        frames.drain()  # and it is read again
+    assert taken == sent // len(frame) * 60_000
+
+
+def test_a_guests_server_that_is_asked_hears_that_the_connection_stands() -> None:
+    ours, theirs = socket.socketpair()
+    frames = Frames(ours, pytest.fail, published=True)
+    errors: list[BaseException] = []
+    device = VirtioNet(frames, MAC)
+    receive, transmit = Driver(device).start()
+    frames.pump.start(device, errors.append)
+    head = PASST + MAC + b"\x08\0\x45\0\0\x28" + bytes(4) + b"\x40\6\0\0" + GUEST_IP + PASST_IP
+    syn_ack = head + struct.pack(">HHIIBBHHH", 22, 5000, 7, 9, 0x50, 0x12, 64240, 0, 0)
+    with device.lock:
+        receive.send([], [2000])
+        transmit.send([NO_HEADER, syn_ack], [])
+    found: list[bytes] = []
+    for _ in range(3000):
+        with device.lock:
+            found += receive.collect()
+        if found:
+            break
+        sleep(0.01)
+    (answer,) = found
+    assert answer[12:26] == MAC + PASST + b"\x08\0"
+    assert struct.unpack(">HHIIBB", answer[46:60]) == (5000, 22, 9, 8, 0x50, 0x10)
+    assert theirs.recv(100)[4:] == syn_ack
+    device.detach()
+    frames.close()
+    theirs.close()
+    assert errors == []
 
 
 # --- a tap ------------------------------------------------------------------------------------
@@ -397,12 +472,13 @@ def test_passt_answers_for_the_gateway() -> None:
     asked = bytes((10, 0, 2, 2))
     arp = b"\xff" * 6 + MAC + struct.pack(">HHHBBH", 0x806, 1, 0x800, 6, 4, 1)
     arp += MAC + bytes((10, 0, 2, 15)) + bytes(6) + asked
-    passt = Passt(["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0",
-                   "--gateway", "10.0.2.2"], told.append)  # fmt: skip
+    where = ["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0"]
+    passt = Passt([*where, "--gateway", "10.0.2.2"], told.append, mac=MAC, gateway=asked)
     try:
         buffer = room()
         assert passt.frames.send([memoryview(arp)])
         for _ in range(3000):
+            passt.frames.drain()
             count = passt.frames.receive([buffer])
             if count is not None and bytes(buffer[12:14]) == b"\x08\x06":
                 break
@@ -417,7 +493,7 @@ def test_passt_answers_for_the_gateway() -> None:
 def test_without_passt_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"cannot run passt .* apt-get install passt"):
-        Passt([], pytest.fail)
+        Passt([], pytest.fail, mac=MAC, gateway=bytes(4))
 
 
 # --- what the user says -----------------------------------------------------------------------

@@ -63,6 +63,7 @@ from tinyvmm.vcpu import StopCause
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
+    from tinyvmm.devices.virtio.net import VirtioNet
     from tinyvmm.devices.virtio.vsock import VirtioVsock
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.disks.qcow2 import Qcow2Image
@@ -71,9 +72,8 @@ if TYPE_CHECKING:
     from tinyvmm.executor import Executor
     from tinyvmm.fileserver.tree import Tree
     from tinyvmm.kernel_image import Kernel
-    from tinyvmm.net.options import NetOptions
-    from tinyvmm.net.passt import Frames
-    from tinyvmm.net.tap import Tap
+    from tinyvmm.net.options import NetOptions, Published
+    from tinyvmm.net.pump import Pump
     from tinyvmm.own_device import OwnDevice
     from tinyvmm.pack_mounts import PackMap
     from tinyvmm.supervisor import Context, Supervisor
@@ -154,6 +154,8 @@ class RunOptions(NamedTuple):
     """The network interface; None for none."""
     keep_writes: str | None = None
     """Path of a link to make to what the guest writes, which then stays (scratch.py)."""
+    publish: "Sequence[Published]" = ()
+    """Ports of this computer's that lead to the guest's."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
@@ -345,7 +347,7 @@ class _Turn:
         if vsock_at is None and self._supervisor is not None:
             vsock_at = (self._supervisor.vsock_path, GUEST_CID)
         self._vsock_host = vsock_host = _open_vsock(vsock_at, cleanup)
-        backend = _open_net(options, self._warn, cleanup)
+        net = _open_net(options, self._warn, cleanup)
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,
@@ -370,8 +372,8 @@ class _Turn:
         vsock = None
         if vsock_at is not None and vsock_host is not None:
             vsock = _add_vsock(machine, vsock_host, vsock_at[1])
-        if options.net is not None and backend is not None:
-            _add_net(machine, options.net, backend)
+        if net is not None:
+            _add_net(machine, net)
         return machine, ports, vsock
 
 
@@ -593,27 +595,27 @@ def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
 
 def _open_net(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> "Tap | Frames | None":
+) -> "tuple[VirtioNet, Pump] | None":
     """Open what the network interface leads to, until `cleanup`; None if there is none."""
     if options.net is None:
         return None
-    from tinyvmm.net.options import open_backend
-
-    return open_backend(options.net, warn, cleanup)
-
-
-def _add_net(machine: Machine, net: "NetOptions", backend: "Tap | Frames") -> None:
-    """Add a network interface with `backend` behind it."""
     from tinyvmm.devices.virtio.net import VirtioNet
-    from tinyvmm.net.options import random_mac
+    from tinyvmm.net.options import open_backend, random_mac
 
-    device = VirtioNet(backend, net.mac or random_mac(), mtu=net.mtu)
+    mac = options.net.mac or random_mac()
+    backend = open_backend(options.net, mac, options.publish, warn, cleanup)
+    return VirtioNet(backend, mac, mtu=options.net.mtu), backend.pump
+
+
+def _add_net(machine: Machine, net: "tuple[VirtioNet, Pump]") -> None:
+    """Add a network interface, and begin to wait for frames."""
+    device, pump = net
     machine.add_virtio(device)
 
     def failed(error: BaseException) -> None:
         machine.stop(StopCause.ERROR, error)
 
-    backend.pump.start(device, failed)
+    pump.start(device, failed)
 
 
 def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost | None":

@@ -24,6 +24,7 @@ _FOR_A_ROOT: dict[str, object] = {
     "balloon": None,
     "vsock": None,
     "net": None,
+    "publish": [],
     "detach": False,
     "name": "",
     "rm": False,

@@ -14,7 +14,7 @@ from tinyvmm.errors import ConfigError
 if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.mounts import Shared
-    from tinyvmm.net.options import NetOptions
+    from tinyvmm.net.options import NetOptions, Published
     from tinyvmm.pack_mounts import PackMap
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
@@ -165,7 +165,17 @@ def parse_net(text: str) -> "NetOptions | None":
     try:
         return None if text == "none" else options.parse_net(text)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--net ")) from None
+
+
+def parse_publish(text: str) -> "Published":
+    """Parse `[ADDRESS:]HOST:GUEST[/udp]`."""
+    from tinyvmm.net import options
+
+    try:
+        return options.parse_publish(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--publish ")) from None
 
 
 def parse_environment(text: str) -> str:
@@ -276,8 +286,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--net",
         type=parse_net,
+        nargs="?",
+        const="user",
         metavar="KIND",
-        help="a network interface: user, tap=NAME[,address=A/P][,gateway=G][,dns=D] or none",
+        help="a network interface: user (so is --net alone), "
+        "tap=NAME[,address=A/P][,gateway=G][,dns=D] or none",
+    )
+    add(
+        "--publish",
+        type=parse_publish,
+        action="append",
+        default=[],
+        metavar="[ADDRESS:]HOST:GUEST[/udp]",
+        help="with --net user: a port of this computer that leads to one of the guest's",
     )
     add(
         "--vsock",
@@ -328,6 +349,8 @@ def main(args: argparse.Namespace) -> int:
     argv = args.argv + args.guest_argv
     if not argv and not image_options.given(args):
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
+    if args.publish and (args.net is None or args.net.kind != "user"):
+        raise ConfigError("--publish: needs --net user: give that too")
     from tinyvmm.probe import missing_for_linux
 
     problem = missing_for_linux()
@@ -371,6 +394,7 @@ def _run(args: argparse.Namespace, root: image_options.Root) -> int:
         balloon=args.balloon,
         devices=args.device,
         net=args.net,
+        publish=args.publish,
         on_reboot=args.on_reboot,
         vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),

@@ -85,6 +85,7 @@ def carry(tap: Tap, passt: Passt, *, stop: int) -> None:
             if waiting is not None:
                 break
         frames.drain()
+        frames.settle()
         while (count := frames.receive([buffer[HEADER:]])) is not None:
             buffer[:HEADER] = bytes(HEADER)
             tap.send([buffer[: HEADER + count]])

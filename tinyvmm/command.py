@@ -595,7 +595,7 @@ def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
 
 def _open_net(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> "tuple[VirtioNet, Pump] | None":
+) -> "tuple[VirtioNet, list[Pump]] | None":
     """Open what the network interface leads to, until `cleanup`; None if there is none."""
     if options.net is None:
         return None
@@ -603,19 +603,21 @@ def _open_net(
     from tinyvmm.net.options import open_backend, random_mac
 
     mac = options.net.mac or random_mac()
-    backend = open_backend(options.net, mac, options.publish, warn, cleanup)
-    return VirtioNet(backend, mac, mtu=options.net.mtu), backend.pump
+    backends = open_backend(options.net, mac, options.publish, warn, cleanup)
+    device = VirtioNet(backends, mac, mtu=options.net.mtu)
+    return device, [backend.pump for backend in backends]
 
 
-def _add_net(machine: Machine, net: "tuple[VirtioNet, Pump]") -> None:
+def _add_net(machine: Machine, net: "tuple[VirtioNet, list[Pump]]") -> None:
     """Add a network interface, and begin to wait for frames."""
-    device, pump = net
+    device, pumps = net
     machine.add_virtio(device)
 
     def failed(error: BaseException) -> None:
         machine.stop(StopCause.ERROR, error)
 
-    pump.start(device, failed)
+    for pair, pump in zip(device.pairs, pumps, strict=True):
+        pump.start(pair, failed)
 
 
 def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost | None":

@@ -290,7 +290,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         const="user",
         metavar="KIND",
         help="a network interface: user (so is --net alone), "
-        "tap=NAME[,address=A/P][,gateway=G][,dns=D] or none",
+        "tap=NAME[,address=A/P][,gateway=G][,dns=D][,queues=N] or none",
     )
     add(
         "--publish",

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Interface
 from typing import NamedTuple
 
+from tinyvmm.devices.virtio.net import PAIRS_MAX
 from tinyvmm.errors import ConfigError
 from tinyvmm.net.passt import Frames, Passt
 from tinyvmm.net.tap import Tap
@@ -32,6 +33,8 @@ class NetOptions(NamedTuple):
     """`192.0.2.2/24`; None leaves the interface to the guest."""
     gateway: str | None = None
     nameservers: Sequence[str] = ()
+    queues: int = 1
+    """Pairs of queues, of a tap."""
 
 
 class Published(NamedTuple):
@@ -46,7 +49,7 @@ class Published(NamedTuple):
 
 
 def parse_net(text: str) -> NetOptions:
-    """Parse `user[,mac=M][,mtu=N]` or `tap[=NAME][,address=A/P][,gateway=G][,dns=D]...`."""
+    """Parse `user[,mac=M][,mtu=N]` or `tap[=NAME][,address=A/P][,gateway=G][,dns=D][,queues=N]`."""
     head, *pairs = text.split(",")
     kind, equals, name = head.partition("=")
     if kind not in {"user", "tap"} or (equals and (kind == "user" or not name)):
@@ -80,6 +83,15 @@ def _with(options: NetOptions, key: str, value: str) -> NetOptions:
         if not MTU_MIN <= mtu <= MTU_MAX:
             raise ValueError(value)
         return options._replace(mtu=mtu)
+    if key == "queues":
+        if options.kind != "tap":
+            raise ConfigError(
+                f"--net {options.kind},queues={value}: passt has one queue; use a tap"
+            )
+        queues = int(value)
+        if not 1 <= queues <= PAIRS_MAX:
+            raise ValueError(value)
+        return options._replace(queues=queues)
     if options.kind == "tap" and key == "address":
         return options._replace(address=str(IPv4Interface(value)))
     if options.kind == "tap" and key == "gateway":
@@ -148,12 +160,15 @@ def open_backend(
     published: Sequence[Published],
     warn: Callable[[str], None],
     cleanup: ExitStack,
-) -> Tap | Frames:
+) -> Sequence[Tap | Frames]:
     """Open what the interface `mac` leads to, until `cleanup`; ConfigError if it cannot be had."""
     if options.kind == "tap":
-        tap = Tap(options.tap)
-        cleanup.callback(tap.close)
-        return tap
+        taps = []
+        for _ in range(options.queues):
+            tap = Tap(options.tap, several=options.queues > 1)
+            cleanup.callback(tap.close)
+            taps.append(tap)
+        return taps
     address = IPv4Interface(USER_ADDRESS)
     command = ["--ipv4-only", "--address", str(address.ip), "--netmask", str(address.netmask)]
     command += ["--gateway", USER_GATEWAY, "--dns-forward", USER_NAMESERVER]
@@ -164,4 +179,4 @@ def open_backend(
     gateway = IPv4Address(USER_GATEWAY).packed
     passt = Passt(command, warn, mac=mac, gateway=gateway, published=bool(published))
     cleanup.callback(passt.close)
-    return passt.frames
+    return [passt.frames]

@@ -34,9 +34,10 @@ _KEPT_COST = 256  # what keeping a frame takes besides its bytes
 _CHUNK = 256 * 1024
 _CHUNKS = 4  # read before the device is told
 _FRAME_MAX = 128 * 1024
-_ANSWERS_MAX = 256
 _BUFFER = 4 << 20  # bytes, asked for in the socket; the kernel's limit for users is less
 _ANSWER_TIMEOUT = 30.0  # seconds
+_READ_TIMEOUT = 1.0
+_READ_INTERVAL = 0.0002
 _END_TIMEOUT = 1.0
 _length = struct.Struct(">I")
 
@@ -64,14 +65,17 @@ class Frames:
         self._frames: deque[memoryview] = deque()
         self._came = self._gone = 0  # bytes: the pump's count, and the device's
         self._full = False
-        self._answers: deque[bytes] = deque(maxlen=_ANSWERS_MAX)
-        self.pump = Pump(sock.fileno(), self.drain)
+        self._answer: bytes | None = None  # to the SYN,ACK that was sent last
+        self._answer_due = False  # the other end has read that
+        self.pump = Pump(sock.fileno(), self.drain, self.settle)
         self.pump.want_read(True)
 
     def send(self, views: Sequence[memoryview]) -> bool:
         """Send a frame, or what remains of the last one first."""
         if self._ended:
             return True
+        if self._answer is not None:
+            return False  # `writable` is called when that has been given
         with suppress(BlockingIOError):
             return self._send(views)
         self.pump.want_write()
@@ -96,9 +100,24 @@ class Frames:
             self._unsent = b"".join([head, *views])[sent:]
             self.pump.want_write()
         if self._published and (answer := acknowledgement(views)) is not None:
-            self._answers.append(answer)
+            self._answer = answer
             self.pump.wake()
         return True
+
+    def settle(self) -> None:
+        """Wait until a SYN,ACK that is to be answered has been read; the pump's thread.
+
+        Were the guest's first data in the same batch, passt of Debian 12 would count that batch for
+        ever (tap4_handler: tcp_tap_handler takes its first frame, and then all of them).
+        """
+        if self._answer is None:
+            return
+        end = time.monotonic() + _READ_TIMEOUT
+        with suppress(OSError):
+            while not self._ended and time.monotonic() < end and self._unread():
+                self.drain()  # it may wait for us
+                time.sleep(_READ_INTERVAL)
+        self._answer_due = True
 
     def drain(self) -> None:
         """Take what has come from the socket; the pump's thread."""
@@ -142,8 +161,10 @@ class Frames:
 
     def receive(self, views: Sequence[memoryview]) -> int | None:
         """Give the next frame that has come whole."""
-        if self._answers:
-            return scatter(views, self._answers.popleft())
+        if self._answer_due and self._answer is not None:
+            answer, self._answer, self._answer_due = self._answer, None, False
+            self.pump.want_write()
+            return scatter(views, answer)
         room = size_of(views)
         while self._frames:
             frame = self._frames.popleft()
@@ -166,13 +187,15 @@ class Frames:
     def use(self, features: int) -> None:
         """There is nothing to agree on."""
 
+    def enable(self, *, on: bool) -> None:
+        """It is the only one."""
+
     def end_output(self) -> None:
         """Let the other end see what was sent, and then that there will be no more."""
         end = time.monotonic() + _END_TIMEOUT
         with suppress(OSError):
             while not self._ended and time.monotonic() < end and self._unread():
-                time.sleep(0.001)
-        with suppress(OSError):
+                time.sleep(_READ_INTERVAL)
             self.sock.shutdown(socket.SHUT_WR)
 
     def _unread(self) -> bool:
@@ -222,7 +245,7 @@ class Passt:
             ) from None
         if not _answers(ours, mac, gateway):
             ours.close()
-            self._process.terminate()
+            self._process.kill()
             _, said = self._process.communicate()
             raise ConfigError(f"--net user: passt: {_last_words(said)}")
         self._warn = warn
@@ -239,7 +262,7 @@ class Passt:
         self.frames.end_output()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_TIMEOUT)
-        self._process.terminate()
+        self._process.kill()
         self.frames.close()
         self._process.communicate()
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Device(Protocol):
-    """What is used of devices.virtio.net.VirtioNet."""
+    """What is used of devices.virtio.net.Pair."""
 
     def readable(self) -> None:
         """Frames are there."""
@@ -23,10 +23,20 @@ class Device(Protocol):
 class Pump:
     """Waits for `fd` to be readable (`want_read`) and, once each time, writable (`want_write`)."""
 
-    def __init__(self, fd: int, drain: Callable[[], None] | None = None) -> None:
-        """Make it, asleep; `drain` is called before the device is told that `fd` is readable."""
+    def __init__(
+        self,
+        fd: int,
+        drain: Callable[[], None] | None = None,
+        on_wake: Callable[[], None] | None = None,
+    ) -> None:
+        """Make it, asleep.
+
+        `drain` is called before the device is told that `fd` is readable, `on_wake` before it is
+        told because of `wake`.
+        """
         self._fd = fd
         self._drain = drain
+        self._on_wake = on_wake
         self._events = 0
         self._lock = threading.Lock()
         self._epoll = select.epoll()
@@ -80,6 +90,8 @@ class Pump:
                     return
                 if fd == self._wake:
                     os.eventfd_read(fd)
+                    if self._on_wake is not None:
+                        self._on_wake()
                     device.readable()
                     continue
                 if events & select.EPOLLOUT:

@@ -57,7 +57,8 @@ socat -u TCP:10.0.2.2:8000 - | sha256sum
 cd /tmp && mkdir -p lists/partial
 echo "deb [trusted=yes] http://10.0.2.2:8002/ ./" > sources.list
 apt-get -o Dir::Etc::SourceList=/tmp/sources.list -o Dir::Etc::SourceParts=- \\
-  -o Dir::State::Lists=/tmp/lists -o APT::Sandbox::User=root update > log 2>&1 || cat log
+  -o Dir::State::Lists=/tmp/lists -o Acquire::GzipIndexes=false \\
+  -o APT::Sandbox::User=root update > log 2>&1 || cat log
 cat lists/*_Packages
 cat  # until the host has been answered
 """

@@ -17,6 +17,7 @@ NAMES = (
     "server",
     "guest9p",
     "disk",
+    "frames",
     "net",
     "vsock",
     "console",

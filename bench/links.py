@@ -1,6 +1,7 @@
 """What leads out of a guest: network interfaces, vsock, console ports; beside QEMU's.
 
-The same stock kernel boots, by turns, in our VMM and in QEMU's (`-accel kvm`, q35 machine), with
+The same stock kernel boots, by turns, in our VMM, with doorbells that are exits ("inline") and with
+ioeventfds ("thread"), and in QEMU's (`-accel kvm`, q35 machine), with
 one vCPU and the same things behind its devices: a tap (vhost off), a passt of each one's own
 (`-netdev stream`), this computer's sockets (QEMU has AF_VSOCK there, by vhost, which is the
 kernel's; ours are Unix sockets) and one console port that is led to a Unix socket. PID 1 is a C
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
 COUNT, MIB, ROUNDS = 200, 16, 3
+OURS = ("inline", "thread")
 LIMIT = 400  # seconds for one guest
 PORT = 5000
 TAP = "bench0"
@@ -172,14 +174,14 @@ def relay(port: "ConsolePort", path: str) -> Callable[[], None]:
     return end
 
 
-def run_ours(bench: Bench) -> list[str]:
+def run_ours(bench: Bench, vmm: str) -> list[str]:
     """Boot our VMM, and return the lines that the program said."""
     from tinyvmm.boot import load_kernel
     from tinyvmm.machine import Machine
 
     shown = bytearray()
     with ExitStack() as cleanup:
-        machine = Machine(memory=512 << 20)
+        machine = Machine(memory=512 << 20, ioeventfd=vmm == "thread")
         machine.add_board(console=shown.extend)
         add_ours(bench, machine, cleanup)
         cleanup.enter_context(machine)
@@ -311,22 +313,28 @@ def measure(program: str, what: Sequence[str], rounds: int) -> list[Entry]:
         cmdline = f"{COMMON} -- {','.join(what)} {COUNT} {MIB} {' '.join(modules)}"
         bench = Bench(what, where, kernels.find().vmlinuz, archive, cmdline)
         for turn in range(rounds + 1):
-            found += entries(run_ours(bench), "ours", turn)
+            for vmm in OURS:
+                found += entries(run_ours(bench, vmm), vmm, turn)
             found += entries(run_qemu(bench), "QEMU", turn)
     return found
 
 
 def show(found: list[Entry]) -> None:
     """Print one line for each thing done."""
-    print(f"{'microseconds for each':26}{'ours':>12}{'QEMU':>12}{'ratio':>9}")
+    columns = *OURS, "QEMU", "ratio", "ratio"
+    print(f"{'microseconds for each':26}" + "".join(f"{name:>11}" for name in columns))
     for what in dict.fromkeys(entry.what for entry in found):
-        ours, qemu = (
-            median(
+        middle = {
+            vmm: median(
                 e.ns / e.often / 1000 for e in found if (e.vmm, e.what) == (vmm, what) and e.turn
             )
-            for vmm in ("ours", "QEMU")
+            for vmm in (*OURS, "QEMU")
+        }
+        print(
+            f"{what:26}"
+            + "".join(f"{middle[vmm]:11.1f}" for vmm in middle)
+            + "".join(f"{middle[vmm] / middle['QEMU']:11.2f}" for vmm in OURS)
         )
-        print(f"{what:26}{ours:12.1f}{qemu:12.1f}{ours / qemu:9.2f}")
 
 
 def main(what: Sequence[str] = tuple(MODULES)) -> None:
@@ -350,7 +358,7 @@ def main(what: Sequence[str] = tuple(MODULES)) -> None:
             status, stdout, stderr = done.returncode, done.stdout, done.stderr
         else:
             with Lab() as lab:
-                ran = lab.run(command, timeout=LIMIT * 2 * (rounds + 1))
+                ran = lab.run(command, timeout=LIMIT * 3 * (rounds + 1))
             status, stdout, stderr = ran.status, ran.stdout, ran.stderr
         if status:
             sys.exit(stderr.decode())

@@ -513,6 +513,7 @@ TAP_PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import os, select, struct, subprocess
+from tinyvmm.errors import ConfigError
 from tinyvmm.net.tap import Tap
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 tap = Tap("probe0")
@@ -563,6 +564,16 @@ taps[2].enable(on=True)
 assert got_by(taps) == {{0, 1, 2}}
 for tap in taps:
     tap.close()
+for name, more, several, words in (("one0", (), True, "leave queues= out"),
+                                   ("many0", ("multi_queue",), False, "give queues=2")):
+    subprocess.run(["ip", "tuntap", "add", name, "mode", "tap", *more], check=True)
+    try:
+        Tap(name, several=several)
+    except ConfigError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(name)
+Tap("many0", several=True).close()
 print("good")
 """
 

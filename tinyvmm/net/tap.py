@@ -68,12 +68,7 @@ class Tap:
             fcntl.ioctl(self.fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER_LEN))
         except OSError as error:
             os.close(self.fd)
-            more = " multi_queue" if several else ""
-            remedy = (
-                "it is in use"
-                if error.errno == errno.EBUSY
-                else f"make it for yourself: ip tuntap add {name} mode tap{more} user $USER"
-            )
+            remedy = _remedy(name, error.errno, several=several)
             raise ConfigError(f"tap {name}: {error.strerror}; {remedy}") from None
         self._several = several
         self._enabled = True
@@ -120,3 +115,13 @@ class Tap:
         """Stop, and let go of the interface."""
         self.pump.close()
         os.close(self.fd)
+
+
+def _remedy(name: str, number: int | None, *, several: bool) -> str:
+    """Return what to do when attaching has failed with this errno."""
+    if number == errno.EBUSY:
+        return "it is in use"
+    if number == errno.EINVAL:  # it is there, and of the other sort
+        return "it has one queue: leave queues= out" if several else "it has several: give queues=2"
+    more = " multi_queue" if several else ""
+    return f"make it for yourself: ip tuntap add {name} mode tap{more} user $USER"

@@ -21,6 +21,7 @@ NAMES = (
     "net",
     "vsock",
     "console",
+    "kernels",
 )
 
 

@@ -1,4 +1,4 @@
-"""Packs in a guest: an EROFS image over the root, a zip at a place of its own, both written over."""
+"""Packs in a guest: EROFS over its root, a zip at a place of its own, both written over."""
 
 import os
 

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("errors", "layout", "trace", "views", "grammar", "ninep", "lz4", "zstd", "bootparam"),
     ("kvm",),
-    ("memory", "bus"),
+    ("memory", "bus", "options", "recording"),
     ("devices", "disks", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
     (
         "boot",
@@ -44,6 +44,7 @@ LAYERS = [
         "exec_client",
         "guest_calls",
         "guest_files",
+        "guest_copy",
         "guest_processes",
         "writes",
         "watching",
@@ -51,18 +52,8 @@ LAYERS = [
         "exec_streams",
         "attach",
     ),
-    (
-        "probe",
-        "command",
-        "erofs_root",
-        "own_device",
-        "bare",
-        "mounts",
-        "pack_mounts",
-        "lab",
-        "qemu",
-        "lab_agent",
-    ),
+    ("probe", "command", "own_device", "bare", "mounts", "lab", "qemu", "lab_agent"),
+    ("roots", "process", "vm", "aio", "pytest_tinyvmm"),
     ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -32,6 +32,7 @@ from tinyvmm.fileserver.tree import (
     Tree,
 )
 from tinyvmm.fileserver.union import open_tree
+from tinyvmm.fileserver.watched import WatchedTree
 from tinyvmm.ninep import Message, Qid
 
 INNER = bytes(range(256)) * 40
@@ -112,6 +113,13 @@ def make_mounted_writable(at: Path) -> tuple[Tree, list[bytes]]:
     return ObjectTree(given, writable=True), [b"here", b"too"]
 
 
+def make_watched(at: Path) -> tuple[Tree, list[bytes]]:
+    inner, names = make_private(at)
+    watched = WatchedTree(inner, lambda _access: None)
+    watched.close = inner.close  # type: ignore[method-assign]  # which is not its own to close
+    return watched, names
+
+
 class Kind(NamedTuple):
     """A way to make a tree: gives it, and the names that lead to the files."""
 
@@ -133,6 +141,7 @@ KINDS = {
     "tar": Kind(lambda at: (ObjectTree(tarred(at)), []), writable=False),
     "directory in a dict": Kind(make_mounted, writable=False),
     "directory in a writable dict": Kind(make_mounted_writable, writable=True),
+    "watched": Kind(make_watched, writable=True),
 }
 ALL = list(KINDS)
 WRITABLE = [name for name, kind in KINDS.items() if kind.writable]

@@ -245,6 +245,25 @@ def test_a_signal_from_the_host_reaches_the_command_and_its_group(start: Start) 
     assert (output, os.waitstatus_to_exitcode(status)) == (b"caught\n", 3)
 
 
+def test_a_guest_without_a_command_waits_for_a_signal(start: Start) -> None:
+    guest = start("unused", commands=(), argv=(), idle=True)
+    assert guest.started[0] == protocol.STARTED
+    guest.send(protocol.SIGNAL, signal.SIGTERM)
+    output, errors, status = guest.finish()
+    assert (output, errors, os.waitstatus_to_exitcode(status)) == (b"", b"", -signal.SIGTERM)
+
+
+def test_a_guest_without_a_command_ends_with_its_host(start: Start) -> None:
+    guest = start("unused", commands=(), argv=(), idle=True)
+    guest.close("control")
+    assert guest.process.wait() == POWERED_OFF
+
+
+def test_errors_may_be_merged_into_the_output_in_their_order(start: Start) -> None:
+    guest = start("sh", "-c", "for i in 1 2 3; do echo $i; echo e$i >&2; done", merged=True)
+    assert guest.finish()[:2] == (b"1\ne1\n2\ne2\n3\ne3\n", b"")
+
+
 def test_records_may_arrive_in_pieces_or_together(start: Start) -> None:
     script = "trap 'echo 1' USR1; trap 'echo 2; exit' USR2; echo ready; while :; do sleep 0.1; done"
     guest = start("sh", "-c", script)

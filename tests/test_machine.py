@@ -1,6 +1,8 @@
 """Tiny guests on /dev/kvm: the exit loop, and every way that a run can end."""
 
+import signal
 import struct
+import sys
 import threading
 
 import pytest
@@ -96,6 +98,29 @@ def test_a_spinning_guest_is_stopped_from_another_thread() -> None:
         assert machine.wait(timeout=0.05) is None
         threading.Timer(0.05, machine.stop, [StopCause.STOPPED]).start()
         assert machine.wait(timeout=30) == StopCause.STOPPED
+
+
+def test_a_machine_is_used_from_another_thread_and_leaves_signals_alone() -> None:
+    found: list[object] = []
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    interval = sys.getswitchinterval()
+
+    def work() -> None:
+        with Machine(memory=1 << 20, irqchip=False) as machine:
+            machine.boot_real_mode(b"\xeb\xfe")
+            machine.start()
+            machine.pause()
+            found.append(machine.vcpus[0].handle.get_regs().rip)
+            machine.resume()
+            machine.stop(StopCause.STOPPED)
+            found.append(machine.wait(10))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0x1000, StopCause.STOPPED]
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert sys.getswitchinterval() == interval
 
 
 def test_a_halted_guest_with_interrupt_controllers_waits_until_stopped() -> None:

@@ -10,7 +10,6 @@ itself, and the console's sink, which runs on vCPU threads.
 """
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -25,14 +24,13 @@ from tinyvmm.errors import ConfigError, VcpuError
 from tinyvmm.fileserver.descriptors import raise_nofile_limit
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.fileserver.session import Session as FileSession
+from tinyvmm.fileserver.tree import Tree
 from tinyvmm.fileserver.union import UnionTree, open_tree
 from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
 from tinyvmm.guest.init import (
     ROOT_TAG,
     STANDARD_MOUNTS,
-    Filesystem,
     InitConfig,
-    Mkdir,
     Network,
     describe_step,
     search_path,
@@ -63,26 +61,22 @@ from tinyvmm.vcpu import StopCause
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
-    from tinyvmm.devices.virtio.net import VirtioNet
     from tinyvmm.devices.virtio.vsock import VirtioVsock
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
-    from tinyvmm.erofs_root import RootDisks
     from tinyvmm.executor import Executor
-    from tinyvmm.fileserver.tree import Tree
+    from tinyvmm.fileserver.watched import Access
     from tinyvmm.kernel_image import Kernel
-    from tinyvmm.net.options import NetOptions, Published
-    from tinyvmm.net.pump import Pump
+    from tinyvmm.net.options import NetOptions
+    from tinyvmm.net.passt import Frames
+    from tinyvmm.net.tap import Tap
     from tinyvmm.own_device import OwnDevice
-    from tinyvmm.pack_mounts import PackMap
     from tinyvmm.supervisor import Context, Supervisor
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
 
-FILE_MODULES = ("9pnet_virtio", "9p")
-MODULES = ("virtio_pci", "virtio_console", *FILE_MODULES, "virtio_rng")
-ROOT_MODES = ("9p", "erofs", "auto")
+MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
 # The file system is not found by itself, because the guest's /lib/modules is another kernel's; nor
 # is what it computes checksums with, which newer kernels have built in.
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
@@ -103,27 +97,25 @@ class RunOptions(NamedTuple):
     """What to run and in what machine; sizes in bytes, times in seconds."""
 
     argv: Sequence[str]
+    """Nothing at all: the guest waits for what it is sent (exec_client.py)."""
     memory: int = 1 << 30
     cpus: int = 1
     reads: Sequence[tuple[str, str]] = (("/", "/"),)
     """(guest path, host path) of each read tree; later ones win."""
     writes: Sequence[tuple[str, str]] = ()
     """As `reads`, for the trees that keep the guest's writes; / has a private one by default."""
+    root: Tree | None = None
+    """Another tree for the root, in place of `reads` and `writes`; it stays its maker's."""
+    on_access: "Callable[[Access], None] | None" = None
+    """Is told what is done to the root's files, before it is done, and may refuse (watched.py)."""
     shared: Sequence[Shared] = ()
     """Host directories that are live on both sides, mounted in the root."""
     disks: "Sequence[DiskOptions]" = ()
     """/dev/vda, /dev/vdb and so on."""
-    packs: "Sequence[PackMap]" = ()
-    """Trees of files that are one file each, joined with the root; later ones win."""
     cache: str | None = None
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
-    root_mode: str = "auto"
-    """One of ROOT_MODES: how the root gets there; "auto" for 9p where the kernel has it."""
-    private_writes: str | None = None
-    """Where writes nobody keeps go: to this side (the "server"'s), or the "guest"'s RAM; None for
-    "server" with a root over 9P, "guest" with one of EROFS."""
-    directories: Sequence[str] = ()
-    """What of the root is made if it is missing, mount points too; outer ones first."""
+    private_writes: str = "server"
+    """Where writes nobody keeps go: to a directory of the "server", or the "guest"'s RAM."""
     env: Sequence[str] = ()
     """`NAME=VALUE` each."""
     cwd: str = "/"
@@ -134,6 +126,8 @@ class RunOptions(NamedTuple):
     timeout: float | None = None
     console: Callable[[bytes], None] | None = None
     """Takes everything the kernel prints; None keeps the kernel quiet."""
+    merged: bool = False
+    """Whether the command's stderr is its stdout."""
     terminal: bool = False
     detached: bool = False
     """Whether our own stdin, stdout and stderr are none of the command's."""
@@ -142,8 +136,6 @@ class RunOptions(NamedTuple):
     account: User | None = None
     """Who that is, once it has been looked up."""
     hostname: str = "tinyvmm"
-    stop_signal: str | int = signal.SIGTERM
-    """What asks the command to end: a name or a number."""
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
     devices: Sequence[str] = ()
@@ -154,8 +146,6 @@ class RunOptions(NamedTuple):
     """The network interface; None for none."""
     keep_writes: str | None = None
     """Path of a link to make to what the guest writes, which then stays (scratch.py)."""
-    publish: "Sequence[Published]" = ()
-    """Ports of this computer's that lead to the guest's."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
@@ -197,43 +187,35 @@ def run_command(
     warn: Callable[[str], None],
     supervisor: "Supervisor | None" = None,
     sinks: Mapping[str, Callable[[bytes], None]] | None = None,
+    *,
+    files: HostFiles | None = None,
+    on_session: Callable[[Session], None] | None = None,
 ) -> Result:
     """Run `options.argv` in a new virtual machine and return how it ended.
 
-    `warn` takes lines for the user, on any thread. `supervisor` then answers for the machine, and
-    `sinks` take the command's output instead of our own, as `Session` says. ConfigError for what
-    cannot be done.
+    `warn` takes lines for the user, on any thread. `supervisor` then answers for the machine;
+    `files` and `sinks` are as for `Session`, which `on_session` is given before it runs.
+    ConfigError for what cannot be done.
     """
     with ExitStack() as cleanup:
-        options = settle(options._replace(shared=arrange(options.shared)))
+        options = options._replace(shared=arrange(options.shared))
         _check_balloon(options)
-        options = _with_packs(options)
         own_devices = load_devices(options.devices)
         disks = open_disks(options.disks, cleanup)
-        kernel, modules = prepare_kernel(options.kernel, modules_for(options), options.root_mode)
+        kernel, modules = prepare_kernel(options.kernel, modules_for(options))
         cleanup.callback(kernel.close)
-        root, trees = _trees(options, warn, cleanup)
-        served: list[tuple[str, Tree]] = [*trees, *_pack_trees(options, cleanup)]
-        root_disks = _open_root_disks(options, warn, cleanup)
+        trees = _trees(options, warn, cleanup)
         terminal = _terminal(options)
-        options = _with_user(options, root)
-        config = _init_config(options, modules, terminal, root_disks)
+        options = _with_user(options, trees[0][1])
+        config = _init_config(options, modules, terminal)
         if supervisor is not None:
-            supervisor.begin(_context(options, root, modules))
+            supervisor.begin(_context(options, trees[0][1], modules))
         initrd = [modules.archive, init_archive(config)]
+        ends = _Ends(files, sinks or {}, on_session)
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
             turn = _Turn(
-                options,
-                served,
-                disks,
-                root_disks,
-                own_devices,
-                terminal,
-                timeout,
-                warn,
-                supervisor,
-                sinks or {},
+                options, trees, disks, own_devices, terminal, timeout, warn, supervisor, ends
             )
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
@@ -242,29 +224,35 @@ def run_command(
                 timeout = max(0.0, options.timeout - (monotonic() - begin))
 
 
+class _Ends(NamedTuple):
+    """This side of the session; as for `run_command`."""
+
+    files: HostFiles | None
+    sinks: Mapping[str, Callable[[bytes], None]]
+    on_session: Callable[[Session], None] | None
+
+
 class _Turn:
     """One machine, from its making to its end; `rebooted` says that the guest wanted another."""
 
     def __init__(
         self,
         options: RunOptions,
-        trees: "Sequence[tuple[str, Tree]]",
+        trees: list[tuple[str, Tree]],
         disks: "list[RawDisk | Qcow2Image]",
-        root_disks: "RootDisks | None",
         own_devices: "list[OwnDevice]",
         terminal: "Terminal | None",
         timeout: float | None,
         warn: Callable[[str], None],
         supervisor: "Supervisor | None",
-        sinks: Mapping[str, Callable[[bytes], None]],
+        ends: _Ends,
     ) -> None:
         self._supervisor = supervisor
-        self._sinks = sinks
+        self._ends = ends
         self._options = options
         self._warn = warn
         self._trees = trees
         self._disks = disks
-        self._root_disks = root_disks
         self._own_devices = own_devices
         self._terminal = terminal
         self._timeout = timeout
@@ -292,14 +280,16 @@ class _Turn:
                     PortOutput(control),
                     PortInput(control),
                 ),
-                command=self._options.argv[0],
+                command="".join(self._options.argv[:1]),
                 timeout=self._timeout,
                 terminal=self._terminal,
                 describe_step=describe,
                 files=self._files(),
-                sinks=self._sinks,
+                sinks=self._ends.sinks,
                 on_record=self._on_record,
             )
+            if self._ends.on_session is not None:
+                self._ends.on_session(session)
             self._supervise(machine, session, vsock)
             machine.start()
             arguments = (machine, session, self._tail)
@@ -320,7 +310,9 @@ class _Turn:
 
     def _files(self) -> HostFiles:
         """The session's ends on this side; a detached command has only what it is sent."""
-        if self._supervisor is None or not self._sinks:
+        if self._ends.files is not None:
+            return self._ends.files
+        if self._supervisor is None or not self._ends.sinks:
             return host_files()
         return HostFiles(self._supervisor.stdin, None, None)
 
@@ -347,7 +339,7 @@ class _Turn:
         if vsock_at is None and self._supervisor is not None:
             vsock_at = (self._supervisor.vsock_path, GUEST_CID)
         self._vsock_host = vsock_host = _open_vsock(vsock_at, cleanup)
-        net = _open_net(options, self._warn, cleanup)
+        backend = _open_net(options, self._warn, cleanup)
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,
@@ -368,23 +360,19 @@ class _Turn:
         for tag, tree in self._trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         add_disks(machine, options.disks, self._disks)
-        _add_root_disks(machine, self._root_disks)
         vsock = None
         if vsock_at is not None and vsock_host is not None:
             vsock = _add_vsock(machine, vsock_host, vsock_at[1])
-        if net is not None:
-            _add_net(machine, net)
+        if options.net is not None and backend is not None:
+            _add_net(machine, options.net, backend)
         return machine, ports, vsock
 
 
 def prepare_kernel(
-    wanted: str | None, names: Sequence[str] = MODULES, root: str = "9p"
+    wanted: str | None, names: Sequence[str] = MODULES
 ) -> tuple["Kernel", ModuleArchive]:
-    """Find, unpack and cache the kernel and its modules; the caller closes the kernel.
-
-    `root` is the kind of root that the kernel has to serve for.
-    """
-    installed = kernels.find(wanted, root=root)
+    """Find, unpack and cache the kernel and its modules; the caller closes the kernel."""
+    installed = kernels.find(wanted)
     kernel = load_kernel(installed.vmlinuz)
     if installed.modules is None:
         return kernel, ModuleArchive((), b"")  # then everything must be built in
@@ -393,60 +381,20 @@ def prepare_kernel(
 
 def modules_for(options: RunOptions) -> Sequence[str]:
     """Return the names of the kernel modules that the guest needs."""
-    names: Sequence[str] = MODULES
-    if options.root_mode == "erofs":
-        from tinyvmm.erofs_root import MODULES as EROFS_MODULES
-
-        files = FILE_MODULES if options.shared else ()
-        upper = DISK_MODULES if options.writes or options.private_writes == "server" else ()
-        names = [name for name in MODULES if name not in FILE_MODULES]
-        names += [*files, *EROFS_MODULES, *upper]
-    elif options.private_writes == "guest":
-        names = OVERLAY_MODULES
+    names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
     balloon = () if options.balloon is None else ("virtio_balloon",)
     disks = DISK_MODULES if options.disks else ()
     net = () if options.net is None else NET_MODULES
     vsock = () if options.vsock is None else VSOCK_MODULES
-    packs: Sequence[str] = ()
-    if options.packs:
-        from tinyvmm import pack_mounts
-
-        packs = pack_mounts.modules(options.packs)
-    wanted = (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock, *packs)
-    return tuple(dict.fromkeys(wanted))
-
-
-def settle(options: RunOptions) -> RunOptions:
-    """Decide what was left open of the root; ConfigError for what does not go together."""
-    mode = options.root_mode
-    if mode not in ROOT_MODES:
-        raise ConfigError(f"{mode!r} is no kind of root: give {' or '.join(ROOT_MODES)}")
-    if mode == "auto":
-        mode = "9p"
-        given = options.kernel
-        found = kernels.default() if given is None else kernels.look_up(given)
-        if found and kernels.missing(found, "9p") and not kernels.missing(found, "erofs"):
-            mode = "erofs"
-    if mode == "erofs":
-        from tinyvmm.erofs_root import check_shared, upper_directory
-
-        upper_directory(options.writes)
-        if options.cache is not None:
-            raise ConfigError("--cache is about 9P, and the root is none: leave out --cache")
-        if options.shared:
-            check_shared(kernels.find(options.kernel, root="erofs"))
-    usual = "guest" if mode == "erofs" and not options.writes else "server"
-    return options._replace(root_mode=mode, private_writes=options.private_writes or usual)
+    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock)
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
     """Raise ConfigError for directories and policies that cannot be; return what is shared."""
     shared = arrange(options.shared)
-    options = settle(options)
     root_mounts(options.cache, options.private_writes)
     _check_balloon(options)
     load_devices(options.devices)
-    _with_packs(options)
     _open_root(options, None).close()
     return shared
 
@@ -457,35 +405,6 @@ def _check_balloon(options: RunOptions) -> None:
             f"--balloon {options.balloon >> 20}M takes all of --memory {options.memory >> 20}M: "
             "give it less"
         )
-
-
-def _with_packs(options: RunOptions) -> RunOptions:
-    """Add the disks that packs are; ConfigError for packs that cannot be where they are to be."""
-    if not options.packs:
-        return options
-    from tinyvmm import pack_mounts
-
-    pack_mounts.check(options.packs, options.writes)
-    return options._replace(disks=(*options.disks, *pack_mounts.disks(options.packs)))
-
-
-def _pack_trees(options: RunOptions, cleanup: ExitStack) -> "Sequence[tuple[str, Tree]]":
-    """Open the packs that are served, with their mount tags, until `cleanup`."""
-    if not options.packs:
-        return ()
-    from tinyvmm import pack_mounts
-
-    return pack_mounts.open_trees(options.packs, cleanup)
-
-
-def _pack_mounts(options: RunOptions) -> "Sequence[Filesystem]":
-    """How PID 1 joins packs with the root."""
-    if not options.packs:
-        return ()
-    from tinyvmm import pack_mounts
-
-    own = len(options.disks) - len(pack_mounts.disks(options.packs))
-    return pack_mounts.mounts(options.packs, own)
 
 
 def load_devices(texts: Sequence[str]) -> "list[OwnDevice]":
@@ -537,46 +456,14 @@ def add_disks(
 def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:
     """Join the root's read and write trees; `scratch` takes writes that nothing keeps."""
     writes = list(options.writes)
-    if options.private_writes == "guest" and options.writes:
+    if options.private_writes == "guest" and writes:
         raise ConfigError(
             "--private-writes guest throws away what the guest writes, --write keeps it: "
             "leave one out"
         )
-    if options.root_mode == "erofs":
-        writes = []  # they are a disk's
-    elif scratch is not None:
+    if scratch is not None:
         writes.append(("/", scratch))
     return open_tree(options.reads, writes)
-
-
-def _open_root_disks(
-    options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> "RootDisks | None":
-    """Open the disks of a root of EROFS, until `cleanup`; None if it is another."""
-    if options.root_mode != "erofs":
-        return None
-    from tinyvmm.erofs_root import open_root
-
-    return open_root(
-        options.reads,
-        options.writes,
-        private_writes=options.private_writes or "guest",
-        number=len(options.disks),
-        warn=warn,
-        cleanup=cleanup,
-    )
-
-
-def _add_root_disks(machine: Machine, root: "RootDisks | None") -> None:
-    """Add a device for each disk of the root."""
-    if root is None:
-        return
-    from tinyvmm.devices.virtio.blk import VirtioBlk
-    from tinyvmm.erofs_root import SERIAL, UPPER_SERIAL
-
-    machine.add_virtio(VirtioBlk(root.image, serial=SERIAL))
-    if root.upper is not None:
-        machine.add_virtio(VirtioBlk(root.upper, serial=UPPER_SERIAL))
 
 
 def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
@@ -595,29 +482,27 @@ def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
 
 def _open_net(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> "tuple[VirtioNet, list[Pump]] | None":
+) -> "Tap | Frames | None":
     """Open what the network interface leads to, until `cleanup`; None if there is none."""
     if options.net is None:
         return None
+    from tinyvmm.net.options import open_backend
+
+    return open_backend(options.net, warn, cleanup)
+
+
+def _add_net(machine: Machine, net: "NetOptions", backend: "Tap | Frames") -> None:
+    """Add a network interface with `backend` behind it."""
     from tinyvmm.devices.virtio.net import VirtioNet
-    from tinyvmm.net.options import open_backend, random_mac
+    from tinyvmm.net.options import random_mac
 
-    mac = options.net.mac or random_mac()
-    backends = open_backend(options.net, mac, options.publish, warn, cleanup)
-    device = VirtioNet(backends, mac, mtu=options.net.mtu)
-    return device, [backend.pump for backend in backends]
-
-
-def _add_net(machine: Machine, net: "tuple[VirtioNet, list[Pump]]") -> None:
-    """Add a network interface, and begin to wait for frames."""
-    device, pumps = net
+    device = VirtioNet(backend, net.mac or random_mac(), mtu=net.mtu)
     machine.add_virtio(device)
 
     def failed(error: BaseException) -> None:
         machine.stop(StopCause.ERROR, error)
 
-    for pair, pump in zip(device.pairs, pumps, strict=True):
-        pump.start(pair, failed)
+    backend.pump.start(device, failed)
 
 
 def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost | None":
@@ -633,16 +518,12 @@ def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost
 
 def _trees(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> tuple[UnionTree, list[tuple[str, HostTree | UnionTree]]]:
-    """Open the root's tree, and all that is served, with its mount tag."""
+) -> list[tuple[str, Tree]]:
+    """Open everything that is served, with its mount tag; the root first."""
     raise_nofile_limit()
     scratch = None
-    over_9p = options.root_mode == "9p"
-    if (
-        over_9p
-        and options.private_writes == "server"
-        and all(guest != "/" for guest, _ in options.writes)
-    ):
+    private = options.root is None and options.private_writes == "server"
+    if private and all(guest != "/" for guest, _ in options.writes):
         directory = ScratchDirectory(kept_by=options.keep_writes)
         cleanup.callback(directory.close)
         scratch = directory.path
@@ -650,44 +531,45 @@ def _trees(
     def no_space(path: bytes) -> None:
         warn(f"no space left for the guest's writes: {os.fsdecode(path)} is full")
 
-    root = _open_root(options, scratch)
-    trees: list[tuple[str, HostTree | UnionTree]] = []
+    trees: list[tuple[str, Tree]] = []
 
     def add(tag: str, tree: HostTree | UnionTree) -> None:
         cleanup.callback(tree.close)
         tree.on_no_space = no_space
         trees.append((tag, tree))
 
-    if over_9p:
-        add(ROOT_TAG, root)
+    if options.root is not None:
+        trees.append((ROOT_TAG, options.root))
     else:
-        cleanup.callback(root.close)
+        add(ROOT_TAG, _open_root(options, scratch))
+    if options.on_access is not None:
+        from tinyvmm.fileserver.watched import WatchedTree
+
+        trees[0] = (ROOT_TAG, WatchedTree(trees[0][1], options.on_access))
     for number, shared in enumerate(options.shared):
         add(shared_tag(number), open_shared(shared))
-    return root, trees
+    return trees
 
 
-def _with_user(options: RunOptions, root: HostTree | UnionTree) -> RunOptions:
+def _with_user(options: RunOptions, root: Tree) -> RunOptions:
     """Look up whom the command runs as; ConfigError if there is no such user."""
     if options.user is None:
         return options
     from tinyvmm.guest_users import resolve
 
     account = resolve(options.user, root)
-    env = list(options.env)
-    if not any(entry.startswith("HOME=") for entry in env):
-        env.append(f"HOME={account.home}")
-    return options._replace(account=account.user, env=env)
+    env = [entry for entry in options.env if not entry.startswith("HOME=")]
+    return options._replace(account=account.user, env=[*env, f"HOME={account.home}"])
 
 
-def _context(options: RunOptions, root: HostTree | UnionTree, inserted: ModuleArchive) -> "Context":
+def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Context":
     """Return what a command of `exec` has in common with ours."""
     from tinyvmm.supervisor import Context
 
     def modules() -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure
 
-        where = kernels.find(options.kernel, root=options.root_mode).modules
+        where = kernels.find(options.kernel).modules
         if where is None:
             return ()  # then everything must be built in
         there = {os.path.basename(path).removesuffix(".ko") for path in inserted.paths}
@@ -698,31 +580,23 @@ def _context(options: RunOptions, root: HostTree | UnionTree, inserted: ModuleAr
 
 
 def _init_config(
-    options: RunOptions,
-    modules: ModuleArchive,
-    terminal: "Terminal | None",
-    root_disks: "RootDisks | None",
+    options: RunOptions, modules: ModuleArchive, terminal: "Terminal | None"
 ) -> InitConfig:
-    mounts = (
-        root_disks.mounts() if root_disks else root_mounts(options.cache, options.private_writes)
-    )
     path = dict(entry.split("=", 1) for entry in options.env).get("PATH", "/usr/bin:/bin")
     return InitConfig(
-        commands=search_path(options.argv[0], path),
+        commands=search_path(options.argv[0], path) if options.argv else (),
         argv=options.argv,
         env=options.env,
         cwd=options.cwd,
         modules=modules.paths,
-        root=(*mounts, *_pack_mounts(options)),
-        mounts=(
-            *(Mkdir(path) for path in options.directories),
-            *STANDARD_MOUNTS,
-            *shared_mounts(options.shared),
-        ),
+        root=root_mounts(options.cache, options.private_writes),
+        mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
         hostname=options.hostname,
         network=_network(options),
         terminal=_terminal_size(options, terminal),
         user=options.account,
+        merged=options.merged,
+        idle=not options.argv,
         # The end of the run is ours to make: on its way down Linux resets its devices, and what we
         # had not yet taken from their queues would be gone.
         await_goodbye=True,

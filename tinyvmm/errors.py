@@ -3,7 +3,8 @@
 A user's mistake or a missing facility is a `ConfigError`: one line that names what and why, with
 the remedy. A refused system call on KVM is a `KvmError`, which names the ioctl. What a guest does
 wrong never raises past its device; when it leaves a vCPU unable to run at all, that is a
-`VcpuError` with the state it died in. Anything else that escapes is a bug of ours and crashes.
+`VcpuError` with the state it died in. To who uses a machine from Python, its end under a command is
+a `MachineError`. Anything else that escapes is a bug of ours and crashes.
 """
 
 import errno as errno_names
@@ -32,6 +33,10 @@ class KvmError(TinyvmmError, OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class MachineError(TinyvmmError):
+    """A machine ended, or never came up, while something was wanted of it; the text says why."""
 
 
 class VcpuError(TinyvmmError):

@@ -66,15 +66,46 @@ def execute(
     files: HostFiles | None = None,
     sinks: Mapping[str, Callable[[bytes], None]] | None = None,
 ) -> Result:
-    """Run a command in machine `name` and return how it ended.
+    """Run a command in machine `name` and return how it ended, as `execute_with`."""
+    with connect(name) as client:
+        return execute_with(
+            client,
+            argv,
+            env=env,
+            cwd=cwd,
+            user=user,
+            terminal=terminal,
+            size=size,
+            timeout=timeout,
+            files=files,
+            sinks=sinks,
+        )
 
-    With `terminal` (ours) or `size` (rows, columns) it has a terminal; `files` and `sinks` are as
-    for `Session`. ConfigError if it cannot be started.
+
+def execute_with(
+    client: Caller,
+    argv: Sequence[str],
+    *,
+    env: Sequence[str] = (),
+    cwd: str | None = None,
+    user: str | None = None,
+    merged: bool = False,
+    terminal: "Terminal | None" = None,
+    size: tuple[int, int] | None = None,
+    timeout: float | None = None,
+    files: HostFiles | None = None,
+    sinks: Mapping[str, Callable[[bytes], None]] | None = None,
+    on_session: Callable[[Session], None] | None = None,
+) -> Result:
+    """Run a command in the machine that `client` reaches and return how it ended.
+
+    With `terminal` (ours) or `size` (rows, columns) it has a terminal; if `merged`, its stderr is
+    its stdout. `files` and `sinks` are as for `Session`, which `on_session` is given before it
+    runs. ConfigError if the command cannot be started.
     """
     if terminal is not None:
         size = terminal.size()
     with ExitStack() as cleanup:
-        client = cleanup.enter_context(connect(name))
         port, listener = listen(client.call("status")["vsock"], cleanup)
         asked = client.call(
             "exec",
@@ -84,9 +115,12 @@ def execute(
             cwd=cwd,
             user=user,
             terminal=None if size is None else list(size),
+            **({"merged": True} if merged else {}),
         )
         accepted = accept(client, listener, asked["pid"], len(STREAMS), cleanup)
         sockets = dict(zip(STREAMS, accepted, strict=True))
+        for sock in accepted:
+            cleanup.callback(_hang_up, sock)
         control = sockets["control"]
         session = Session(
             Ports(
@@ -104,6 +138,8 @@ def execute(
             sinks=sinks,
             forward=FORWARDED,
         )
+        if on_session is not None:
+            on_session(session)
         # What counts if control ends without a word.
         session.stopped(STATUS_MACHINE_FAILED, "the machine ended before the command did")
         return session.run()
@@ -120,18 +156,22 @@ def listen(vsock: str, cleanup: ExitStack) -> tuple[int, socket.socket]:
     while True:
         port = FIRST_PORT + int.from_bytes(os.urandom(4), "little") % PORTS
         path = f"{vsock}_{port}"
-        mask = os.umask(0o177)
+        os.fchmod(listener.fileno(), 0o600)  # and so of the file: a umask is the whole process's
         try:
             listener.bind(path)
         except FileExistsError:
             continue
         except OSError as error:
             raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from None
-        finally:
-            os.umask(mask)
         listener.listen(len(STREAMS))
         cleanup.callback(_unlink, path)
         return port, listener
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Wake whoever still reads: closing alone does not, and it would keep the guest's end open."""
+    with suppress(OSError):  # the other end has gone
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _unlink(path: str) -> None:

@@ -9,13 +9,14 @@ A machine is made, given devices, given something to boot, started, and waited f
     machine.start()
     machine.wait()
 
-Threads: one for each vCPU and for each device with ioeventfds, started by `start`, which must be
-called on the main thread because the signal that kicks vCPUs needs a handler. `stop` may be called
-from any thread, vCPU threads and signal handlers included; the first caller's cause is the one that
-counts (`_stop_lock`). `close` ends whatever still runs and releases every descriptor.
+This is the board. `tinyvmm.Machine`, the package's front door (tinyvmm/vm.py), is a Linux guest on
+one, made to run commands in.
+
+Threads: one for each vCPU and for each device with ioeventfds, started by `start`. `stop` may be
+called from any thread, vCPU threads and signal handlers included; the first caller's cause is the
+one that counts (`_stop_lock`). `close` ends whatever still runs and releases every descriptor.
 """
 
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from tinyvmm import cpuid, kvm, layout, trace
 from tinyvmm.bus import Bus
 from tinyvmm.errors import ConfigError
 from tinyvmm.memory import GuestMemory
-from tinyvmm.vcpu import KICK_SIGNAL, StopCause, Vcpu
+from tinyvmm.vcpu import StopCause, Vcpu, handle_kicks
 
 if TYPE_CHECKING:
     from tinyvmm.acpi import DeviceNode
@@ -105,6 +106,7 @@ class Machine:
         self._stop_lock = threading.Lock()
         self._stopped = threading.Event()
         self._irqchip = irqchip
+        self._hurried = False
         self._vm: kvm.VM | None = None
         self.memory = GuestMemory(memory)
         try:
@@ -354,9 +356,11 @@ class Machine:
     # --- running ----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start every vCPU; those after the first wait for the guest's SIPI. Main thread only."""
-        signal.signal(KICK_SIGNAL, _ignore)
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        """Start every vCPU; those after the first wait for the guest's SIPI."""
+        handle_kicks()
+        if not self._hurried:
+            self._hurried = True
+            _hurry(1)
         for doorbells in self._doorbells:
             doorbells.start()
         with self._pause_lock:
@@ -441,6 +445,9 @@ class Machine:
             self._routes.close()
             self._routes = None
         self.memory.close()
+        if self._hurried:
+            self._hurried = False
+            _hurry(-1)
 
     def read_code(self, gpa: int, length: int) -> bytes:
         """Copy up to `length` bytes of RAM for a report; none where `gpa` is not RAM."""
@@ -463,5 +470,16 @@ class Machine:
         self.close()
 
 
-def _ignore(_number: int, _frame: object) -> None:
-    """Handle KICK_SIGNAL: its whole work is to interrupt the ioctl."""
+_hurry_lock = threading.Lock()  # guards the two below
+_running = 0
+_interval = 0.0  # what it was before the first machine ran
+
+
+def _hurry(change: int) -> None:
+    """One more machine runs in this process, or one less: it has the switch interval for it."""
+    global _running, _interval
+    with _hurry_lock:
+        if not _running:
+            _interval = sys.getswitchinterval()
+        _running += change
+        sys.setswitchinterval(SWITCH_INTERVAL if _running else _interval)

@@ -56,6 +56,8 @@ STATUS_MACHINE_FAILED = 255
 RECORDS_AT_ONCE = 256
 BATCHES_WAITING = 2
 
+INPUT_PATIENCE = 1.0  # seconds, for a read(2) that turns out to wait although there was something
+
 
 class Result(NamedTuple):
     """How a session ended.
@@ -184,8 +186,11 @@ class Session:
         self._records = threading.Condition()  # guards _to_send
         self._to_send: deque[bytes] = deque()
         self._sender: threading.Thread | None = None
+        self._input_thread: threading.Thread | None = None
         self._room_for_records = threading.Semaphore(BATCHES_WAITING)
 
+        self.on_started: Callable[[int], None] = _nothing
+        """Called in the thread of `run` with the command's process id in the guest."""
         self._started = False
         self._interrupts = 0
         self._result: Result | None = None  # known, while output may still have to be drained
@@ -235,7 +240,7 @@ class Session:
             self._start(self._relay_control)
             self._start(self._relay_output, "stdout", self._ports.stdout, self._files.stdout)
             self._start(self._relay_output, "stderr", self._ports.stderr, self._files.stderr)
-            self._start(self._relay_input)
+            self._input_thread = self._start(self._relay_input)
             while not self._done():
                 self._sleep(begin)
                 for _ in range(len(self._events)):  # no more: the next deadline may be due
@@ -313,6 +318,8 @@ class Session:
             self._to_send.append(b"")
             self._records.notify()
         self._room_for_records.release()
+        if self._input_thread is not None:  # whoever gave us the descriptor may now close it
+            self._input_thread.join(INPUT_PATIENCE)
 
     # --- events ------------------------------------------------------------------------------
 
@@ -329,6 +336,7 @@ class Session:
             if self._terminal is not None:
                 self._terminal.enter_raw()
             self._input_may_flow.set()
+            self.on_started(value)
         else:
             result = result_of(kind, value, self._command, self._describe_step)
             if result is not None:
@@ -464,13 +472,13 @@ class Session:
     def _relay_output(self, name: str, output: Output, fd: int | None) -> None:
         sink = self._sinks.get(name)
         while data := output.read():
-            if sink is not None:
-                sink(data)
-                continue
-            if fd is None and name == "stderr":
+            if sink is None and fd is None and name == "stderr":
                 continue  # closed on purpose: nobody wants to know
             try:
-                write_all(-1 if fd is None else fd, data)
+                if sink is not None:
+                    sink(data)
+                else:
+                    write_all(-1 if fd is None else fd, data)
             except OSError as error:
                 self._post("output_error", (name, error))
                 return
@@ -511,3 +519,7 @@ class Session:
                 # EIO: a background job without a terminal to stop for; EISDIR: a directory.
                 # Reading fails for the guest's command too: for it the input is at its end.
                 return b""
+
+
+def _nothing(_pid: int) -> None:
+    """Nobody wants to know."""

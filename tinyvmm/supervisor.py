@@ -106,11 +106,11 @@ class Supervisor:
         """Called in the session's thread when the command runs."""
         self.last_console = b""
         """The last that the kernel printed, once the machine has ended."""
-        self.stop_signal = int(signal.SIGTERM)
         self._context: Context | None = None
         self._turn: _Turn | None = None
         self._changed = threading.Condition()  # guards _turn, _result
         self._result: Result | None = None
+        self._closing: Result | None = None
         self._began = time.monotonic()
         self._watching = Watching(lambda: None if self._turn is None else self._turn.machine)
         self._inspection = Inspection(lambda: self._now().machine, self._watching)
@@ -143,6 +143,8 @@ class Supervisor:
         with self._changed:
             self._turn = _Turn(machine, session, executor, console, vsock, streams)
             self._changed.notify_all()
+            if self._closing is not None:
+                session.end(self._closing)
 
     def detach(self) -> None:
         """Answer for no machine; return once nobody uses it any more."""
@@ -152,6 +154,18 @@ class Supervisor:
             turn.executor.close()
             turn.streams.close()
             self.last_console = turn.console()
+
+    def shut(self, result: Result) -> None:
+        """End the machine with `result` now, or as soon as there is one. Any thread."""
+        with self._changed:
+            self._closing = result
+            if self._turn is not None:
+                self._turn.session.end(result)
+
+    @property
+    def machine(self) -> "Machine":
+        """The machine of now; ConfigError if none runs."""
+        return self._now().machine
 
     def on_record(self, kind: int, _value: int) -> None:
         """See a record of the guest's."""
@@ -251,10 +265,10 @@ class Supervisor:
 
     @remote(waits=True)
     def stop(self, *, time: Seconds = STOP_TIMEOUT) -> Ended | None:
-        """Ask the command to end by `stop_signal`; end the machine if it has not after `time`."""
+        """Ask the command to end (SIGTERM), and end the machine if it has not after `time`."""
         turn = self._now()
         turn.machine.resume()
-        turn.session.send(SIGNAL, self.stop_signal)
+        turn.session.send(SIGNAL, signal.SIGTERM)
         if self.wait(timeout=float(time)) is None:
             killed = Result(STATUS_SIGNAL + signal.SIGKILL, "signal")
             turn.session.end(killed)
@@ -280,9 +294,12 @@ class Supervisor:
         cwd: str | None = None,
         user: str | None = None,
         terminal: Annotated[list[Size], limits(minItems=2, maxItems=2)] | None = None,
+        merged: bool = False,
         client: Client | None = None,
     ) -> Started:
         """Start another command, with a terminal of so many rows and columns if they are given.
+
+        If `merged`, its stderr is its stdout.
 
         With `stream`, a name of the client's choice, its streams are `exec_output`, `exec_stdin`
         and `exec_exited` of this connection. With `port` it connects to that port of the vsock
@@ -300,6 +317,7 @@ class Supervisor:
             port = command.port
         try:
             execution = self._execution(turn, argv, port, env or [], cwd, user, terminal)
+            execution = execution._replace(merged=merged)
             steps = [step.says for step in execution_steps(execution)]
             if command is not None:
                 command.steps = steps
@@ -463,15 +481,14 @@ _SIGKILL = int(signal.SIGKILL)
 
 
 def signal_number(given: str | int) -> int:
-    """Return a signal's number: `TERM`, `SIGTERM`, `15`, `RTMIN+3`; ConfigError for none."""
+    """Return the number of a signal: `TERM`, `SIGTERM`, `15`; ConfigError if there is none."""
     text = str(given).upper()
     if text.isascii() and text.isdigit() and 0 < int(text) <= signal.SIGRTMAX:
         return int(text)
-    name, plus, more = (text if text.startswith("SIG") else f"SIG{text}").partition("+")
-    number = signal.Signals.__members__.get(name, 0) + (int(more) if more.isdecimal() else 0)
-    if name not in signal.Signals.__members__ or (plus and name != "SIGRTMIN"):
+    name = text if text.startswith("SIG") else f"SIG{text}"
+    if name not in signal.Signals.__members__:
         raise ConfigError(f"{given!r} is no signal; give e.g. TERM or 15")
-    return min(number, signal.SIGRTMAX)
+    return int(signal.Signals[name])
 
 
 def exit_status(status: int) -> int:

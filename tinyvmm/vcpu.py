@@ -20,6 +20,7 @@ whose `put` anybody may call, a signal handler too.
 import ctypes
 import errno
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -31,10 +32,35 @@ from tinyvmm import kvm
 from tinyvmm.bus import Bus
 from tinyvmm.errors import KvmError, VcpuError
 
-KICK_SIGNAL = signal.SIGUSR1
+# A real-time signal: nobody who uses this package for a library has another use for it.
+KICK_SIGNAL = signal.SIGRTMIN
 
 _MAX_HANDLERS = 1024  # a guest that touches every port in every width must not fill our memory
 _PR_SET_TIMERSLACK = 29
+
+
+class _sigaction(ctypes.Structure):
+    """struct sigaction as the C library has it (<bits/sigaction.h>)."""
+
+    _fields_ = (
+        ("sa_handler", ctypes.c_void_p),
+        ("sa_mask", ctypes.c_ulong * 16),
+        ("sa_flags", ctypes.c_int),
+        ("sa_restorer", ctypes.c_void_p),
+    )
+
+
+def handle_kicks() -> None:
+    """Have KICK_SIGNAL interrupt system calls and do nothing else, in this process. Any thread.
+
+    Python's own handlers can only be set on the main thread, and are run there. The handler here is
+    a function of the C library that takes an int and has no effect: abs(3).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    action = _sigaction(sa_handler=ctypes.cast(libc.abs, ctypes.c_void_p))
+    if libc.sigaction(int(KICK_SIGNAL), ctypes.byref(action), None):
+        number = ctypes.get_errno()
+        raise OSError(number, f"sigaction: {os.strerror(number)}")
 
 
 class StopCause:

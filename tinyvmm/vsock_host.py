@@ -249,7 +249,7 @@ class VsockHost:
 
 def _listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
+    os.fchmod(listener.fileno(), 0o600)  # and so of the file: a umask is the whole process's
     try:
         listener.bind(path)
         listener.listen(_BACKLOG)
@@ -258,6 +258,4 @@ def _listen(path: str) -> socket.socket:
         raise ConfigError(
             f"--vsock {path}: cannot listen there ({error.strerror or error}); give another path"
         ) from None
-    finally:
-        os.umask(mask)
     return listener

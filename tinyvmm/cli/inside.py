@@ -71,8 +71,10 @@ def _cp(args: argparse.Namespace) -> int:
     from tinyvmm.guest_calls import open_guest
 
     name = (source or dest or ("",))[0]
-    if dest is not None and args.source != "-" and not os.path.lexists(args.source):
-        raise ConfigError(f"there is no {args.source}")
+    if dest is not None and args.source != "-":
+        from tinyvmm.guest_copy import check_source
+
+        check_source(args.source)
     with connect(name) as client, open_guest(client) as guest:
         if dest is not None:
             _in(guest, args.source, dest[1])
@@ -81,51 +83,36 @@ def _cp(args: argparse.Namespace) -> int:
     return 0
 
 
-def _place(source: str, dest: str, *, directory: bool, there: bool | None) -> str:
-    """Return what a source becomes; `there` says if `dest` is a directory, None if nothing is."""
-    name = os.path.basename(source.rstrip("/"))
-    if there and name not in {".", "..", ""}:
-        return os.path.join(dest, name)
-    if there is None and dest.endswith("/") and not directory:
-        raise ConfigError(f"{dest} is no directory that is there")
-    if directory and there is False:
-        raise ConfigError(f"{dest} is a file, and {source} is a directory")
-    return dest.rstrip("/") or "/"
-
-
 def _in(guest: "Guest", source: str, dest: str) -> None:
+    from tinyvmm.guest_copy import copy_in
+
+    if source != "-":
+        copy_in(guest, source, dest)
+        return
     from tinyvmm import tree_tar
     from tinyvmm.guest_files import look, put
-    from tinyvmm.tree_entries import walk_host
 
     found = look(guest, dest)
-    there = None if found is None else found.is_directory
-    if source == "-":
-        if not there:
-            raise ConfigError(f"{dest} in the machine is no directory to unpack an archive in")
-        put(guest, tree_tar.read(sys.stdin.buffer), dest)
-        return
-    directory = os.path.isdir(source) and (source.endswith("/") or not os.path.islink(source))
-    put(guest, walk_host(source), _place(source, dest, directory=directory, there=there))
+    if found is None or not found.is_directory:
+        raise ConfigError(f"{dest} in the machine is no directory to unpack an archive in")
+    put(guest, tree_tar.read(sys.stdin.buffer), dest)
 
 
 def _out(guest: "Guest", source: str, dest: str) -> None:
-    from tinyvmm import tree_tar
     from tinyvmm.cli.run import warn
-    from tinyvmm.guest_files import look, walk
-    from tinyvmm.tree_entries import save
+    from tinyvmm.guest_copy import copy_out
 
-    name = os.path.basename(source.rstrip("/"))
-    if dest == "-":
-        if sys.stdout.isatty():
-            raise ConfigError("a tar archive is not for a terminal: send it to a file or a pipe")
-        tree_tar.write(walk(guest, source), name or ".", sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+    if dest != "-":
+        copy_out(guest, source, dest, warn)
         return
-    found = look(guest, source)
-    there = os.path.isdir(dest) if os.path.lexists(dest) else None
-    directory = found is not None and found.is_directory
-    save(walk(guest, source), _place(source, dest, directory=directory, there=there), warn)
+    from tinyvmm import tree_tar
+    from tinyvmm.guest_files import walk
+
+    if sys.stdout.isatty():
+        raise ConfigError("a tar archive is not for a terminal: send it to a file or a pipe")
+    name = os.path.basename(source.rstrip("/"))
+    tree_tar.write(walk(guest, source), name or ".", sys.stdout.buffer)
+    sys.stdout.buffer.flush()
 
 
 def _top(args: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.beside import Notes, notes_of
 from tinyvmm.fileserver.writetree import WriteTree
 
 Path = str | bytes
@@ -22,12 +21,11 @@ UPPER = -1
 class Layers:
     """The descriptors of one directory's layers, and how each was found."""
 
-    __slots__ = ("found", "lowers", "notes", "upper", "veiled")
+    __slots__ = ("found", "lowers", "upper", "veiled")
 
     def __init__(self) -> None:
         self.upper = -1
         self.lowers: list[int] = []
-        self.notes: list[Notes | None] = []  # of each lower layer
         self.found: list[tuple[int, int, int]] = []  # the parent's layer, st_dev, st_ino
         self.veiled: os.stat_result | None = None  # of a write tree met in a read tree
 
@@ -36,10 +34,9 @@ class Layers:
         self.upper = fd
         self.found.insert(0, (UPPER, st.st_dev, st.st_ino))
 
-    def add_lower(self, fd: int, st: os.stat_result, layer: int, notes: Notes | None) -> None:
-        """Take over the descriptor found in the parent's lower `layer`, of a tree with `notes`."""
+    def add_lower(self, fd: int, st: os.stat_result, layer: int) -> None:
+        """Take over the descriptor found in the parent's lower `layer`."""
         self.lowers.append(fd)
-        self.notes.append(notes)
         self.found.append((layer, st.st_dev, st.st_ino))
 
     def fds(self) -> list[int]:
@@ -51,7 +48,6 @@ class Layers:
         for fd in self.lowers:
             os.close(fd)
         self.lowers = []
-        self.notes = []
         self.found = [entry for entry in self.found if entry[0] == UPPER]
 
     def close(self) -> None:
@@ -70,7 +66,7 @@ class MapPoint:
     def __init__(self, space: int) -> None:
         """Begin with nothing mapped; `space` tells inodes read here from others (see qids)."""
         self.space = space
-        self.reads: list[tuple[int, Notes | None]] = []  # O_PATH; the first searched first
+        self.reads: list[int] = []  # O_PATH descriptors, the first searched first
         self.write: WriteTree | None = None
         self.below: dict[bytes, MapPoint] = {}
 
@@ -79,13 +75,13 @@ class MapPoint:
         if self.write is not None:
             fd = os.dup(self.write.fd)
             layers.add_upper(fd, os.fstat(fd))
-        for number, (read, notes) in enumerate(self.reads):
+        for number, read in enumerate(self.reads):
             fd = os.dup(read)
-            layers.add_lower(fd, os.fstat(fd), number, notes)
+            layers.add_lower(fd, os.fstat(fd), number)
 
     def close(self) -> None:
         """Close every tree mapped here and below."""
-        for fd, _ in self.reads:
+        for fd in self.reads:
             os.close(fd)
         if self.write is not None:
             self.write.close()
@@ -110,8 +106,7 @@ def build_map(reads: Iterable[tuple[Path, Path]], writes: Iterable[tuple[Path, P
     try:
         for guest, host in reads:
             point = _point(root, points, guest)
-            fd = _open_read(os.fsencode(host))
-            point.reads.insert(0, (fd, notes_of(fd)))
+            point.reads.insert(0, _open_read(os.fsencode(host)))
         for guest, host in writes:
             point = _point(root, points, guest)
             _set_write(point, guest, WriteTree(os.fsencode(host), -len(points)))

@@ -6,14 +6,14 @@ else goes to the other tree as it is: what can be done there, and who waits for 
 business.
 """
 
-import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from errno import EXDEV
 from typing import Protocol
 
 from tinyvmm.fileserver.hostfile import os_error
-from tinyvmm.fileserver.tree import NO_ID, DirEntry, Node, OpenFile, Tree
+from tinyvmm.fileserver.tree import DirEntry, Node, OpenFile, Tree
+from tinyvmm.fileserver.wrapped import WrappedFile, WrappedNode
 from tinyvmm.ninep import QTDIR, Qid
 
 
@@ -66,20 +66,15 @@ class Mount:
             yield self.outer.inner_qid(self.space, qid), cookie, kind, name
 
 
-class MountedNode:
+class MountedNode(WrappedNode):
     """A file of a mounted tree."""
 
-    __slots__ = ("inner", "mount")
+    __slots__ = ("mount",)
 
     def __init__(self, mount: Mount, node: Node) -> None:
         """Take over the reference to `node`."""
+        super().__init__(node)
         self.mount = mount
-        self.inner = node
-
-    @property
-    def waits(self) -> bool:
-        """As the mounted tree says."""
-        return self.inner.waits
 
     def _same_tree(self, node: Node) -> Node:
         """The other tree's node, of one that must be of the same tree as this."""
@@ -87,7 +82,8 @@ class MountedNode:
             raise os_error(EXDEV)
         return node.inner
 
-    def _wrap(self, node: Node) -> "MountedNode":
+    def wrap(self, node: Node, name: bytes) -> "MountedNode":  # noqa: ARG002 (all are alike)
+        """The node here of another of the mounted tree."""
         return MountedNode(self.mount, node)
 
     def wrap_file(self, file: OpenFile) -> OpenFile:
@@ -95,8 +91,6 @@ class MountedNode:
         if self.inner.qid().type & QTDIR:
             return MountedDirectory(self.mount, file)
         return file
-
-    # --- what is not the same here ----------------------------------------------------------------
 
     def qid(self) -> Qid:
         """Its identity in the outer tree."""
@@ -107,15 +101,11 @@ class MountedNode:
         self.inner.retain()
         return self
 
-    def close(self) -> None:
-        """Give back one reference."""
-        self.inner.close()
-
     def walk(self, name: bytes) -> Node:
         """The entry `name`; `..` of the root is the directory it is mounted in."""
         if name == b".." and self.inner.qid().type & QTDIR and self.mount.is_root(self.inner):
             return self.mount.parent.retain()
-        return self._wrap(self.inner.walk(name))
+        return self.wrap(self.inner.walk(name), name)
 
     def open(self, flags: int) -> OpenFile:
         """Open it."""
@@ -126,7 +116,7 @@ class MountedNode:
     ) -> tuple["MountedNode", OpenFile]:
         """Create and open a regular file."""
         node, file = self.inner.create(name, flags, mode, uid, gid)
-        wrapped = self._wrap(node)
+        wrapped = self.wrap(node, name)
         return wrapped, wrapped.wrap_file(file)
 
     def link(self, name: bytes, target: Node) -> None:
@@ -137,100 +127,15 @@ class MountedNode:
         """Rename within the mounted tree."""
         self.inner.rename(name, self._same_tree(newdir), newname)
 
-    # --- what is ----------------------------------------------------------------------------------
 
-    def stat(self) -> os.stat_result:
-        """As the mounted tree says."""
-        return self.inner.stat()
-
-    def mkdir(self, name: bytes, mode: int, uid: int, gid: int) -> "MountedNode":
-        """Create a directory."""
-        return self._wrap(self.inner.mkdir(name, mode, uid, gid))
-
-    def symlink(self, name: bytes, target: bytes, uid: int, gid: int) -> "MountedNode":
-        """Create a symbolic link."""
-        return self._wrap(self.inner.symlink(name, target, uid, gid))
-
-    def mknod(
-        self, name: bytes, mode: int, major: int, minor: int, uid: int, gid: int
-    ) -> "MountedNode":
-        """Create a special file."""
-        return self._wrap(self.inner.mknod(name, mode, major, minor, uid, gid))
-
-    def readlink(self) -> bytes:
-        """The content of a symbolic link."""
-        return self.inner.readlink()
-
-    def unlink(self, name: bytes, flags: int) -> None:
-        """Remove an entry."""
-        self.inner.unlink(name, flags)
-
-    def setattr(
-        self,
-        valid: int,
-        mode: int = 0,
-        uid: int = NO_ID,
-        gid: int = NO_ID,
-        size: int = 0,
-        atime_ns: int = 0,
-        mtime_ns: int = 0,
-    ) -> None:
-        """Change attributes."""
-        self.inner.setattr(valid, mode, uid, gid, size, atime_ns, mtime_ns)
-
-    def statfs(self) -> os.statvfs_result:
-        """The mounted tree's file system."""
-        return self.inner.statfs()
-
-    def getxattr(self, name: bytes) -> bytes:
-        """The value of an extended attribute."""
-        return self.inner.getxattr(name)
-
-    def listxattr(self) -> list[bytes]:
-        """The names of its extended attributes."""
-        return self.inner.listxattr()
-
-    def setxattr(self, name: bytes, value: bytes, flags: int) -> None:
-        """Set an extended attribute."""
-        self.inner.setxattr(name, value, flags)
-
-    def removexattr(self, name: bytes) -> None:
-        """Remove an extended attribute."""
-        self.inner.removexattr(name)
-
-
-class MountedDirectory:
+class MountedDirectory(WrappedFile):
     """An open directory of a mounted tree: the same, with other qids."""
 
     def __init__(self, mount: Mount, file: OpenFile) -> None:
-        self._mount = mount
-        self._file = file
+        super().__init__(file)
         self.fd = file.fd
-
-    def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """As the mounted tree's."""
-        return self._file.readv(buffers, offset)
-
-    def writev(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """As the mounted tree's."""
-        return self._file.writev(buffers, offset)
-
-    def readv_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
-        """As the mounted tree's."""
-        return self._file.readv_now(buffers, offset)
-
-    def writev_now(self, buffers: Sequence[memoryview], offset: int) -> int | None:
-        """As the mounted tree's."""
-        return self._file.writev_now(buffers, offset)
+        self._mount = mount
 
     def readdir(self, cookie: int) -> Iterator[DirEntry]:
         """Its entries, by the qids they have here."""
-        return self._mount.wrap(self._file.readdir(cookie))
-
-    def fsync(self, datasync: bool) -> None:
-        """As the mounted tree's."""
-        self._file.fsync(datasync)
-
-    def close(self) -> None:
-        """As the mounted tree's."""
-        self._file.close()
+        return self._mount.wrap(self.inner.readdir(cookie))

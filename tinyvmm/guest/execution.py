@@ -39,6 +39,8 @@ class Execution(NamedTuple):
     terminal: tuple[int, int] | None = None
     """Rows and columns, or None to start it on three pipes."""
     user: relay.User | None = None
+    merged: bool = False
+    """Whether its stderr is its stdout."""
     modules: Sequence[tuple[str, bytes]] = ()
     """Kernel modules, name and content, in the order to insert them."""
     umask: int = 0o022
@@ -105,6 +107,7 @@ def build_execution(execution: Execution) -> bytes:
             cwd=execution.cwd,
             terminal=execution.terminal is not None,
             user=execution.user,
+            merged=execution.merged,
             alone=False,
         ),
     )

@@ -70,26 +70,18 @@ ROOT_9P_OPTIONS = v9fs_options("loose")
 ROOT_OVER_9P = (Mount(ROOT_TAG, NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
 
 
-SCRATCH = "/scratch"
-SCRATCH_IN_RAM = Mount("tmpfs", SCRATCH, "tmpfs", data="size=50%,mode=0755")
-"""Half of the RAM at most: the other half is for programs."""
+def overlay_root(tag: str, options: str) -> tuple[Filesystem, ...]:
+    """Return how to mount `tag` read-only as the root, with all writes going to RAM.
 
-
-def lower_9p(tag: str, options: str) -> Mount:
-    """Return how to mount the 9P tree `tag` read-only, as what `overlay_root` lays over."""
-    return Mount(tag, "/lower", "9p", abi.MS_RDONLY, options)
-
-
-def overlay_root(lower: Mount, scratch: Mount = SCRATCH_IN_RAM) -> tuple[Filesystem, ...]:
-    """Return how to mount `lower`, which is only read, as the root; `scratch` takes all writes."""
+    Half of the RAM at most: the other half is for programs.
+    """
     # With redirect_dir a directory from below can be renamed; without, that is EXDEV.
-    upper, work = f"{SCRATCH}/upper", f"{SCRATCH}/work"
-    layers = f"lowerdir={lower.target},upperdir={upper},workdir={work},redirect_dir=on"
+    layers = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work,redirect_dir=on"
     return (
-        lower,
-        scratch,
-        Mkdir(upper),
-        Mkdir(work),
+        Mount(tag, "/lower", "9p", abi.MS_RDONLY, options),
+        Mount("tmpfs", "/scratch", "tmpfs", data="size=50%,mode=0755"),
+        Mkdir("/scratch/upper"),
+        Mkdir("/scratch/work"),
         Mount("overlay", NEW_ROOT, "overlay", data=layers),
     )
 
@@ -150,6 +142,10 @@ class InitConfig(NamedTuple):
     """I of /dev/vport<I>p1 to 4: the index of the ports' device among the virtio devices."""
     user: relay.User | None = None
     """None for root, as PID 1 is."""
+    merged: bool = False
+    """Whether the command's stderr is its stdout."""
+    idle: bool = False
+    """No command at all: the guest waits for what it is sent (execution.py), or a signal."""
     umask: int = 0o022
     sync: bool = True
     """Write dirty data back before reporting the end."""
@@ -256,7 +252,7 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
             (0, abi.RLIMIT_NOFILE, open_files, 0),
             tolerates=(errno.EPERM,),  # fs.nr_open is below that: the kernel's own limits stand
         ),
-        *birth_steps(config.terminal),
+        *birth_steps(config.terminal, idle=config.idle),
     ]
     return steps
 
@@ -329,7 +325,7 @@ def _filesystem(item: Filesystem) -> list[Step]:
                     abi.SYS_MOUNT,
                     (source, target, fstype, flags, data),
                     tolerates=() if required else ANYTHING,
-                    patience_ms=5_000 if fstype == "9p" or source.startswith("/dev/") else 0,
+                    patience_ms=5_000 if fstype == "9p" else 0,
                 ),
             ]
 
@@ -337,7 +333,8 @@ def _filesystem(item: Filesystem) -> list[Step]:
 # --- the program ---------------------------------------------------------------------------
 def build_init(config: InitConfig) -> bytes:
     """The executable. Raises ConfigError for what can't be passed to a program."""
-    check_command(config.commands, config.argv, (*config.env, config.hostname), config.cwd)
+    env = (*config.env, config.hostname)
+    check_command(config.commands, config.argv, env, config.cwd, idle=config.idle)
     if len(config.hostname.encode()) > 64:
         raise ConfigError(f"host name {config.hostname!r} is longer than 64 bytes; shorten it")
     p = Program()
@@ -360,6 +357,8 @@ def build_init(config: InitConfig) -> bytes:
             cwd=config.cwd,
             terminal=config.terminal is not None,
             user=config.user,
+            merged=config.merged,
+            idle=config.idle,
             sync=config.sync,
             await_goodbye=config.await_goodbye,
         ),

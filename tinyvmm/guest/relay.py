@@ -98,6 +98,10 @@ class Command(NamedTuple):
     user: User | None = None
     sync: bool = True
     await_goodbye: bool = False
+    merged: bool = False
+    """Whether its stderr is its stdout."""
+    idle: bool = False
+    """Execute nothing: wait for a signal that ends it. For a guest whose commands come later."""
     alone: bool = True
     """Whether the guest is there for this command, and ends with it: so it is for PID 1."""
 
@@ -165,19 +169,31 @@ def emit(p: Program, command: Command) -> None:
 
 
 def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
-    """After vfork: the child becomes the command, the parent fills the table of relays."""
+    """After vfork, or fork: the child gets ready, the parent goes on in `_fill`."""
     ends = TERMINAL_ENDS if command.terminal else PIPE_ENDS
+    streams = (ends[0], ends[1], ends[1]) if command.merged else ends
     p.cmp(qword["command"], 0)
     p.jne("parent")
     p.system_call(abi.SYS_SETSID)
-    for fd, end in enumerate(ends):
+    for fd, end in enumerate(streams):
         p.system_call(abi.SYS_DUP2, dword[end], fd)
     if command.terminal:
         p.system_call(abi.SYS_IOCTL, 0, abi.TIOCSCTTY, 0)
     p.system_call(abi.SYS_RT_SIGPROCMASK, abi.SIG_SETMASK, p.constant(bytes(8)), 0, 8)
     p.system_call(abi.SYS_CHDIR, p.string(command.cwd))
-    if command.user is not None:
+    if command.user is not None and not command.idle:
         _become(p, command.user)
+    if command.idle:
+        p.label("idle")
+        p.system_call(abi.SYS_PAUSE)
+        p.jmp("idle")
+    else:
+        _execute(p, command)
+    _fill(p, relays, ends)
+
+
+def _execute(p: Program, command: Command) -> None:
+    """The child becomes the command, or leaves why it could not."""
     # As execvp(3): what is not there is passed over, a missing permission remembered. The parent
     # shares our memory, so the error goes there only when nothing is left to try.
     argv, env = p.strings(command.argv), p.strings(command.env)
@@ -201,6 +217,9 @@ def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
     p.mov(qword["exec error"], r12)
     p.system_call(abi.SYS_EXIT, 127)
 
+
+def _fill(p: Program, relays: Sequence[Relay], ends: Sequence[Address]) -> None:
+    """The parent: tell of the start, and fill the table of relays."""
     p.label("parent")
     p.mov(edi, EXEC_FAILED)
     p.mov(esi, dword["exec error"])

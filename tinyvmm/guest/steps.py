@@ -47,17 +47,27 @@ class Step(NamedTuple):
     """How long to try again while the answer is ENOENT or ENXIO: devices arrive when they do."""
 
 
-def check_command(paths: Sequence[str], argv: Sequence[str], env: Sequence[str], cwd: str) -> None:
+def check_command(
+    paths: Sequence[str],
+    argv: Sequence[str],
+    env: Sequence[str],
+    cwd: str,
+    *,
+    idle: bool = False,
+) -> None:
     """Raise ConfigError for what can't be passed to a program."""
     for text in (*paths, *argv, *env, cwd):
         if "\0" in text:
             raise ConfigError(f"{text!r} holds a NUL, which no program can be given; remove it")
-    if not paths or not argv:
+    if not idle and not (paths and argv):
         raise ConfigError("there is no command to run; give one after --")
 
 
-def birth_steps(terminal: tuple[int, int] | None) -> list[Step]:
-    """From there to the command's birth: signals, its streams, vfork; relay.py goes on."""
+def birth_steps(terminal: tuple[int, int] | None, *, idle: bool = False) -> list[Step]:
+    """From there to the command's birth: signals, its streams, vfork; relay.py goes on.
+
+    An `idle` child executes nothing, so it needs memory of its own: fork.
+    """
     every_signal, only_sigchld = b"\xff" * 8, struct.pack("<Q", 1 << (abi.SIGCHLD - 1))
     return [
         Step("block signals", abi.SYS_RT_SIGPROCMASK, (abi.SIG_SETMASK, every_signal, 0, 8)),
@@ -70,7 +80,7 @@ def birth_steps(terminal: tuple[int, int] | None) -> list[Step]:
         *(_terminal_steps(terminal) if terminal else _pipe_steps()),
         # A vforked parent sleeps until its child has executed a program or ended, and they share
         # memory meanwhile: when it wakes, it can simply read whether execve failed.
-        Step("start a process", abi.SYS_VFORK, (), into="command"),
+        Step("start a process", abi.SYS_FORK if idle else abi.SYS_VFORK, (), into="command"),
     ]
 
 

@@ -4,13 +4,15 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import sleep
 
 import pytest
 
-from tests.test_eventfds import MESSAGE, Ender, protected_mode
+from tests.test_eventfds import MESSAGE, Ender, protected_mode, writes
 from tinyvmm import kvm, layout
+from tinyvmm.devices.virtio.device import VirtioDevice
+from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.errors import KvmError
 from tinyvmm.eventfds import MsiRoutes
 from tinyvmm.machine import Machine
@@ -258,3 +260,63 @@ def test_whoever_pauses_resumes_and_stops_when_they_like_nothing_hangs_or_is_los
             for thread in stoppers:
                 thread.join(30)
             assert machine.wait(30) in {StopCause.POWEROFF, StopCause.RESET}
+
+
+class Endless(VirtioDevice):
+    """Its ring fills itself: each chain that is served makes another one available."""
+
+    def __init__(self, chains: int) -> None:
+        super().__init__("endless", 77, queue_sizes=(1,))
+        self.left = chains
+        self.served = 0
+
+    def more_than(self, served: int) -> Callable[[], bool]:
+        return lambda: self.served > served
+
+    def handle(self, queue: Virtqueue) -> None:
+        while (chain := queue.pop()) is not None:
+            self.served += 1
+            self.left -= 1
+            if self.left:
+                queue._avail[1] = (queue._avail[1] + 1) & 0xFFFF
+            queue.push(chain, 0)
+
+
+@pytest.mark.parametrize("ioeventfd", [False, True])
+@pytest.mark.parametrize("chains", [1 << 62, 20_000])
+def test_a_ring_that_fills_itself_holds_up_no_pause_and_is_served_on(
+    chains: int, ioeventfd: bool
+) -> None:
+    device = Endless(chains)
+    with Machine(memory=1 << 20, transport="mmio", ioeventfd=ioeventfd) as machine:
+        machine.add_virtio(device)
+        base = layout.VIRTIO_MMIO_GPA
+        machine.memory.write(0x8000, struct.pack("<QIHH", 0x9000, 4, 2, 0))  # one descriptor
+        machine.memory.write(0x8100, struct.pack("<HHH", 1, 1, 0))  # available; no interrupts
+        for offset, value in (
+            *((0x070, 3), (0x024, 1), (0x020, 1), (0x070, 11), (0x030, 0), (0x038, 1)),
+            *((0x080, 0x8000), (0x090, 0x8100), (0x0A0, 0x8200), (0x044, 1)),
+        ):
+            machine.mmio.write(base + offset, 4, value)
+        protected_mode(machine, writes((base + 0x070, 15), (base + 0x050, 0))[:-3] + b"\xeb\xfe")
+        machine.start()
+        while device.served < 1000:
+            sleep(0.001)
+        for _ in range(10):
+            machine.pause()
+            assert machine.paused
+            if chains == 1 << 62:  # devices go on meanwhile
+                wait_until(device.more_than(device.served))
+            machine.resume()
+        if chains < 1 << 62:
+            wait_until(lambda: device.served == chains)
+        machine.stop(StopCause.STOPPED)
+        assert machine.wait(30) == StopCause.STOPPED
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(30_000):
+        if condition():
+            return
+        sleep(0.001)
+    pytest.fail("it never came")

@@ -379,9 +379,28 @@ class Machine:
             vcpus = self.vcpus if cpu is None else [self.vcpus[cpu]]
             for vcpu in vcpus:
                 vcpu.begin_pause()
+            for device in self._virtio_devices:
+                device.halt()  # a vCPU may be serving a ring that never ends
             for vcpu in vcpus:
                 vcpu.await_pause()
+            for device in self._virtio_devices:
+                self._unhalt(device)
             self.paused = all(vcpu.pausing for vcpu in self.vcpus)
+
+    def _unhalt(self, device: "VirtioDevice") -> None:
+        """Have `device` serve again, unless the run has ended; what it left, on a thread."""
+        left = device.unhalt()
+        if self.cause:  # set before `stop` halts them
+            device.halt()
+        elif left:
+
+            def catch_up() -> None:
+                try:
+                    device.catch_up()
+                except BaseException as error:  # noqa: BLE001 (must reach the machine)
+                    self.stop(StopCause.ERROR, error)
+
+            threading.Thread(target=catch_up, name=f"io {device.name}", daemon=True).start()
 
     def resume(self, cpu: int | None = None) -> None:
         """Have every vCPU, or only `cpu`, go on after `pause`; harmless if none is paused.

@@ -91,12 +91,27 @@ class VirtioDevice:
             queue.on_used = partial(interrupt, queue.index)
 
     def halt(self) -> None:
-        """Let vCPU threads out of `handle`: the machine stops; from any thread, without the lock.
+        """Let vCPU threads out of `handle`: the machine stops, or pauses; without the lock.
 
-        A ring may fill itself for ever: a chain may ask for what moves its own available idx.
+        From any thread. A ring may fill itself for ever: a chain may ask for what moves its own
+        available idx.
         """
         for queue in self.queues:
             queue.halted = True
+
+    def unhalt(self) -> bool:
+        """Serve again; whether there is something to `catch_up` on. From any thread."""
+        with self.lock:
+            for queue in self.queues:
+                queue.halted = False
+            return any(queue.cut_short for queue in self.queues)
+
+    def catch_up(self) -> None:
+        """Serve the queues that were left for a halt, as if they were kicked. From any thread."""
+        for queue in self.queues:
+            if queue.cut_short:
+                queue.cut_short = False
+                self.notify(queue.index)
 
     def detach(self) -> None:
         """Leave the transport, forgetting the driver: the machine is being taken apart."""

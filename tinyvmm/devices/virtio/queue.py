@@ -81,6 +81,8 @@ class Virtqueue:
         """Interrupts the driver."""
         self.halted = False
         """Set from any thread, without the lock, to have `pop` find nothing any more."""
+        self.cut_short = False
+        """Set by a `pop` that found nothing only for that."""
         self.served = 0
         """How many chains were given back, in all."""
         self._on_error = on_error
@@ -140,7 +142,10 @@ class Virtqueue:
         None if there is none, and then the driver will kick for the next; None also if the queue is
         halted or not enabled, or the driver broke a rule and `on_error` has been told.
         """
-        if not self.ready or self.halted:
+        if not self.ready:
+            return None
+        if self.halted:
+            self.cut_short = True
             return None
         last = self.last_avail
         avail = self._avail

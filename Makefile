@@ -28,7 +28,9 @@ $(BIN)/pytest: pyproject.toml
 packages:
 	@tools/need-packages qemu-system-x86_64:qemu-system-x86 iasl:acpica-tools gcc:gcc \
 	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils diod:diod \
-	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils nbdinfo:libnbd-bin socat:socat zsh:zsh passt:passt ip:iproute2 zstd:zstd rpmbuild:rpm fio:fio dbench:dbench stress-ng:stress-ng
+	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils nbdinfo:libnbd-bin socat:socat zsh:zsh passt:passt ip:iproute2 iperf3:iperf3 zstd:zstd rpmbuild:rpm fio:fio dbench:dbench stress-ng:stress-ng \
+	  docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci zstd:zstd \
+	  busybox:busybox-static
 
 kernel: $(BIN)/pytest
 	@$(BIN)/python -m tinyvmm kernel list --json | grep -q version || \

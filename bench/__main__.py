@@ -7,7 +7,22 @@ asserts; docs/benchmarks.md says how to read it.
 import sys
 from importlib import import_module
 
-NAMES = ("exits", "doorbells", "startup", "boot", "caching", "codec", "server", "guest9p", "disk")
+NAMES = (
+    "exits",
+    "doorbells",
+    "startup",
+    "boot",
+    "caching",
+    "codec",
+    "server",
+    "guest9p",
+    "disk",
+    "frames",
+    "net",
+    "vsock",
+    "console",
+    "kernels",
+)
 
 
 def main() -> None:

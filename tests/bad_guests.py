@@ -280,33 +280,52 @@ def _balloon() -> Made:
     return Made(device, works)
 
 
+class _Wire:
+    """A backend that counts the bytes of the last frame."""
+
+    vnet_header = False
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def send(self, views: Sequence[memoryview]) -> bool:
+        self.sent = sum(map(len, views))
+        return True
+
+    def receive(self, views: Sequence[memoryview]) -> None:
+        del views
+
+    def watch(self, *, readable: bool) -> None:
+        del readable
+
+    def use(self, features: int) -> None:
+        del features
+
+    def enable(self, *, on: bool) -> None:
+        del on
+
+
 def _net() -> Made:
-    class Wire:
-        vnet_header = False
-
-        def __init__(self) -> None:
-            self.sent = 0
-
-        def send(self, views: Sequence[memoryview]) -> bool:
-            self.sent = sum(map(len, views))
-            return True
-
-        def receive(self, views: Sequence[memoryview]) -> None:
-            del views
-
-        def watch(self, *, readable: bool) -> None:
-            del readable
-
-        def use(self, features: int) -> None:
-            del features
-
-    wire = Wire()
+    wire = _Wire()
 
     def works(queues: list[Queue]) -> bool:
         _exchange(queues[1], [bytes(12), b"x" * 60], 0)
         return wire.sent == 60
 
-    return Made(VirtioNet(wire, b"\x52\0\0\0\0\1"), works, asked=1)
+    return Made(VirtioNet([wire], b"\x52\0\0\0\0\1"), works, asked=1)
+
+
+def _net_of_several() -> Made:
+    wires = [_Wire() for _ in range(3)]
+
+    def works(queues: list[Queue]) -> bool:
+        use = struct.pack("<BBH", 4, 0, 3)  # VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET
+        if _exchange(queues[6], [use], 1) != b"\0":
+            return False
+        _exchange(queues[5], [bytes(12), b"x" * 60], 0)
+        return wires[2].sent == 60
+
+    return Made(VirtioNet(wires, b"\x52\0\0\0\0\1"), works, asked=6)
 
 
 def _vsock() -> Made:
@@ -350,6 +369,7 @@ VIRTIO: dict[str, Callable[[], Made]] = {
     "block": _block,
     "vsock": _vsock,
     "net": _net,
+    "net of several": _net_of_several,
     "example pattern": _pattern,
 }
 

@@ -2,10 +2,13 @@
 
 import faulthandler
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -44,6 +47,7 @@ def nothing_leaks_descriptors(request: pytest.FixtureRequest) -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
+SOURCES = Path(__file__).parent / "kernels"
 THREADS_END = 10.0  # seconds
 
 
@@ -69,3 +73,37 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Builds a kernel of tests/kernels: `build("told", start="pvh")`."""
+    if shutil.which("gcc") is None or shutil.which("ld") is None:
+        pytest.skip("no gcc or ld here: apt-get install gcc binutils")
+    where = tmp_path_factory.mktemp("kernels")
+    options = ["-m32", "-ffreestanding", "-fno-pie", "-fno-stack-protector", "-mno-sse", "-O1"]
+    options += ["-fno-asynchronous-unwind-tables", "-mgeneral-regs-only"]
+
+    def made(name: str, start: str | None = "multiboot") -> str:
+        kernel = where / f"{name}-{start}"
+        if not kernel.exists():
+            objects = []
+            for source in (f"{start}.S" if start else f"{name}.S", f"{name}.c" if start else None):
+                if source is not None:
+                    objects.append(str(where / f"{source}.o"))
+                    command = ["gcc", *options, "-c", str(SOURCES / source), "-o", objects[-1]]
+                    subprocess.run(command, check=True)
+            command = [
+                "ld",
+                "-m",
+                "elf_i386",
+                "-n",
+                "--no-warn-rwx-segments",
+                "-T",
+                str(SOURCES / "link.ld"),
+                *objects,
+            ]
+            subprocess.run([*command, "-o", str(kernel)], check=True)
+        return str(kernel)
+
+    return made

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,45 +22,10 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.layout import HIGH_RAM_GPA, PCI_SLOT_STRIDE, PCI_WINDOW_GPA
 from tinyvmm.memory import GuestMemory
 
-SOURCES = Path(__file__).parent / "kernels"
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
 
 Build = Callable[..., str]
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Builds a kernel of tests/kernels: `build("told", start="pvh")`."""
-    if shutil.which("gcc") is None or shutil.which("ld") is None:
-        pytest.skip("no gcc or ld here: apt-get install gcc binutils")
-    where = tmp_path_factory.mktemp("kernels")
-    options = ["-m32", "-ffreestanding", "-fno-pie", "-fno-stack-protector", "-mno-sse", "-O1"]
-    options += ["-fno-asynchronous-unwind-tables", "-mgeneral-regs-only"]
-
-    def made(name: str, start: str | None = "multiboot") -> str:
-        kernel = where / f"{name}-{start}"
-        if not kernel.exists():
-            objects = []
-            for source in (f"{start}.S" if start else f"{name}.S", f"{name}.c" if start else None):
-                if source is not None:
-                    objects.append(str(where / f"{source}.o"))
-                    command = ["gcc", *options, "-c", str(SOURCES / source), "-o", objects[-1]]
-                    subprocess.run(command, check=True)
-            command = [
-                "ld",
-                "-m",
-                "elf_i386",
-                "-n",
-                "--no-warn-rwx-segments",
-                "-T",
-                str(SOURCES / "link.ld"),
-                *objects,
-            ]
-            subprocess.run([*command, "-o", str(kernel)], check=True)
-        return str(kernel)
-
-    return made
 
 
 def tinyvmm(

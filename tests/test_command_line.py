@@ -145,7 +145,7 @@ def bash(line: str) -> set[str]:
 
 @pytest.mark.usefixtures("machines")
 def test_bash_completes() -> None:
-    assert bash("tinyvmm pa") == {"pause"}
+    assert bash("tinyvmm pau") == {"pause"}
     assert {"run", "exec", "cp", "completion"} <= bash("tinyvmm ")
     assert bash("tinyvmm run --mem") == {"--memory"}
     assert bash("tinyvmm run --transport ") == {"pci", "mmio"}

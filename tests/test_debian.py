@@ -102,6 +102,20 @@ def test_a_kernel_package_gives_kernel_config_and_modules_and_nothing_else(
     }
 
 
+def test_a_package_packed_with_zstd_is_read_too(tmp_path: Path) -> None:
+    members = deb(HONEST, "").partition(b"data.tar")
+    tar = members[2][60 - len("data.tar") :]
+    packed = subprocess.run(["zstd", "-qc"], input=tar, capture_output=True, check=True).stdout
+    control = ("control.tar.xz", lzma.compress(b"odd"))
+    package = ar([("debian-binary", b"2.0\n"), control, ("data.tar.zst", packed)])
+    assert unpack(package, tmp_path) == V
+    assert contents(tmp_path / "draft")["vmlinuz"] == b"kernel" * 1000
+    damaged = ar([("debian-binary", b"2.0\n"), control, ("data.tar.zst", packed[:-30])])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="is damaged"):
+        unpack(damaged, tmp_path / "other")
+
+
 def test_modules_below_usr_are_found_as_well(tmp_path: Path) -> None:
     moved = [(i, d) for i, d in HONEST if "modules" not in i.name]
     moved.append(member(f"./usr/lib/modules/{V}/kernel/fs/9p/9p.ko.xz", b"9p"))

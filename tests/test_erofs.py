@@ -418,7 +418,7 @@ def test_what_goes_away_before_it_is_looked_at_is_no_file(
     entries = {name: nid for name, nid, _ in image.directory(image.inode(entries[b"d"]))}
     assert image.read(image.meta * 4096 + entries[b"gone"] * 32, 64) == bytes(64)
     assert content(image, b"/d/here") == b"here"
-    assert [str(tmp_path / "d" / "gone") in line for line in warnings] == [True]
+    assert warnings == []
 
 
 def test_metadata_that_is_nowhere_yet_cannot_be_read(torture: Path) -> None:

@@ -16,7 +16,7 @@ from tinyvmm.devices.virtio.console import OUTPUT_MAX, ConsolePort, VirtioConsol
 from tinyvmm.streams import PortInput, PortOutput
 
 HEADER = Path("/usr/include/linux/virtio_console.h")
-DEVICE_READY, PORT_ADD, PORT_READY, PORT_OPEN, PORT_NAME = 0, 1, 3, 6, 7
+DEVICE_READY, PORT_ADD, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 0, 1, 3, 4, 5, 6, 7
 NO_ID = 0xFFFF_FFFF
 
 
@@ -108,6 +108,68 @@ def test_ports_are_added_named_and_opened_in_the_order_a_driver_asks() -> None:
     assert guest.hear() == [(2, PORT_NAME, 1, b"out"), (2, PORT_OPEN, 1, b"")]
     guest.say(1, PORT_READY)
     assert guest.hear() == [(1, PORT_NAME, 1, b"in"), (1, PORT_OPEN, 1, b"")]
+
+
+def a_console(*, size: tuple[int, int] | None = None) -> tuple[Guest, ConsolePort]:
+    guest = Guest("plain", "hvc")
+    port = guest.ports[1] = ConsolePort("hvc", console=True)
+    if size is not None:
+        port.resize(*size)
+    guest.device = VirtioConsole(guest.ports)
+    guest.driver = Driver(guest.device)
+    guest.start()
+    guest.say(NO_ID, DEVICE_READY)
+    guest.hear()
+    return guest, port
+
+
+def test_a_console_is_told_to_be_one_and_its_size_before_anything_else() -> None:
+    guest, port = a_console(size=(24, 80))
+    guest.say(2, PORT_READY)
+    assert guest.hear() == [
+        (2, CONSOLE_PORT, 1, b""),
+        (2, RESIZE, 1, struct.pack("<HH", 24, 80)),
+        (2, PORT_NAME, 1, b"hvc"),
+        (2, PORT_OPEN, 1, b""),
+    ]
+    port.resize(50, 132)
+    assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 50, 132))]
+
+
+def test_of_many_sizes_a_slow_driver_hears_the_last() -> None:
+    guest, port = a_console()
+    guest.say(2, PORT_READY)
+    assert [event for _, event, _, _ in guest.hear()] == [CONSOLE_PORT, PORT_NAME, PORT_OPEN]
+    for _ in range(16):  # the buffers that it has posted
+        guest.ports[1].resize(1, 1)
+    for cols in range(1000):
+        port.resize(24, cols)
+    assert len(guest.device.save()["pending"]) == 1
+    guest.hear()
+    assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 24, 999))]
+
+
+def test_a_size_given_before_the_driver_came_survives_save_load_and_a_reset() -> None:
+    guest, port = a_console()
+    port.resize(30, 100)
+    assert guest.hear() == []
+    state = json.loads(json.dumps(guest.driver.mmio.save()))
+    port.resize(1, 1)
+    guest.driver.mmio.load(state)
+    assert port.size == (30, 100)
+    guest.driver.write(0x070, 0)
+    guest.start()
+    guest.say(2, PORT_READY)
+    assert (2, RESIZE, 1, struct.pack("<HH", 30, 100)) in guest.hear()
+
+
+def test_what_is_no_console_or_no_size_is_our_own_mistake() -> None:
+    guest, port = a_console()
+    with pytest.raises(ValueError, match="no console"):
+        guest.ports[0].resize(24, 80)
+    for rows, cols in ((-1, 80), (24, 65536)):
+        with pytest.raises(ValueError, match="a terminal of"):
+            port.resize(rows, cols)
 
 
 def test_a_driver_that_failed_to_add_a_port_or_itself_hears_nothing_of_it() -> None:

@@ -16,22 +16,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.virtio_driver import NEEDS_RESET, Driver
+from tests.virtio_driver import NEEDS_RESET, Driver, Queue
 from tinyvmm.devices.virtio.net import (
     FRAME_MAX,
     OFFLOADS,
+    VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MTU,
     VIRTIO_NET_F_STATUS,
     VirtioNet,
 )
 from tinyvmm.errors import ConfigError
 from tinyvmm.net import options
-from tinyvmm.net.passt import Frames, Passt
+from tinyvmm.net.passt import BACKLOG_MAX, Frames, Passt
 from tinyvmm.net.tap import Tap
 
 MAC = bytes.fromhex("525400123456")
 NO_HEADER = bytes(12)
+PASST = bytes.fromhex("9a5554000001")
+GUEST_IP, PASST_IP = bytes((10, 0, 2, 15)), bytes((10, 0, 2, 2))
 FRAME = b"\xff" * 6 + MAC + b"\x08\x00" + b"payload of a frame"
 
 
@@ -45,6 +49,7 @@ class Wire:
         self.room = 1 << 30  # frames it takes
         self.watched = False
         self.features = 0
+        self.enabled = False
 
     def send(self, views: Sequence[memoryview]) -> bool:
         if not self.room:
@@ -69,27 +74,30 @@ class Wire:
     def use(self, features: int) -> None:
         self.features = features
 
+    def enable(self, *, on: bool) -> None:
+        self.enabled = on
+
 
 def plugged(wire: Wire, **keywords: int) -> tuple[VirtioNet, Driver]:
-    device = VirtioNet(wire, MAC, **keywords)
+    device = VirtioNet([wire], MAC, **keywords)
     driver = Driver(device)
     driver.start()
     return device, driver
 
 
 def test_it_says_what_it_is() -> None:
-    driver = Driver(VirtioNet(Wire(), MAC, mtu=1400))
+    driver = Driver(VirtioNet([Wire()], MAC, mtu=1400))
     assert driver.read(0x008) == 1
     config = b"".join(driver.mmio.read(0x100 + i, 1).to_bytes(1, "little") for i in range(12))
     assert config == MAC + struct.pack("<HHH", 1, 1, 1400)
     wanted = VIRTIO_NET_F_MAC | VIRTIO_NET_F_STATUS | VIRTIO_NET_F_MTU
     assert driver.offered() & 0xFF_FFFF == wanted
-    assert not Driver(VirtioNet(Wire(), MAC)).offered() & VIRTIO_NET_F_MTU
+    assert not Driver(VirtioNet([Wire()], MAC)).offered() & VIRTIO_NET_F_MTU
 
 
 def test_offloads_are_the_backends_to_offer() -> None:
     wire = Wire(vnet_header=True)
-    driver = Driver(VirtioNet(wire, MAC))
+    driver = Driver(VirtioNet([wire], MAC))
     assert driver.offered() & OFFLOADS == OFFLOADS
     driver.start(without=1 << 7)
     assert wire.features & OFFLOADS == OFFLOADS & ~(1 << 7)
@@ -136,7 +144,7 @@ def test_a_backend_that_takes_nothing_keeps_the_guest_waiting() -> None:
         transmit.send([NO_HEADER, FRAME + bytes((number,))], [])
     assert len(transmit.used()) == 2
     wire.room = 10
-    device.writable()
+    device.pairs[0].writable()
     assert wire.sent == [FRAME + bytes((number,)) for number in range(5)]
     assert len(transmit.used()) == 3
 
@@ -148,7 +156,7 @@ def test_frames_come_in_with_a_header_that_says_nothing() -> None:
     receive.send([], [5, 9, 2000])
     assert wire.watched
     wire.frames.append(FRAME)
-    device.readable()
+    device.pairs[0].readable()
     (data,) = receive.collect()
     assert data == bytes(10) + b"\1\0" + FRAME
 
@@ -158,7 +166,7 @@ def test_headers_of_the_backends_come_in_as_they_are_but_for_the_count() -> None
     device, driver = plugged(wire)
     driver.queues[0].send([], [2000])
     wire.frames.append(b"\1\1" + b"\7" * 10 + FRAME)
-    device.readable()
+    device.pairs[0].readable()
     (data,) = driver.queues[0].collect()
     assert data == b"\1\1" + b"\7" * 8 + b"\1\0" + FRAME
 
@@ -169,7 +177,7 @@ def test_without_buffers_the_backend_is_not_read() -> None:
     receive = driver.queues[0]
     receive.send([], [2000])
     wire.frames.extend([FRAME, FRAME + b"2"])
-    device.readable()
+    device.pairs[0].readable()
     assert not wire.watched
     assert len(wire.frames) == 1
     assert receive.collect() == [bytes(10) + b"\1\0" + FRAME]
@@ -184,7 +192,7 @@ def test_a_buffer_too_small_for_any_frame_is_the_drivers_fault() -> None:
     device, driver = plugged(wire)
     driver.queues[0].send([], [20])
     wire.frames.append(FRAME)
-    device.readable()
+    device.pairs[0].readable()
     assert driver.status & NEEDS_RESET
     assert list(wire.frames) == [FRAME]
 
@@ -196,8 +204,8 @@ def test_a_reset_device_reads_and_writes_nothing() -> None:
     driver.write(0x070, 0)
     assert not wire.watched
     wire.frames.append(FRAME)
-    device.readable()
-    device.writable()
+    device.pairs[0].readable()
+    device.pairs[0].writable()
     assert list(wire.frames) == [FRAME]
 
 
@@ -208,8 +216,114 @@ def test_frames_that_wait_survive_save_and_load() -> None:
     driver.queues[1].send([NO_HEADER, FRAME], [])
     driver.mmio.load(driver.mmio.save())
     wire.room = 1
-    device.writable()
+    device.pairs[0].writable()
     assert wire.sent == [FRAME]
+
+
+# --- several pairs of queues ------------------------------------------------------------------
+
+
+def several(count: int, *, without: int = 0) -> tuple[VirtioNet, Driver, list[Wire]]:
+    wires = [Wire() for _ in range(count)]
+    device = VirtioNet(wires, MAC)
+    driver = Driver(device)
+    driver.start(without=without, size=16)
+    return device, driver, wires
+
+
+def command(queue: Queue, data: bytes) -> list[bytes]:
+    queue.send([data[:1], data[1:]], [1])
+    return queue.collect()
+
+
+def use_pairs(queue: Queue, count: int) -> list[bytes]:
+    return command(queue, struct.pack("<BBH", 4, 0, count))
+
+
+def test_each_pair_has_two_queues_and_the_control_queue_comes_last() -> None:
+    _, driver, _ = several(3)
+    assert driver.features & (VIRTIO_NET_F_MQ | VIRTIO_NET_F_CTRL_VQ) == 1 << 22 | 1 << 17
+    assert len(driver.queues) == 7
+    assert driver.mmio.read(0x108, 2) == 3  # max_virtqueue_pairs
+    assert not Driver(VirtioNet([Wire()], MAC)).offered() & (1 << 22 | 1 << 17)
+
+
+def test_one_pair_is_used_until_the_driver_asks_for_more() -> None:
+    _, driver, wires = several(3)
+    for receive in driver.queues[0:6:2]:
+        receive.send([], [2000])
+    assert [(wire.enabled, wire.watched) for wire in wires] == [(True, True), *[(False, False)] * 2]
+    assert use_pairs(driver.queues[6], 2) == [b"\0"]
+    assert [wire.enabled for wire in wires] == [True, True, False]
+    assert [wire.watched for wire in wires] == [True, True, False]
+    driver.write(0x070, 0)
+    assert [wire.enabled for wire in wires] == [True, False, False]
+
+
+def test_each_pair_has_its_own_way() -> None:
+    device, driver, wires = several(2)
+    assert use_pairs(driver.queues[4], 2) == [b"\0"]
+    for number, wire in enumerate(wires):
+        receive, transmit = driver.queues[2 * number : 2 * number + 2]
+        transmit.send([NO_HEADER, FRAME + bytes((number,))], [])
+        assert wire.sent == [FRAME + bytes((number,))]
+        receive.send([], [2000])
+        wire.frames.append(FRAME + b"back" + bytes((number,)))
+        device.pairs[number].readable()
+        assert receive.collect() == [bytes(10) + b"\1\0" + FRAME + b"back" + bytes((number,))]
+
+
+def test_a_pair_given_up_gets_no_more_frames() -> None:
+    device, driver, wires = several(2)
+    use_pairs(driver.queues[4], 2)
+    driver.queues[2].send([], [2000])
+    assert use_pairs(driver.queues[4], 1) == [b"\0"]
+    wires[1].frames.append(FRAME)
+    device.pairs[1].readable()
+    assert driver.queues[2].collect() == []
+    assert not wires[1].watched
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<BBH", 4, 0, 0), struct.pack("<BBH", 4, 0, 4), struct.pack("<BBH", 4, 1, 1),
+        struct.pack("<BBH", 1, 0, 1), b"\0\0\1", b"\4\0", bytes(4096), b"\4\0\1\0\0",
+    ],
+)  # fmt: skip
+def test_other_commands_are_answered_by_an_error(data: bytes) -> None:
+    _, driver, wires = several(3)
+    assert command(driver.queues[6], data) == [b"\1"]
+    assert [wire.enabled for wire in wires] == [True, False, False]
+    assert not driver.status & NEEDS_RESET
+
+
+def test_without_mq_the_control_queue_is_the_third_and_there_is_one_pair() -> None:
+    _, driver, wires = several(3, without=VIRTIO_NET_F_MQ)
+    assert use_pairs(driver.queues[2], 1) == [b"\1"]
+    driver.queues[3].send([NO_HEADER, FRAME], [])
+    assert wires[1].sent == []
+    assert use_pairs(driver.queues[6], 1) == []
+
+
+def test_pairs_in_use_survive_save_and_load() -> None:
+    wires = [Wire(vnet_header=True) for _ in range(3)]
+    wires[1].room = 0
+    driver = Driver(VirtioNet(wires, MAC))
+    driver.start(size=16)
+    use_pairs(driver.queues[6], 2)
+    driver.queues[2].send([], [2000])
+    driver.queues[3].send([NO_HEADER, FRAME], [])
+    state = driver.mmio.save()
+    others = [Wire(vnet_header=True) for _ in range(3)]
+    other = Driver(VirtioNet(others, MAC), driver.ram)
+    other.mmio.load(state)
+    assert [(wire.enabled, wire.watched) for wire in others] == [
+        *[(True, True)] * 2,
+        (False, False),
+    ]
+    assert others[0].features & OFFLOADS == OFFLOADS
+    assert others[1].sent == [NO_HEADER + FRAME]  # which the first had not taken
 
 
 # --- a stream of frames -----------------------------------------------------------------------
@@ -238,8 +352,10 @@ def test_a_frame_follows_its_length(stream: Stream) -> None:
     assert theirs.recv(100) == b"\0\0\0\6abcdef"
     theirs.sendall(b"\0\0\0\5")
     buffer = room()
+    frames.drain()
     assert frames.receive([buffer]) is None
     theirs.sendall(b"hello\0\0\0\2xy")
+    frames.drain()
     assert frames.receive([buffer[:2], buffer[2:]]) == 5
     assert bytes(buffer[:5]) == b"hello"
     assert frames.receive([buffer]) == 2
@@ -248,6 +364,7 @@ def test_a_frame_follows_its_length(stream: Stream) -> None:
 def test_a_frame_too_long_for_the_buffer_is_dropped(stream: Stream) -> None:
     frames, theirs, _ = stream
     theirs.sendall(b"\0\0\0\4long\0\0\0\2ok")
+    frames.drain()
     buffer = room(3)
     assert frames.receive([buffer]) == 2
     assert bytes(buffer[:2]) == b"ok"
@@ -275,7 +392,8 @@ def test_the_other_ends_end_is_told_once(stream: Stream, last: bytes) -> None:
     frames, theirs, told = stream
     theirs.sendall(last)
     theirs.close()
-    assert frames.receive([room()]) is None
+    frames.drain()
+    frames.drain()
     assert frames.receive([room()]) is None
     assert frames.send([memoryview(b"into the void")])
     assert told == ["ended"]
@@ -284,10 +402,10 @@ def test_the_other_ends_end_is_told_once(stream: Stream, last: bytes) -> None:
 def test_a_thread_tells_the_device_of_both(stream: Stream) -> None:
     frames, theirs, _ = stream
     errors: list[BaseException] = []
-    device = VirtioNet(frames, MAC)
+    device = VirtioNet([frames], MAC)
     driver = Driver(device)
     receive, transmit = driver.start()
-    frames.pump.start(device, errors.append)
+    frames.pump.start(device.pairs[0], errors.append)
     with device.lock:
         receive.send([], [2000])
     theirs.sendall(struct.pack(">I", len(FRAME)) + FRAME)
@@ -308,10 +426,11 @@ def test_a_thread_tells_the_device_of_both(stream: Stream) -> None:
 
 def test_frames_that_came_together_do_not_wait_for_more(stream: Stream) -> None:
     frames, theirs, _ = stream
-    device = VirtioNet(frames, MAC)
+    device = VirtioNet([frames], MAC)
     driver = Driver(device)
     receive, _ = driver.start()
     theirs.sendall(b"".join(struct.pack(">I", len(FRAME)) + FRAME for _ in range(3)))
+    frames.drain()
     receive.send([], [2000])
     assert len(receive.collect()) == 1
     receive.send([], [2000])
@@ -320,12 +439,81 @@ def test_frames_that_came_together_do_not_wait_for_more(stream: Stream) -> None:
     device.detach()
 
 
+def test_frames_wait_for_the_guest_and_not_in_the_socket(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    frame = struct.pack(">I", 60_000) + bytes(range(250)) * 240
+    count = BACKLOG_MAX // 2 // 60_000
+    for _ in range(count):
+        theirs.sendall(frame)  # which would wait for ever, were nobody to read
+        frames.drain()
+    buffer = room()
+    assert [frames.receive([buffer]) for _ in range(count + 1)] == [60_000] * count + [None]
+    assert bytes(buffer[:60_000]) == frame[4:]
+
+
+def test_a_guest_that_takes_nothing_has_no_more_than_a_limit_kept_for_it(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    frame = struct.pack(">I", 60_000) + bytes(60_000)
+    theirs.setblocking(False)
+    sent = 0
+    idle = 0
+    data = b""
+    while idle < 3:
+        data = data or frame
+        try:
+            done = theirs.send(data)
+        except BlockingIOError:
+            frames.drain()
+            idle += 1
+        else:
+            idle = 0
+            sent += done
+            data = data[done:]
+    assert BACKLOG_MAX < sent < BACKLOG_MAX + (4 << 20)
+    buffer = room()
+    taken = 0
+    while (count := frames.receive([buffer])) is not None:
+        taken += count
+        frames.drain()  # and it is read again
+    assert taken == sent // len(frame) * 60_000
+
+
+def test_a_guests_server_that_is_asked_hears_that_the_connection_stands() -> None:
+    ours, theirs = socket.socketpair()
+    frames = Frames(ours, pytest.fail, published=True)
+    errors: list[BaseException] = []
+    device = VirtioNet([frames], MAC)
+    receive, transmit = Driver(device).start()
+    frames.pump.start(device.pairs[0], errors.append)
+    head = PASST + MAC + b"\x08\0\x45\0\0\x28" + bytes(4) + b"\x40\6\0\0" + GUEST_IP + PASST_IP
+    syn_ack = head + struct.pack(">HHIIBBHHH", 22, 5000, 7, 9, 0x50, 0x12, 64240, 0, 0)
+    with device.lock:
+        receive.send([], [2000])
+        transmit.send([NO_HEADER, syn_ack], [])
+    found: list[bytes] = []
+    for _ in range(3000):
+        with device.lock:
+            found += receive.collect()
+        if found:
+            break
+        sleep(0.01)
+    (answer,) = found
+    assert answer[12:26] == MAC + PASST + b"\x08\0"
+    assert struct.unpack(">HHIIBB", answer[46:60]) == (5000, 22, 9, 8, 0x50, 0x10)
+    assert theirs.recv(100)[4:] == syn_ack
+    device.detach()
+    frames.close()
+    theirs.close()
+    assert errors == []
+
+
 # --- a tap ------------------------------------------------------------------------------------
 
 TAP_PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import os, select, struct, subprocess
+from tinyvmm.errors import ConfigError
 from tinyvmm.net.tap import Tap
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 tap = Tap("probe0")
@@ -353,6 +541,39 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
     assert sock.recv(100) == b"to the guest"
 assert tap.receive([buffer]) is None or True
 tap.close()
+taps = [Tap("several0", several=True) for _ in range(3)]
+for command in ("address add 198.51.100.1/24 dev several0", "link set several0 up",
+                "neigh add 198.51.100.2 lladdr 52:54:00:12:34:56 dev several0"):
+    subprocess.run(["ip", *command.split()], check=True)
+
+def got_by(taps):
+    found = set()
+    for number in range(200):  # flows, which the kernel spreads
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"to the guest", ("198.51.100.2", 1000 + number))
+    for index, tap in enumerate(taps):
+        while (count := tap.receive([buffer])) is not None:
+            if bytes(buffer[:count]).endswith(b"to the guest"):
+                found.add(index)
+    return found
+
+assert got_by(taps) == {{0, 1, 2}}
+taps[2].enable(on=False)
+assert got_by(taps) == {{0, 1}}
+taps[2].enable(on=True)
+assert got_by(taps) == {{0, 1, 2}}
+for tap in taps:
+    tap.close()
+for name, more, several, words in (("one0", (), True, "leave queues= out"),
+                                   ("many0", ("multi_queue",), False, "give queues=2")):
+    subprocess.run(["ip", "tuntap", "add", name, "mode", "tap", *more], check=True)
+    try:
+        Tap(name, several=several)
+    except ConfigError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(name)
+Tap("many0", several=True).close()
 print("good")
 """
 
@@ -397,12 +618,13 @@ def test_passt_answers_for_the_gateway() -> None:
     asked = bytes((10, 0, 2, 2))
     arp = b"\xff" * 6 + MAC + struct.pack(">HHHBBH", 0x806, 1, 0x800, 6, 4, 1)
     arp += MAC + bytes((10, 0, 2, 15)) + bytes(6) + asked
-    passt = Passt(["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0",
-                   "--gateway", "10.0.2.2"], told.append)  # fmt: skip
+    where = ["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0"]
+    passt = Passt([*where, "--gateway", "10.0.2.2"], told.append, mac=MAC, gateway=asked)
     try:
         buffer = room()
         assert passt.frames.send([memoryview(arp)])
         for _ in range(3000):
+            passt.frames.drain()
             count = passt.frames.receive([buffer])
             if count is not None and bytes(buffer[12:14]) == b"\x08\x06":
                 break
@@ -417,7 +639,7 @@ def test_passt_answers_for_the_gateway() -> None:
 def test_without_passt_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"cannot run passt .* apt-get install passt"):
-        Passt([], pytest.fail)
+        Passt([], pytest.fail, mac=MAC, gateway=bytes(4))
 
 
 # --- what the user says -----------------------------------------------------------------------
@@ -428,7 +650,8 @@ def test_options_are_read() -> None:
     assert (user.kind, user.mac, user.mtu, user.address) == ("user", MAC, 1400, "10.0.2.15/24")
     text = "tap=br0,address=192.0.2.2/24,gateway=192.0.2.1,dns=1.1.1.1,dns=9.9.9.9"
     tap = options.parse_net(text)
-    assert tap[1:] == ("br0", None, None, "192.0.2.2/24", "192.0.2.1", ("1.1.1.1", "9.9.9.9"))
+    assert tap[1:-1] == ("br0", None, None, "192.0.2.2/24", "192.0.2.1", ("1.1.1.1", "9.9.9.9"))
+    assert options.parse_net("tap,queues=4").queues == 4
     assert options.parse_net("tap").address is None
     assert options.random_mac()[0] & 3 == 2
 
@@ -438,6 +661,7 @@ def test_options_are_read() -> None:
     [
         "bridge", "user=x", "tap=", "tap,mac=1", "tap,mac=01:00:5e:00:00:01", "user,mtu=10",
         "user,mtu=x", "tap,address=300.0.0.1/24", "user,address=192.0.2.2/24", "tap,colour=red",
+        "tap,queues=0", "tap,queues=17", "user,queues=2",
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(text: str) -> None:

@@ -656,6 +656,89 @@ def test_the_guest_reaches_sockets_by_port(host: tuple[VsockHost, Guest]) -> Non
         assert until(guest, SHUTDOWN).flags == SEND
 
 
+class Echoing:
+    """A guest that accepts whoever comes, sends back what it gets, and hangs up when they do."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._main)
+        self.counts: dict[tuple[int, int], int] = {}  # bytes had of each connection
+        self.refused = 0
+
+    def _main(self) -> None:
+        while not self._stop.wait(0.0002):
+            with self._guest.device.lock:
+                for packet in self._guest.heard():
+                    self._answer(packet)
+
+    def _answer(self, packet: Packet) -> None:
+        ports = packet.guest_port, packet.host_port
+        if packet.op == REQUEST:
+            self.counts[ports] = 0
+            self._guest.say(*ports, RESPONSE)
+        elif packet.op == RW:
+            self.counts[ports] += len(packet.data)
+            self._guest.say(*ports, RW, packet.data, count=self.counts[ports])
+        elif packet.op == SHUTDOWN:
+            self._guest.say(*ports, SHUTDOWN, flags=RCV | SEND)
+        elif packet.op == RST:
+            del self.counts[ports]
+
+    def __enter__(self) -> "Echoing":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_thousands_of_sockets_come_and_go_and_leave_nothing_behind(
+    host: tuple[VsockHost, Guest],
+) -> None:
+    sockets, guest = host
+    before, threads = descriptors(), threading.active_count()
+    with Echoing(guest) as echoing:
+        for number in range(2000):
+            with ask(sockets.path, b"CONNECT 1024\n") as client:
+                word = b"%d" % number
+                if number % 3:  # one in three is gone before the guest has answered
+                    assert client.recv(100).startswith(b"OK ")
+                    client.sendall(word)
+                    assert client.recv(100) == word
+        for _ in range(3000):
+            if not echoing.counts and descriptors() == before:
+                break
+            sleep(0.01)
+        assert echoing.counts == {}
+    assert descriptors() == before
+    assert threading.active_count() == threads
+    assert guest.device.idle
+
+
+def test_many_at_once_are_all_served(host: tuple[VsockHost, Guest]) -> None:
+    sockets, guest = host
+    with Echoing(guest):
+        clients = [ask(sockets.path, b"CONNECT 7\nhello") for _ in range(100)]
+        for client in clients:
+            got = b""
+            while not got.endswith(b"hello"):
+                got += client.recv(100)
+            assert got.startswith(b"OK ")
+        for client in clients:
+            client.close()
+        for _ in range(3000):
+            if guest.device.idle:
+                break
+            sleep(0.01)
+        assert guest.device.idle
+
+
 def test_a_path_in_use_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "vsock").touch()
     with pytest.raises(ConfigError, match=r"cannot listen there .* give another path"):

@@ -10,6 +10,7 @@ itself, and the console's sink, which runs on vCPU threads.
 """
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -30,7 +31,9 @@ from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
 from tinyvmm.guest.init import (
     ROOT_TAG,
     STANDARD_MOUNTS,
+    Filesystem,
     InitConfig,
+    Mkdir,
     Network,
     describe_step,
     search_path,
@@ -61,22 +64,26 @@ from tinyvmm.vcpu import StopCause
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
+    from tinyvmm.devices.virtio.net import VirtioNet
     from tinyvmm.devices.virtio.vsock import VirtioVsock
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
+    from tinyvmm.erofs_root import RootDisks
     from tinyvmm.executor import Executor
     from tinyvmm.fileserver.watched import Access
     from tinyvmm.kernel_image import Kernel
-    from tinyvmm.net.options import NetOptions
-    from tinyvmm.net.passt import Frames
-    from tinyvmm.net.tap import Tap
+    from tinyvmm.net.options import NetOptions, Published
+    from tinyvmm.net.pump import Pump
     from tinyvmm.own_device import OwnDevice
+    from tinyvmm.pack_mounts import PackMap
     from tinyvmm.supervisor import Context, Supervisor
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
 
-MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "virtio_rng")
+FILE_MODULES = ("9pnet_virtio", "9p")
+MODULES = ("virtio_pci", "virtio_console", *FILE_MODULES, "virtio_rng")
+ROOT_MODES = ("9p", "erofs", "auto")
 # The file system is not found by itself, because the guest's /lib/modules is another kernel's; nor
 # is what it computes checksums with, which newer kernels have built in.
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
@@ -112,10 +119,17 @@ class RunOptions(NamedTuple):
     """Host directories that are live on both sides, mounted in the root."""
     disks: "Sequence[DiskOptions]" = ()
     """/dev/vda, /dev/vdb and so on."""
+    packs: "Sequence[PackMap]" = ()
+    """Trees of files that are one file each, joined with the root; later ones win."""
     cache: str | None = None
     """The cache policy of the root (mounts.CACHES); None for the one that fits."""
-    private_writes: str = "server"
-    """Where writes nobody keeps go: to a directory of the "server", or the "guest"'s RAM."""
+    root_mode: str = "auto"
+    """One of ROOT_MODES: how the root gets there; "auto" for 9p where the kernel has it."""
+    private_writes: str | None = None
+    """Where writes nobody keeps go: to this side (the "server"'s), or the "guest"'s RAM; None for
+    "server" with a root over 9P, "guest" with one of EROFS."""
+    directories: Sequence[str] = ()
+    """What of the root is made if it is missing, mount points too; outer ones first."""
     env: Sequence[str] = ()
     """`NAME=VALUE` each."""
     cwd: str = "/"
@@ -136,6 +150,8 @@ class RunOptions(NamedTuple):
     account: User | None = None
     """Who that is, once it has been looked up."""
     hostname: str = "tinyvmm"
+    stop_signal: str | int = signal.SIGTERM
+    """What asks the command to end: a name or a number."""
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
     devices: Sequence[str] = ()
@@ -146,6 +162,8 @@ class RunOptions(NamedTuple):
     """The network interface; None for none."""
     keep_writes: str | None = None
     """Path of a link to make to what the guest writes, which then stays (scratch.py)."""
+    publish: "Sequence[Published]" = ()
+    """Ports of this computer's that lead to the guest's."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
     vsock: tuple[str, int] | None = None
@@ -198,24 +216,36 @@ def run_command(
     ConfigError for what cannot be done.
     """
     with ExitStack() as cleanup:
-        options = options._replace(shared=arrange(options.shared))
+        options = settle(options._replace(shared=arrange(options.shared)))
         _check_balloon(options)
+        options = _with_packs(options)
         own_devices = load_devices(options.devices)
         disks = open_disks(options.disks, cleanup)
-        kernel, modules = prepare_kernel(options.kernel, modules_for(options))
+        kernel, modules = prepare_kernel(options.kernel, modules_for(options), options.root_mode)
         cleanup.callback(kernel.close)
-        trees = _trees(options, warn, cleanup)
+        root, trees = _trees(options, warn, cleanup)
+        served: list[tuple[str, Tree]] = [*trees, *_pack_trees(options, cleanup)]
+        root_disks = _open_root_disks(options, warn, cleanup)
         terminal = _terminal(options)
-        options = _with_user(options, trees[0][1])
-        config = _init_config(options, modules, terminal)
+        options = _with_user(options, root)
+        config = _init_config(options, modules, terminal, root_disks)
         if supervisor is not None:
-            supervisor.begin(_context(options, trees[0][1], modules))
+            supervisor.begin(_context(options, root, modules))
         initrd = [modules.archive, init_archive(config)]
         ends = _Ends(files, sinks or {}, on_session)
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
             turn = _Turn(
-                options, trees, disks, own_devices, terminal, timeout, warn, supervisor, ends
+                options,
+                served,
+                disks,
+                root_disks,
+                own_devices,
+                terminal,
+                timeout,
+                warn,
+                supervisor,
+                ends,
             )
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
@@ -238,8 +268,9 @@ class _Turn:
     def __init__(
         self,
         options: RunOptions,
-        trees: list[tuple[str, Tree]],
+        trees: "Sequence[tuple[str, Tree]]",
         disks: "list[RawDisk | Qcow2Image]",
+        root_disks: "RootDisks | None",
         own_devices: "list[OwnDevice]",
         terminal: "Terminal | None",
         timeout: float | None,
@@ -253,6 +284,7 @@ class _Turn:
         self._warn = warn
         self._trees = trees
         self._disks = disks
+        self._root_disks = root_disks
         self._own_devices = own_devices
         self._terminal = terminal
         self._timeout = timeout
@@ -339,7 +371,7 @@ class _Turn:
         if vsock_at is None and self._supervisor is not None:
             vsock_at = (self._supervisor.vsock_path, GUEST_CID)
         self._vsock_host = vsock_host = _open_vsock(vsock_at, cleanup)
-        backend = _open_net(options, self._warn, cleanup)
+        net = _open_net(options, self._warn, cleanup)
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,
@@ -360,19 +392,23 @@ class _Turn:
         for tag, tree in self._trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
         add_disks(machine, options.disks, self._disks)
+        _add_root_disks(machine, self._root_disks)
         vsock = None
         if vsock_at is not None and vsock_host is not None:
             vsock = _add_vsock(machine, vsock_host, vsock_at[1])
-        if options.net is not None and backend is not None:
-            _add_net(machine, options.net, backend)
+        if net is not None:
+            _add_net(machine, net)
         return machine, ports, vsock
 
 
 def prepare_kernel(
-    wanted: str | None, names: Sequence[str] = MODULES
+    wanted: str | None, names: Sequence[str] = MODULES, root: str = "9p"
 ) -> tuple["Kernel", ModuleArchive]:
-    """Find, unpack and cache the kernel and its modules; the caller closes the kernel."""
-    installed = kernels.find(wanted)
+    """Find, unpack and cache the kernel and its modules; the caller closes the kernel.
+
+    `root` is the kind of root that the kernel has to serve for.
+    """
+    installed = kernels.find(wanted, root=root)
     kernel = load_kernel(installed.vmlinuz)
     if installed.modules is None:
         return kernel, ModuleArchive((), b"")  # then everything must be built in
@@ -381,20 +417,60 @@ def prepare_kernel(
 
 def modules_for(options: RunOptions) -> Sequence[str]:
     """Return the names of the kernel modules that the guest needs."""
-    names = OVERLAY_MODULES if options.private_writes == "guest" else MODULES
+    names: Sequence[str] = MODULES
+    if options.root_mode == "erofs":
+        from tinyvmm.erofs_root import MODULES as EROFS_MODULES
+
+        files = FILE_MODULES if options.shared else ()
+        upper = DISK_MODULES if options.writes or options.private_writes == "server" else ()
+        names = [name for name in MODULES if name not in FILE_MODULES]
+        names += [*files, *EROFS_MODULES, *upper]
+    elif options.private_writes == "guest":
+        names = OVERLAY_MODULES
     balloon = () if options.balloon is None else ("virtio_balloon",)
     disks = DISK_MODULES if options.disks else ()
     net = () if options.net is None else NET_MODULES
     vsock = () if options.vsock is None else VSOCK_MODULES
-    return (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock)
+    packs: Sequence[str] = ()
+    if options.packs:
+        from tinyvmm import pack_mounts
+
+        packs = pack_mounts.modules(options.packs)
+    wanted = (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock, *packs)
+    return tuple(dict.fromkeys(wanted))
+
+
+def settle(options: RunOptions) -> RunOptions:
+    """Decide what was left open of the root; ConfigError for what does not go together."""
+    mode = options.root_mode
+    if mode not in ROOT_MODES:
+        raise ConfigError(f"{mode!r} is no kind of root: give {' or '.join(ROOT_MODES)}")
+    if mode == "auto":
+        mode = "9p"
+        given = options.kernel
+        found = kernels.default() if given is None else kernels.look_up(given)
+        if found and kernels.missing(found, "9p") and not kernels.missing(found, "erofs"):
+            mode = "erofs"
+    if mode == "erofs":
+        from tinyvmm.erofs_root import check_shared, upper_directory
+
+        upper_directory(options.writes)
+        if options.cache is not None:
+            raise ConfigError("--cache is about 9P, and the root is none: leave out --cache")
+        if options.shared:
+            check_shared(kernels.find(options.kernel, root="erofs"))
+    usual = "guest" if mode == "erofs" and not options.writes else "server"
+    return options._replace(root_mode=mode, private_writes=options.private_writes or usual)
 
 
 def check_options(options: RunOptions) -> Sequence[Shared]:
     """Raise ConfigError for directories and policies that cannot be; return what is shared."""
     shared = arrange(options.shared)
+    options = settle(options)
     root_mounts(options.cache, options.private_writes)
     _check_balloon(options)
     load_devices(options.devices)
+    _with_packs(options)
     _open_root(options, None).close()
     return shared
 
@@ -405,6 +481,35 @@ def _check_balloon(options: RunOptions) -> None:
             f"--balloon {options.balloon >> 20}M takes all of --memory {options.memory >> 20}M: "
             "give it less"
         )
+
+
+def _with_packs(options: RunOptions) -> RunOptions:
+    """Add the disks that packs are; ConfigError for packs that cannot be where they are to be."""
+    if not options.packs:
+        return options
+    from tinyvmm import pack_mounts
+
+    pack_mounts.check(options.packs, options.writes)
+    return options._replace(disks=(*options.disks, *pack_mounts.disks(options.packs)))
+
+
+def _pack_trees(options: RunOptions, cleanup: ExitStack) -> "Sequence[tuple[str, Tree]]":
+    """Open the packs that are served, with their mount tags, until `cleanup`."""
+    if not options.packs:
+        return ()
+    from tinyvmm import pack_mounts
+
+    return pack_mounts.open_trees(options.packs, cleanup)
+
+
+def _pack_mounts(options: RunOptions) -> "Sequence[Filesystem]":
+    """How PID 1 joins packs with the root."""
+    if not options.packs:
+        return ()
+    from tinyvmm import pack_mounts
+
+    own = len(options.disks) - len(pack_mounts.disks(options.packs))
+    return pack_mounts.mounts(options.packs, own)
 
 
 def load_devices(texts: Sequence[str]) -> "list[OwnDevice]":
@@ -456,14 +561,46 @@ def add_disks(
 def _open_root(options: RunOptions, scratch: str | None) -> UnionTree:
     """Join the root's read and write trees; `scratch` takes writes that nothing keeps."""
     writes = list(options.writes)
-    if options.private_writes == "guest" and writes:
+    if options.private_writes == "guest" and options.writes:
         raise ConfigError(
             "--private-writes guest throws away what the guest writes, --write keeps it: "
             "leave one out"
         )
-    if scratch is not None:
+    if options.root_mode == "erofs":
+        writes = []  # they are a disk's
+    elif scratch is not None:
         writes.append(("/", scratch))
     return open_tree(options.reads, writes)
+
+
+def _open_root_disks(
+    options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
+) -> "RootDisks | None":
+    """Open the disks of a root of EROFS, until `cleanup`; None if it is another."""
+    if options.root_mode != "erofs":
+        return None
+    from tinyvmm.erofs_root import open_root
+
+    return open_root(
+        options.reads,
+        options.writes,
+        private_writes=options.private_writes or "guest",
+        number=len(options.disks),
+        warn=warn,
+        cleanup=cleanup,
+    )
+
+
+def _add_root_disks(machine: Machine, root: "RootDisks | None") -> None:
+    """Add a device for each disk of the root."""
+    if root is None:
+        return
+    from tinyvmm.devices.virtio.blk import VirtioBlk
+    from tinyvmm.erofs_root import SERIAL, UPPER_SERIAL
+
+    machine.add_virtio(VirtioBlk(root.image, serial=SERIAL))
+    if root.upper is not None:
+        machine.add_virtio(VirtioBlk(root.upper, serial=UPPER_SERIAL))
 
 
 def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
@@ -482,27 +619,29 @@ def _add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
 
 def _open_net(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> "Tap | Frames | None":
+) -> "tuple[VirtioNet, list[Pump]] | None":
     """Open what the network interface leads to, until `cleanup`; None if there is none."""
     if options.net is None:
         return None
-    from tinyvmm.net.options import open_backend
-
-    return open_backend(options.net, warn, cleanup)
-
-
-def _add_net(machine: Machine, net: "NetOptions", backend: "Tap | Frames") -> None:
-    """Add a network interface with `backend` behind it."""
     from tinyvmm.devices.virtio.net import VirtioNet
-    from tinyvmm.net.options import random_mac
+    from tinyvmm.net.options import open_backend, random_mac
 
-    device = VirtioNet(backend, net.mac or random_mac(), mtu=net.mtu)
+    mac = options.net.mac or random_mac()
+    backends = open_backend(options.net, mac, options.publish, warn, cleanup)
+    device = VirtioNet(backends, mac, mtu=options.net.mtu)
+    return device, [backend.pump for backend in backends]
+
+
+def _add_net(machine: Machine, net: "tuple[VirtioNet, list[Pump]]") -> None:
+    """Add a network interface, and begin to wait for frames."""
+    device, pumps = net
     machine.add_virtio(device)
 
     def failed(error: BaseException) -> None:
         machine.stop(StopCause.ERROR, error)
 
-    backend.pump.start(device, failed)
+    for pair, pump in zip(device.pairs, pumps, strict=True):
+        pump.start(pair, failed)
 
 
 def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost | None":
@@ -518,12 +657,17 @@ def _open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost
 
 def _trees(
     options: RunOptions, warn: Callable[[str], None], cleanup: ExitStack
-) -> list[tuple[str, Tree]]:
-    """Open everything that is served, with its mount tag; the root first."""
+) -> tuple[Tree, list[tuple[str, Tree]]]:
+    """Open the root's tree, and all that is served, with its mount tag."""
     raise_nofile_limit()
     scratch = None
-    private = options.root is None and options.private_writes == "server"
-    if private and all(guest != "/" for guest, _ in options.writes):
+    over_9p = options.root_mode == "9p"
+    if (
+        over_9p
+        and options.root is None
+        and options.private_writes == "server"
+        and all(guest != "/" for guest, _ in options.writes)
+    ):
         directory = ScratchDirectory(kept_by=options.keep_writes)
         cleanup.callback(directory.close)
         scratch = directory.path
@@ -538,17 +682,23 @@ def _trees(
         tree.on_no_space = no_space
         trees.append((tag, tree))
 
+    root: Tree
     if options.root is not None:
-        trees.append((ROOT_TAG, options.root))
+        root = options.root
+        trees.append((ROOT_TAG, root))
     else:
-        add(ROOT_TAG, _open_root(options, scratch))
-    if options.on_access is not None:
+        root = opened = _open_root(options, scratch)
+        if over_9p:
+            add(ROOT_TAG, opened)
+        else:
+            cleanup.callback(opened.close)
+    if options.on_access is not None and over_9p:
         from tinyvmm.fileserver.watched import WatchedTree
 
-        trees[0] = (ROOT_TAG, WatchedTree(trees[0][1], options.on_access))
+        trees[0] = (ROOT_TAG, WatchedTree(root, options.on_access))
     for number, shared in enumerate(options.shared):
         add(shared_tag(number), open_shared(shared))
-    return trees
+    return root, trees
 
 
 def _with_user(options: RunOptions, root: Tree) -> RunOptions:
@@ -558,8 +708,10 @@ def _with_user(options: RunOptions, root: Tree) -> RunOptions:
     from tinyvmm.guest_users import resolve
 
     account = resolve(options.user, root)
-    env = [entry for entry in options.env if not entry.startswith("HOME=")]
-    return options._replace(account=account.user, env=[*env, f"HOME={account.home}"])
+    env = list(options.env)
+    if not any(entry.startswith("HOME=") for entry in env):
+        env.append(f"HOME={account.home}")
+    return options._replace(account=account.user, env=env)
 
 
 def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Context":
@@ -569,7 +721,7 @@ def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Conte
     def modules() -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure
 
-        where = kernels.find(options.kernel).modules
+        where = kernels.find(options.kernel, root=options.root_mode).modules
         if where is None:
             return ()  # then everything must be built in
         there = {os.path.basename(path).removesuffix(".ko") for path in inserted.paths}
@@ -580,8 +732,14 @@ def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Conte
 
 
 def _init_config(
-    options: RunOptions, modules: ModuleArchive, terminal: "Terminal | None"
+    options: RunOptions,
+    modules: ModuleArchive,
+    terminal: "Terminal | None",
+    root_disks: "RootDisks | None",
 ) -> InitConfig:
+    mounts = (
+        root_disks.mounts() if root_disks else root_mounts(options.cache, options.private_writes)
+    )
     path = dict(entry.split("=", 1) for entry in options.env).get("PATH", "/usr/bin:/bin")
     return InitConfig(
         commands=search_path(options.argv[0], path) if options.argv else (),
@@ -589,8 +747,12 @@ def _init_config(
         env=options.env,
         cwd=options.cwd,
         modules=modules.paths,
-        root=root_mounts(options.cache, options.private_writes),
-        mounts=(*STANDARD_MOUNTS, *shared_mounts(options.shared)),
+        root=(*mounts, *_pack_mounts(options)),
+        mounts=(
+            *(Mkdir(path) for path in options.directories),
+            *STANDARD_MOUNTS,
+            *shared_mounts(options.shared),
+        ),
         hostname=options.hostname,
         network=_network(options),
         terminal=_terminal_size(options, terminal),

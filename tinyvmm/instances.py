@@ -55,6 +55,8 @@ class State(NamedTuple):
     """Why it ended, where the status does not say it all."""
     reads: Sequence[Sequence[str]] = ()
     """(guest path, host path) of the trees its root was made of."""
+    in_memory: bool = False
+    """Whether what it wrote to / was in its own memory."""
     writes: Sequence[Sequence[str]] = ()
     """As `reads`: the directories that keep what it wrote."""
 

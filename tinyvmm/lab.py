@@ -25,6 +25,7 @@ from tinyvmm.guest.init import (
     Mount,
     build_init,
     describe_step,
+    lower_9p,
     overlay_root,
     search_path,
 )
@@ -44,7 +45,7 @@ SILENCE_MAX = 90.0  # seconds without a sign of life; lab_agent.py sends one eve
 POWER_OFF_TIMEOUT = 10.0  # seconds from GOODBYE to the end of QEMU
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-ROOT = overlay_root(ROOT_TAG, ROOT_9P_OPTIONS)
+ROOT = overlay_root(lower_9p(ROOT_TAG, ROOT_9P_OPTIONS))
 # Not cache=loose: the host changes these files as well. mmap: or a shared mapping would fail.
 SHARE_OPTIONS = "trans=virtio,version=9p2000.L,msize=512000,cache=mmap"
 

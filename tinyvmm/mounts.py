@@ -25,6 +25,7 @@ from tinyvmm.guest.init import (
     Filesystem,
     Mkdir,
     Mount,
+    lower_9p,
     overlay_root,
     v9fs_options,
 )
@@ -43,14 +44,14 @@ class Shared(NamedTuple):
     """One of CACHES; None for mmap, or loose where it is read-only."""
 
 
-def root_mounts(cache: str | None, private_writes: str) -> Sequence[Filesystem]:
+def root_mounts(cache: str | None, private_writes: str | None) -> Sequence[Filesystem]:
     """How PID 1 mounts the root; ConfigError for a policy there is none of.
 
     With `private_writes` "guest" the root is read-only, under an overlay in the guest's RAM.
     """
     options = v9fs_options(_known(cache or "loose", CACHES, "cache policy"))
-    if _known(private_writes, PRIVATE_WRITES, "place for private writes") == "guest":
-        return overlay_root(ROOT_TAG, options)
+    if _known(private_writes or "server", PRIVATE_WRITES, "place for private writes") == "guest":
+        return overlay_root(lower_9p(ROOT_TAG, options))
     return (Mount(ROOT_TAG, NEW_ROOT, "9p", data=options),)
 
 

@@ -25,12 +25,13 @@ def parse_size(text: str) -> int:
     return size
 
 
-def environment(given: Iterable[str]) -> list[str]:
+def environment(given: Iterable[str], *, home: bool = True) -> list[str]:
     """Return a command's environment: PATH, HOME, TERM, LANG as here, then what is `given`.
 
-    `NAME=VALUE` each.
+    `NAME=VALUE` each. Without `home` HOME is left for the user's in the guest.
     """
     variables = {"PATH": os.environ.get("PATH") or DEFAULT_PATH}
-    variables |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    passed_on = [name for name in _PASSED_ON if home or name != "HOME"]
+    variables |= {name: os.environ[name] for name in passed_on if name in os.environ}
     variables |= dict(entry.split("=", 1) for entry in given)
     return [f"{name}={value}" for name, value in variables.items()]

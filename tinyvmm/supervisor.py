@@ -106,6 +106,7 @@ class Supervisor:
         """Called in the session's thread when the command runs."""
         self.last_console = b""
         """The last that the kernel printed, once the machine has ended."""
+        self.stop_signal = int(signal.SIGTERM)
         self._context: Context | None = None
         self._turn: _Turn | None = None
         self._changed = threading.Condition()  # guards _turn, _result
@@ -265,10 +266,10 @@ class Supervisor:
 
     @remote(waits=True)
     def stop(self, *, time: Seconds = STOP_TIMEOUT) -> Ended | None:
-        """Ask the command to end (SIGTERM), and end the machine if it has not after `time`."""
+        """Ask the command to end by `stop_signal`; end the machine if it has not after `time`."""
         turn = self._now()
         turn.machine.resume()
-        turn.session.send(SIGNAL, signal.SIGTERM)
+        turn.session.send(SIGNAL, self.stop_signal)
         if self.wait(timeout=float(time)) is None:
             killed = Result(STATUS_SIGNAL + signal.SIGKILL, "signal")
             turn.session.end(killed)
@@ -481,14 +482,15 @@ _SIGKILL = int(signal.SIGKILL)
 
 
 def signal_number(given: str | int) -> int:
-    """Return the number of a signal: `TERM`, `SIGTERM`, `15`; ConfigError if there is none."""
+    """Return a signal's number: `TERM`, `SIGTERM`, `15`, `RTMIN+3`; ConfigError for none."""
     text = str(given).upper()
     if text.isascii() and text.isdigit() and 0 < int(text) <= signal.SIGRTMAX:
         return int(text)
-    name = text if text.startswith("SIG") else f"SIG{text}"
-    if name not in signal.Signals.__members__:
+    name, plus, more = (text if text.startswith("SIG") else f"SIG{text}").partition("+")
+    number = signal.Signals.__members__.get(name, 0) + (int(more) if more.isdecimal() else 0)
+    if name not in signal.Signals.__members__ or (plus and name != "SIGRTMIN"):
         raise ConfigError(f"{given!r} is no signal; give e.g. TERM or 15")
-    return int(signal.Signals[name])
+    return min(number, signal.SIGRTMAX)
 
 
 def exit_status(status: int) -> int:

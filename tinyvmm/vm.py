@@ -730,7 +730,10 @@ def _options(cleanup: ExitStack, given: MachineOptions, cwd: str | None) -> RunO
         on_access=given.get("on_access"),
         shared=shared,
         disks=_disks(given.get("disks", ())),
-        env=environment(f"{name}={value}" for name, value in given.get("env", {}).items()),
+        env=environment(
+            (f"{name}={value}" for name, value in given.get("env", {}).items()),
+            home=given.get("user") is None,
+        ),
         cwd=cwd,
         kernel=given.get("kernel"),
         append=given.get("append", ""),

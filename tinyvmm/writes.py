@@ -7,6 +7,7 @@ guest first writes out what it still holds in memory (sync(2)), and is paused wh
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 from tinyvmm import instances
 from tinyvmm.control import ControlClient
@@ -16,8 +17,16 @@ from tinyvmm.instances import WRITES, State
 from tinyvmm.scratch import kept_writes
 
 
+class Written(NamedTuple):
+    """What a machine wrote."""
+
+    changes: Iterator[Change]
+    trees: Sequence[tuple[str, str]]
+    """(guest path, host directory) of the directories it is in."""
+
+
 @contextmanager
-def written(name: str, warn: Callable[[str], None]) -> Iterator[Iterator[Change]]:
+def written(name: str, warn: Callable[[str], None]) -> Iterator[Written]:
     """List the changes that machine `name` made, while it stands still; `warn` takes a line.
 
     ConfigError if there is no such machine, or what it wrote is not to be had.
@@ -31,18 +40,19 @@ def written(name: str, warn: Callable[[str], None]) -> Iterator[Iterator[Change]
             _still(client, warn, cleanup)
         changes = list_changes([_pair(tree) for tree in state.reads], writes)
         cleanup.callback(changes.close)
-        yield changes
+        yield Written(changes, writes)
 
 
 def _write_trees(state: State) -> list[tuple[str, str]]:
     writes = [_pair(tree) for tree in state.writes]
     kept = kept_writes(instances.path_of(state.name, WRITES))
-    if kept is not None:
+    if kept is not None and not state.in_memory:
         writes.append(("/", kept))
     if not writes:
         raise ConfigError(
-            f"machine {state.name}: what it wrote was in its own memory, or is gone from TMPDIR; "
-            "run it with --private-writes server, or --write DIR"
+            f"machine {state.name}: what it wrote was in its own memory, or is gone from "
+            "TMPDIR; leave out --private-writes guest, --root-mode erofs and --pack /=..., or keep "
+            "it: --write DIR"
         )
     return writes
 

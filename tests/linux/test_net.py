@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner
+from tests.linux.conftest import MAIN, Runner, interpreter
 from tinyvmm.images import kernels
 from tinyvmm.lab import python_command
 
@@ -31,8 +31,14 @@ pids=$!
 socat -u TCP-LISTEN:8001,reuseaddr CREATE:output > /dev/null 2>&1 &
 pids="$pids $!"
 {tap}
+{web} > /dev/null 2>&1 &
+pids="$pids $!"
 ip route add default via 192.0.2.9 dev vm0
-{user}
+timeout 200 sh -c '
+until test -s greeting; do
+  socat -u TCP:127.0.0.1:8080 CREATE:greeting || sleep 0.5
+done
+socat -t 60 - TCP:127.0.0.1:8081 < input > digest' 2> /dev/null | {user}
 """
 
 TAP_GUEST = """
@@ -42,10 +48,22 @@ socat -u TCP:192.0.2.1:8000 - | tee /tmp/data | sha256sum
 socat -u OPEN:/tmp/data TCP:192.0.2.1:8001
 """
 
+# A server that speaks first, and one that answers when all has come; then what everybody does.
 USER_GUEST = """
 cat /etc/resolv.conf
+socat TCP-LISTEN:81,fork,reuseaddr EXEC:sha256sum &
+socat -U TCP-LISTEN:80,fork,reuseaddr SYSTEM:"echo to whoever asks" &
 socat -u TCP:10.0.2.2:8000 - | sha256sum
+cd /tmp && mkdir -p lists/partial
+echo "deb [trusted=yes] http://10.0.2.2:8002/ ./" > sources.list
+apt-get -o Dir::Etc::SourceList=/tmp/sources.list -o Dir::Etc::SourceParts=- \\
+  -o Dir::State::Lists=/tmp/lists -o Acquire::GzipIndexes=false \\
+  -o APT::Sandbox::User=root update > log 2>&1 || cat log
+cat lists/*_Packages
+cat  # until the host has been answered
 """
+
+PACKAGES = "Package: proof\nVersion: 1\nArchitecture: all\nFilename: proof.deb\nSize: 1\n"
 
 
 def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
@@ -53,6 +71,9 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
     data = os.urandom(SIZE)
     (directory / "input").write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
+    repository = directory / "repository"
+    repository.mkdir()
+    (repository / "Packages").write_text(PACKAGES)
     installed = kernels.default()
     assert installed is not None
     assert installed.modules is not None
@@ -66,9 +87,10 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
         directory=directory,
         tun=Path(installed.modules) / "kernel/drivers/net/tun.ko",
         tap=run(TAP_GUEST, "--net", tap),
-        user=run(USER_GUEST, "--net", "user"),
+        web=shlex.join([interpreter(), "-m", "http.server", "8002", "-d", str(repository)]),
+        user=run(USER_GUEST, "--publish", "127.0.0.1:8080:80", "--publish", "8081:81", "--net"),
     )
-    done = guest.program(["unshare", "-n", "sh", "-c", script], timeout=300)
+    done = guest.program(["unshare", "-n", "sh", "-c", script], timeout=400)
     assert (done.status, done.stderr) == (0, b"")
     assert done.stdout.decode().splitlines() == [
         "52:54:00:12:34:56",
@@ -77,5 +99,8 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
         f"{digest}  -",
         "nameserver 10.0.2.3",
         f"{digest}  -",
+        *PACKAGES.splitlines(),
     ]
     assert (directory / "output").read_bytes() == data
+    assert (directory / "greeting").read_text() == "to whoever asks\n"
+    assert (directory / "digest").read_text() == f"{digest}  -\n"

@@ -21,7 +21,11 @@ examples:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the `tinyvmm` parser."""
-    parser = subparsers.add_parser("image", help="make an EROFS image of a directory tree")
+    parser = subparsers.add_parser(
+        "image",
+        help="make an EROFS image of a directory tree",
+        epilog="example: tinyvmm image build ./rootfs -o rootfs.erofs",
+    )
     parser.set_defaults(main=main)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(

@@ -53,12 +53,14 @@ def _run(
     ready: Callable[[str], None] | None = None,
 ) -> "Result":
     """Run it, while others can reach it; `ready` is told its name when the command runs."""
-    from tinyvmm.command import run_command
+    from tinyvmm.command import run_command, settle
     from tinyvmm.control import ControlServer
     from tinyvmm.instances import WRITES, Instance, State
     from tinyvmm.session import Result
-    from tinyvmm.supervisor import Supervisor
+    from tinyvmm.supervisor import Supervisor, signal_number
 
+    options = settle(options)
+    over_disk = options.root_mode == "erofs"  # then what is written is in memory, or in a disk
     instance = Instance(
         State(
             name=args.name,
@@ -70,7 +72,10 @@ def _run(
             detached=args.detach,
             keep=(args.detach or bool(args.name)) and not args.rm,
             reads=tuple(options.reads),
-            writes=tuple(options.writes),
+            in_memory=options.private_writes == "guest"
+            or over_disk
+            or any(guest == "/" for guest, _ in options.packs),
+            writes=() if over_disk else tuple(options.writes),
         )
     )
     options = options._replace(keep_writes=instance.file(WRITES))
@@ -78,6 +83,7 @@ def _run(
     vsock = instance.file("vsock") if options.vsock is None else options.vsock[0]
     supervisor = Supervisor(vsock, keep_stdin=args.detach and args.interactive)
     try:
+        supervisor.stop_signal = signal_number(options.stop_signal)
         started = False
 
         def on_started() -> None:

@@ -16,12 +16,15 @@ _FOR_A_ROOT: dict[str, object] = {
     "write": [],
     "shared": [],
     "cache": None,
-    "private_writes": "server",
+    "private_writes": None,
+    "root_mode": "auto",
     "env": [],
+    "pack": [],
     "console": None,
     "balloon": None,
     "vsock": None,
     "net": None,
+    "publish": [],
     "detach": False,
     "name": "",
     "rm": False,
@@ -30,6 +33,10 @@ _FOR_A_ROOT: dict[str, object] = {
     "user": None,
     "workdir": None,
     "hostname": "tinyvmm",
+    "image": None,
+    "pull": "missing",
+    "entrypoint": None,
+    "insecure": False,
 }
 _OWN: dict[str, object] = {"boot_protocol": "auto", "module": [], "fw_cfg": [], "serial": None}
 

@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tinyvmm import options as shared_options
-from tinyvmm.cli import instance, no_root, tracing
+from tinyvmm.cli import image_options, instance, no_root, tracing
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.mounts import Shared
-    from tinyvmm.net.options import NetOptions
+    from tinyvmm.net.options import NetOptions, Published
+    from tinyvmm.pack_mounts import PackMap
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 
@@ -37,6 +38,12 @@ cannot. Also serial=ID and queues=N. A comma that begins no option is part of th
 
 --private-writes says where writes go that nothing keeps: to a temporary directory here (server),
 or to the guest's RAM (guest), which is quicker, up to half of --memory.
+
+--root-mode says how the root gets there: over 9P, or as a disk (erofs) that is made of the read
+trees while it is read. The disk needs no 9P in the kernel and is quicker where there are many
+files, but does not see what changes here: a file that changed gives an error. What is written to it
+goes to the guest's RAM, with --private-writes server to a disk, and with --write DIR to the disk
+DIR/upper.ext4, which keeps it. auto is 9p where the kernel has it.
 
 Ctrl-C interrupts the command, and a second one ends the machine; on a terminal, typing Ctrl-]
 three times does.
@@ -123,6 +130,16 @@ def parse_disk(text: str) -> "DiskOptions":
     return options._replace(path=os.path.abspath(options.path), overlay=overlay)
 
 
+def parse_pack(text: str) -> "PackMap":
+    """Parse `[GUEST=]NAME`, a pack of the store or of a file."""
+    from tinyvmm import pack_mounts
+
+    try:
+        return pack_mounts.parse_pack(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_vsock(text: str) -> tuple[str, int]:
     """Parse `PATH[,cid=N]` into (absolute path, the guest's CID)."""
     from tinyvmm.devices.virtio.vsock import CID_MAX, CID_MIN
@@ -144,7 +161,17 @@ def parse_net(text: str) -> "NetOptions | None":
     try:
         return None if text == "none" else options.parse_net(text)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--net ")) from None
+
+
+def parse_publish(text: str) -> "Published":
+    """Parse `[ADDRESS:]HOST:GUEST[/udp]`."""
+    from tinyvmm.net import options
+
+    try:
+        return options.parse_publish(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--publish ")) from None
 
 
 def parse_environment(text: str) -> str:
@@ -206,12 +233,25 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="IMAGE",
         help="a disk image, /dev/vda in the guest",
     )
+    add(
+        "--pack",
+        type=parse_pack,
+        action="append",
+        default=[],
+        metavar="[GUEST=]NAME",
+        help="a pack (tinyvmm pack create) as one more read-only tree of the root",
+    )
     add("--cache", metavar="POLICY", help="what the guest remembers of the root (default loose)")
     add(
         "--private-writes",
-        default="server",
         metavar="WHERE",
         help="where writes go that nothing keeps: server or guest (default server)",
+    )
+    add(
+        "--root-mode",
+        choices=("auto", "9p", "erofs"),
+        default="auto",
+        help="how the root gets there: over 9P, or as a disk made of the directories",
     )
     add(
         "--env",
@@ -242,8 +282,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--net",
         type=parse_net,
+        nargs="?",
+        const="user",
         metavar="KIND",
-        help="a network interface: user, tap=NAME[,address=A/P][,gateway=G][,dns=D] or none",
+        help="a network interface: user (so is --net alone), "
+        "tap=NAME[,address=A/P][,gateway=G][,dns=D][,queues=N] or none",
+    )
+    add(
+        "--publish",
+        type=parse_publish,
+        action="append",
+        default=[],
+        metavar="[ADDRESS:]HOST:GUEST[/udp]",
+        help="with --net user: a port of this computer that leads to one of the guest's",
     )
     add(
         "--vsock",
@@ -257,6 +308,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default="auto",
         help="serve virtio queues on threads of the devices', or on the vCPUs' (default auto)",
     )
+    image_options.add_options(parser)
     instance.add_options(parser)
     no_root.add_options(parser)
     tracing.add_options(parser)
@@ -291,42 +343,54 @@ def main(args: argparse.Namespace) -> int:
         return no_root.main(args)
     no_root.check_unused(args)
     argv = args.argv + args.guest_argv
-    if not argv:
+    if not argv and not image_options.given(args):
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
+    if args.publish and (args.net is None or args.net.kind != "user"):
+        raise ConfigError("--publish: needs --net user: give that too")
     from tinyvmm.probe import missing_for_linux
 
     problem = missing_for_linux()
-    if problem is not None:
-        return run_in_lab(args, problem)
+    with ExitStack() as cleanup:
+        root = image_options.root(args, argv, cleanup)
+        return _run(args, root) if problem is None else run_in_lab(args, root, problem)
+
+
+def _run(args: argparse.Namespace, root: image_options.Root) -> int:
+    """Run it here."""
     from tinyvmm.command import RunOptions
     from tinyvmm.terminal import is_terminal_session
 
     tracing.start(args.trace, args.trace_file)
 
     options = RunOptions(
-        argv=argv,
+        argv=root.argv,
         memory=args.memory,
         cpus=args.cpus,
-        reads=read_maps(args.read),
+        reads=root.reads,
+        directories=root.directories,
         writes=args.write,
         shared=args.shared,
         disks=args.disk,
+        packs=args.pack,
         cache=args.cache,
+        root_mode=args.root_mode,
         private_writes=args.private_writes,
-        env=shared_options.environment(args.env),
-        cwd=os.getcwd() if args.workdir is None else args.workdir,
+        env=root.env,
+        cwd=root.cwd,
         kernel=args.kernel,
         append=args.append,
         timeout=args.timeout,
         console=open_console(args.console),
         terminal=args.tty or (not args.detach and is_terminal_session()),
         detached=args.detach,
-        user=args.user,
+        user=root.user,
+        stop_signal=root.stop_signal,
         hostname=args.hostname,
         transport=args.transport,
         balloon=args.balloon,
         devices=args.device,
         net=args.net,
+        publish=args.publish,
         on_reboot=args.on_reboot,
         vsock=args.vsock,
         ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
@@ -334,7 +398,7 @@ def main(args: argparse.Namespace) -> int:
     return instance.run(args, options, warn)
 
 
-def run_in_lab(args: argparse.Namespace, problem: str) -> int:
+def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str) -> int:
     """Do the same in the lab, where KVM is a hardware one; say so first."""
     if args.no_lab:
         raise ConfigError(
@@ -346,6 +410,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         modules_for,
         open_disks,
         prepare_kernel,
+        settle,
     )
 
     if args.net is not None:
@@ -373,16 +438,19 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
             f"this KVM cannot run Linux ({problem}), and for the lab {error}"
         ) from None
     options = RunOptions(
-        argv=args.guest_argv,
-        reads=read_maps(args.read),
+        argv=root.argv,
+        reads=root.reads,
         writes=args.write,
         shared=args.shared,
         disks=args.disk,
+        packs=args.pack,
         cache=args.cache,
+        root_mode=args.root_mode,
         private_writes=args.private_writes,
         memory=args.memory,
         balloon=args.balloon,
         devices=args.device,
+        kernel=args.kernel,
     )
     shared = check_options(options)  # what is wrong with a map shows here
     for disk in args.disk:
@@ -391,7 +459,12 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
                 f"disk {disk.path} is a block device, which the lab cannot reach: copy it to a file"
             )
     # What is fetched, unpacked and cached here need not be there, where everything is slow.
-    prepare_kernel(args.kernel, modules_for(options))[0].close()
+    options = settle(options)
+    prepare_kernel(args.kernel, modules_for(options), options.root_mode)[0].close()
+    if options.root_mode == "erofs" and options.writes:
+        from tinyvmm.erofs_root import open_upper
+
+        open_upper(options.writes[0][1]).close()  # made here, where it is quick
     shares = [host for _, host in args.write]
     # The lab has all of / for reading; but what changes there it need not see.
     shares += [item.host for item in shared if item.host != "/" or not item.readonly]
@@ -399,7 +472,7 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         if path not in {None, "-"}:
             shares.append(os.path.dirname(os.path.realpath(path)))
     warn(f"this KVM cannot run Linux ({problem}): running in the lab, which takes a while")
-    own = [args.own_argv[0], "--no-lab", *args.own_argv[1:]]
+    own = [args.own_argv[0], "--no-lab", *root.inner_options, *args.own_argv[1:]]
     # The limit is kept in there; out here only a lab that hangs is in question.
     limit = None if args.timeout is None else args.timeout + LAB_ALLOWANCE
     command = [*own, "--", *args.guest_argv]
@@ -407,13 +480,6 @@ def run_in_lab(args: argparse.Namespace, problem: str) -> int:
         # Locked out here, because in there nobody else's locks show.
         open_disks(options.disks, cleanup)
         return reexec(command, shares=list(dict.fromkeys(shares)), timeout=limit)
-
-
-def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the read trees: this computer's / underneath, unless something else is given for /."""
-    if any(guest == "/" for guest, _ in maps):
-        return maps
-    return [("/", "/"), *maps]
 
 
 def warn(line: str) -> None:

@@ -11,6 +11,7 @@ _EPILOG = """\
 OUTPUT says by its name what it is to be:
 
   x.tar, x.tar.gz, x.tgz   a layer of an OCI image: what is gone are .wh. files in it
+  x.erofs, x.zip           a pack, for run --pack, if nothing is gone
 
 A machine that runs is paused meanwhile.
 
@@ -32,7 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     diff.set_defaults(main=_diff)
     commit = subparsers.add_parser(
         "commit",
-        help="make a layer of what a machine wrote",
+        help="make a layer or a pack of what a machine wrote",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -45,7 +46,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _diff(args: argparse.Namespace) -> int:
     from tinyvmm.writes import written
 
-    with written(args.name, _warn) as changes:
+    with written(args.name, _warn) as found:
+        changes = found.changes
         if args.json:
             records = [{"kind": c.kind, "path": os.fsdecode(c.path)} for c in changes]
             print(json.dumps(records, indent=2))
@@ -63,16 +65,23 @@ def _one_line(path: bytes) -> bytes:
 
 
 def _commit(args: argparse.Namespace) -> int:
+    from tinyvmm.images import packs
     from tinyvmm.writes import written
 
+    kind = args.output.rpartition(".")[2]
+    if kind in packs.KINDS:
+        with written(args.name, _warn) as found:
+            packs.write(packs.Files(found.changes, found.trees), args.output, kind, _warn)
+        print(f"{args.output}  {os.stat(args.output).st_size} bytes")
+        return 0
     if not args.output.endswith(_LAYERS):
-        raise ConfigError(
-            f"commit -o {args.output}: a name that ends in {', '.join(_LAYERS)} says what to make"
-        )
+        ends = ", ".join((*_LAYERS, *(f".{kind}" for kind in packs.KINDS)))
+        raise ConfigError(f"commit -o {args.output}: a name that ends in {ends} says what to make")
     from tinyvmm.images.layer import write_layer
 
-    with written(args.name, _warn) as changes:
-        layer = write_layer(changes, args.output, _warn, compress=not args.output.endswith(".tar"))
+    with written(args.name, _warn) as found:
+        compress = not args.output.endswith(".tar")
+        layer = write_layer(found.changes, args.output, _warn, compress=compress)
     print(f"{args.output}  {layer.entries} entries  {layer.size} bytes  {layer.digest}")
     return 0
 

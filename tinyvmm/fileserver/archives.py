@@ -9,6 +9,7 @@ The archive stays its opener's, who must not read it by other means while the tr
 
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,9 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.contents import Member
 from tinyvmm.fileserver.entry import TARGET_MAX, Entry, Special, Symlink
 
-_UNIX = 3  # "version made by", its upper byte: APPNOTE.TXT, 4.4.2.2
+UNIX = 3  # "version made by", its upper byte: APPNOTE.TXT, 4.4.2.2
+# Extra fields (APPNOTE.TXT 4.5; Info-ZIP's proginfo/extrafld.txt): a time, and an owner.
+EXTENDED_TIME, UNIX_OWNER = 0x5455, 0x7875
 _SPECIAL = {tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR}
 _SPECIAL[tarfile.BLKTYPE] = stat.S_IFBLK
 
@@ -83,7 +86,7 @@ def _steps(what: str, name: bytes) -> list[bytes]:
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[Found]:
     for info in archive.infolist():
         what = f"member {info.filename!r} of {archive.filename or 'the zip'}"
-        mode = info.external_attr >> 16 if info.create_system == _UNIX else 0
+        mode = info.external_attr >> 16 if info.create_system == UNIX else 0
         content: object
         if info.is_dir():
             content = {}
@@ -92,9 +95,12 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[Found]:
         else:
             content = Member(what, info.file_size, _zip_opener(archive, info), Lock())
         name = info.filename.encode(errors="surrogateescape")
-        mtime_ns = _zip_time(info)
+        mtime_ns, uid, gid = _zip_extra(info)
+        if mtime_ns is None:
+            mtime_ns = _zip_time(info)
         # Without a Unix mode, or with an empty one, it is as for anything else.
-        yield what, name, Entry(content, mode=stat.S_IMODE(mode) or None, mtime_ns=mtime_ns)
+        entry = Entry(content, mode=stat.S_IMODE(mode) or None, mtime_ns=mtime_ns, uid=uid, gid=gid)
+        yield what, name, entry
 
 
 def _read(what: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -106,6 +112,25 @@ def _read(what: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 def _zip_opener(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[bytes]]:
     return lambda: archive.open(info)
+
+
+def _zip_extra(info: zipfile.ZipInfo) -> tuple[int | None, int | None, int | None]:
+    """Return the time in nanoseconds, the owner and the group that extra fields tell."""
+    mtime_ns = uid = gid = None
+    extra = info.extra
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        field, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == EXTENDED_TIME and len(field) >= 5 and field[0] & 1:
+            mtime_ns = struct.unpack_from("<i", field, 1)[0] * 10**9
+        elif kind == UNIX_OWNER and field[:1] == b"\1":
+            uid_end = 2 + field[1] if len(field) > 1 else 0
+            gid_len = field[uid_end] if 0 < uid_end < len(field) else 0
+            if gid_len and uid_end + 1 + gid_len <= len(field):
+                uid = int.from_bytes(field[2:uid_end], "little") & 0xFFFF_FFFF
+                gid_bytes = field[uid_end + 1 : uid_end + 1 + gid_len]
+                gid = int.from_bytes(gid_bytes, "little") & 0xFFFF_FFFF
+    return mtime_ns, uid, gid
 
 
 def _zip_time(info: zipfile.ZipInfo) -> int | None:

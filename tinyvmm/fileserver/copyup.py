@@ -8,6 +8,7 @@ import os
 import stat
 from errno import EACCES, EINVAL, ENOSYS, ENXIO, EOPNOTSUPP, EPERM, EXDEV
 
+from tinyvmm.fileserver.beside import read_link
 from tinyvmm.fileserver.hostfile import fd_path, open_contents, open_path
 from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
@@ -35,7 +36,7 @@ def copy_file(
         finally:
             os.close(target)
     elif kind == stat.S_IFLNK:
-        os.symlink(os.readlink(b"", dir_fd=fd), name, dir_fd=dir_fd)
+        os.symlink(read_link(fd), name, dir_fd=dir_fd)
     elif kind == stat.S_IFDIR:
         os.mkdir(name, 0o700, dir_fd=dir_fd)
     else:

@@ -32,7 +32,7 @@ from errno import (
 )
 from itertools import islice
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
 from tinyvmm.fileserver.stalling import is_kernels_own, may_stall
 from tinyvmm.fileserver.tree import (
@@ -246,6 +246,27 @@ def _set_times(fd: int, valid: int, atime_ns: int, mtime_ns: int) -> None:
     elif not valid & SETATTR_MTIME_SET:
         mtime_ns = now
     os.utime(path, ns=(atime_ns, mtime_ns))
+
+
+def altered(
+    st: os.stat_result,
+    *,
+    mode: int | None = None,
+    nlink: int | None = None,
+    uid: int | None = None,
+    gid: int | None = None,
+    rdev: int | None = None,
+) -> os.stat_result:
+    """A copy of `st` with some of its fields different."""
+    # The only way to all fields of a structseq.
+    fields, rest = cast("tuple[tuple[int, ...], dict[str, object]]", st.__reduce__()[1])
+    changed = list(fields)
+    for index, value in ((0, mode), (3, nlink), (4, uid), (5, gid)):
+        if value is not None:
+            changed[index] = value
+    if rdev is not None:
+        rest = {**rest, "st_rdev": rdev}
+    return os.stat_result(changed, rest)
 
 
 def get_xattr(fd: int, name: bytes) -> bytes:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver.beside import Notes, notes_of
 from tinyvmm.fileserver.writetree import WriteTree
 
 Path = str | bytes
@@ -21,11 +22,12 @@ UPPER = -1
 class Layers:
     """The descriptors of one directory's layers, and how each was found."""
 
-    __slots__ = ("found", "lowers", "upper", "veiled")
+    __slots__ = ("found", "lowers", "notes", "upper", "veiled")
 
     def __init__(self) -> None:
         self.upper = -1
         self.lowers: list[int] = []
+        self.notes: list[Notes | None] = []  # of each lower layer
         self.found: list[tuple[int, int, int]] = []  # the parent's layer, st_dev, st_ino
         self.veiled: os.stat_result | None = None  # of a write tree met in a read tree
 
@@ -34,9 +36,10 @@ class Layers:
         self.upper = fd
         self.found.insert(0, (UPPER, st.st_dev, st.st_ino))
 
-    def add_lower(self, fd: int, st: os.stat_result, layer: int) -> None:
-        """Take over the descriptor found in the parent's lower `layer`."""
+    def add_lower(self, fd: int, st: os.stat_result, layer: int, notes: Notes | None) -> None:
+        """Take over the descriptor found in the parent's lower `layer`, of a tree with `notes`."""
         self.lowers.append(fd)
+        self.notes.append(notes)
         self.found.append((layer, st.st_dev, st.st_ino))
 
     def fds(self) -> list[int]:
@@ -48,6 +51,7 @@ class Layers:
         for fd in self.lowers:
             os.close(fd)
         self.lowers = []
+        self.notes = []
         self.found = [entry for entry in self.found if entry[0] == UPPER]
 
     def close(self) -> None:
@@ -66,7 +70,7 @@ class MapPoint:
     def __init__(self, space: int) -> None:
         """Begin with nothing mapped; `space` tells inodes read here from others (see qids)."""
         self.space = space
-        self.reads: list[int] = []  # O_PATH descriptors, the first searched first
+        self.reads: list[tuple[int, Notes | None]] = []  # O_PATH; the first searched first
         self.write: WriteTree | None = None
         self.below: dict[bytes, MapPoint] = {}
 
@@ -75,13 +79,13 @@ class MapPoint:
         if self.write is not None:
             fd = os.dup(self.write.fd)
             layers.add_upper(fd, os.fstat(fd))
-        for number, read in enumerate(self.reads):
+        for number, (read, notes) in enumerate(self.reads):
             fd = os.dup(read)
-            layers.add_lower(fd, os.fstat(fd), number)
+            layers.add_lower(fd, os.fstat(fd), number, notes)
 
     def close(self) -> None:
         """Close every tree mapped here and below."""
-        for fd in self.reads:
+        for fd, _ in self.reads:
             os.close(fd)
         if self.write is not None:
             self.write.close()
@@ -106,7 +110,8 @@ def build_map(reads: Iterable[tuple[Path, Path]], writes: Iterable[tuple[Path, P
     try:
         for guest, host in reads:
             point = _point(root, points, guest)
-            point.reads.insert(0, _open_read(os.fsencode(host)))
+            fd = _open_read(os.fsencode(host))
+            point.reads.insert(0, (fd, notes_of(fd)))
         for guest, host in writes:
             point = _point(root, points, guest)
             _set_write(point, guest, WriteTree(os.fsencode(host), -len(points)))

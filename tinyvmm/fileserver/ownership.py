@@ -34,6 +34,16 @@ class Owner(NamedTuple):
     mode: int  # the lower 12 bits of st_mode
 
 
+def parse_owner(value: bytes) -> Owner | None:
+    """Parse a record, `UID:GID:MODE` and perhaps more; None for what is none of our making."""
+    try:
+        uid, gid, mode = value.split(b":")[:3]
+        owner = Owner(int(uid), int(gid), int(mode, 8) & 0o7777)
+    except ValueError:
+        return None
+    return owner if 0 <= owner.uid < NO_ID and 0 <= owner.gid < NO_ID else None
+
+
 def must_pretend() -> bool:
     """Whether we lack the privilege to give files away."""
     return os.geteuid() != 0
@@ -64,14 +74,10 @@ class Owners:
         if owner is not None or stat.S_IFMT(st.st_mode) not in _TAKES_XATTRS:
             return owner
         try:
-            value = os.getxattr(fd_path(fd), OWNER_XATTR)
-            uid, gid, mode = value.split(b":")[:3]
-            return Owner(int(uid), int(gid), int(mode, 8) & 0o7777)
+            return parse_owner(os.getxattr(fd_path(fd), OWNER_XATTR))
         except OSError as error:
             if error.errno not in {ENODATA, EOPNOTSUPP}:
                 raise
-        except ValueError:
-            return None  # not of our making
         return None
 
     def change(self, fd: int, valid: int, mode: int, uid: int, gid: int) -> None:

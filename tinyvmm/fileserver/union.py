@@ -80,7 +80,7 @@ class UnionTree:
             if point.write is not None:
                 return point.write.fd
             if point.reads:
-                return point.reads[0]
+                return point.reads[0][0]
         raise os_error(ENOSYS)
 
     def no_space(self) -> None:

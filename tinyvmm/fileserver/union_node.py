@@ -13,11 +13,13 @@ guest sees one file throughout, with the qid it had.
 import os
 import stat
 from errno import EINVAL, ENODATA, ENOTDIR, EPERM, EROFS, ESTALE
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
+from tinyvmm.fileserver import beside
 from tinyvmm.fileserver.copyup import copy_file
 from tinyvmm.fileserver.hostfile import (
     HostFile,
+    altered,
     check_xattr_name,
     fd_path,
     get_xattr,
@@ -94,6 +96,10 @@ class UnionNode(_NodeInterface):
         """The write tree that takes changes here."""
         raise NotImplementedError
 
+    def notes(self) -> beside.Notes | None:
+        """Whether what holds the attributes keeps things beside its files (see beside)."""
+        raise NotImplementedError
+
     def copy_up_whole(self) -> None:
         """Be in the write tree with everything below."""
         self.copy_up()
@@ -156,6 +162,10 @@ class UnionNode(_NodeInterface):
             fd = self.path_fd()
             if fd < 0 or name.startswith(PRIVATE_XATTRS):
                 raise os_error(ENODATA)
+            if self.notes() is not None:
+                value = beside.get_xattr(fd, name)
+                if value is not None:
+                    return value
             return get_xattr(fd, name)
 
     def listxattr(self) -> list[bytes]:
@@ -164,14 +174,19 @@ class UnionNode(_NodeInterface):
             fd = self.path_fd()
             if fd < 0:
                 return []
-            return [name for name in list_xattr(fd) if not name.startswith(PRIVATE_XATTRS)]
+            names = list_xattr(fd)
+            if self.notes() is not None:
+                prefix = beside.XATTR_PREFIX
+                names += [n[len(prefix) :] for n in names if n.startswith(prefix)]
+            return [name for name in dict.fromkeys(names) if not name.startswith(PRIVATE_XATTRS)]
 
     def readlink(self) -> bytes:
         """The content of a symbolic link."""
         with self.tree.lock:
             if self.kind != stat.S_IFLNK:
                 raise os_error(EINVAL)
-            return os.readlink(b"", dir_fd=self.path_fd())
+            fd = self.path_fd()
+            return os.readlink(b"", dir_fd=fd) if self.notes() is None else beside.read_link(fd)
 
     def with_owner(self, st: os.stat_result, fd: int) -> os.stat_result:
         """The stat of upper file `fd`, with the owner it would have if we might give it away."""
@@ -276,15 +291,28 @@ class UnionFile(UnionNode):
         self.tree.descriptors.hold(self)
         return fd
 
+    def notes(self) -> beside.Notes | None:
+        """Those of its layer."""
+        if self.layer == UPPER or self.parent is None:
+            return None
+        return self.parent.layer_notes(self.layer)
+
+    def _lower_stat(self) -> os.stat_result:
+        """What the read tree says of it."""
+        fd, notes = self.path_fd(), self.notes()
+        st = os.fstat(fd)
+        return st if notes is None else beside.presented(fd, st, notes)
+
     def stat(self) -> os.stat_result:
         """Its stat; a lower file has one name here, whatever names the host has for it."""
         with self.tree.lock:
-            st = os.fstat(self.path_fd())
             if self.layer != UPPER:
+                st = self._lower_stat()
                 if st.st_nlink != (not self.dead):
                     st = altered(st, nlink=0 if self.dead else 1)
                 return st
-            return self.with_owner(st, self.fd)
+            fd = self.path_fd()
+            return self.with_owner(os.fstat(fd), fd)
 
     def not_directory(self, *_args: object, **_named: object) -> NoReturn:
         """Refuse what only a directory can do."""
@@ -328,7 +356,7 @@ class UnionFile(UnionNode):
         copy = -1
         try:
             work = write.work()
-            copy = copy_file(fd, os.fstat(fd), temporary, work, write.owners, data=data)
+            copy = copy_file(fd, self._lower_stat(), temporary, work, write.owners, data=data)
             readers = [
                 (reader, open_contents(copy, self.kind, os.O_RDONLY, ours=True))
                 for reader in self._readers or ()
@@ -379,21 +407,3 @@ class _LowerReader(HostFile):
                 self._node.forget_reader(self)
                 super().close()
                 self._node.close()
-
-
-def altered(
-    st: os.stat_result,
-    *,
-    mode: int | None = None,
-    nlink: int | None = None,
-    uid: int | None = None,
-    gid: int | None = None,
-) -> os.stat_result:
-    """A copy of `st` with some of its fields different."""
-    # The only way to all fields of a structseq.
-    fields, rest = cast("tuple[tuple[int, ...], dict[str, object]]", st.__reduce__()[1])
-    changed = list(fields)
-    for index, value in ((0, mode), (3, nlink), (4, uid), (5, gid)):
-        if value is not None:
-            changed[index] = value
-    return os.stat_result(changed, rest)

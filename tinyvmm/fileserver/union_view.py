@@ -19,9 +19,11 @@ from collections.abc import Generator
 from errno import EISDIR, EMFILE, ENOENT, EROFS, ESTALE
 from typing import TYPE_CHECKING
 
+from tinyvmm.fileserver import beside
 from tinyvmm.fileserver.copyup import copy_attributes, copy_file
 from tinyvmm.fileserver.hostfile import (
     OpenDirectory,
+    altered,
     check_name,
     dtype_of,
     fd_path,
@@ -32,7 +34,7 @@ from tinyvmm.fileserver.hostfile import (
 from tinyvmm.fileserver.maps import UPPER, Layers, MapPoint
 from tinyvmm.fileserver.qids import QID_TYPES, place_path
 from tinyvmm.fileserver.tree import NO_ID, OpenFile
-from tinyvmm.fileserver.union_node import UnionFile, UnionNode, altered
+from tinyvmm.fileserver.union_node import UnionFile, UnionNode
 from tinyvmm.fileserver.whiteout import is_whiteout, layer_xattr
 from tinyvmm.fileserver.writetree import WriteTree
 from tinyvmm.ninep import Qid
@@ -146,6 +148,22 @@ class MergedDirectory(UnionNode):
         layers = self.layers()
         return layers.upper if layer == UPPER else layers.lowers[layer]
 
+    def layer_notes(self, layer: int) -> beside.Notes | None:
+        """What the lower layer of that number keeps beside its files."""
+        return self._layers.notes[layer]
+
+    def notes(self) -> beside.Notes | None:
+        """Those of the uppermost layer."""
+        layers = self._layers
+        has_upper = bool(layers.found) and layers.found[0][0] == UPPER
+        return None if has_upper or not layers.notes else layers.notes[0]
+
+    def _below(self) -> os.stat_result:
+        """What the first read tree says of this directory; the layers are open."""
+        fd, notes = self._layers.lowers[0], self._layers.notes[0]
+        st = os.fstat(fd)
+        return st if notes is None else beside.presented(fd, st, notes)
+
     def path_fd(self) -> int:
         """The uppermost layer's descriptor; -1 for a directory that only leads to a map point."""
         layers = self.layers()
@@ -173,10 +191,9 @@ class MergedDirectory(UnionNode):
             st = os.fstat(fd)
             layers = self._layers
             if self._root_of_write:
-                below = os.fstat(layers.lowers[0])
+                below = self._below()
                 return altered(st, mode=below.st_mode, nlink=1, uid=below.st_uid, gid=below.st_gid)
-            if layers.upper >= 0:
-                st = self.with_owner(st, fd)
+            st = self.with_owner(st, fd) if layers.upper >= 0 else self._below()
             if self.point is not None or (layers.upper >= 0 and layers.lowers):
                 return altered(st, nlink=1)
             return st
@@ -250,15 +267,18 @@ class MergedDirectory(UnionNode):
             except FileNotFoundError:
                 continue
             st = os.fstat(fd)
+            notes = self._layers.notes[layer]
             if stat.S_ISDIR(st.st_mode):
                 if (st.st_dev, st.st_ino) in self.tree.write_roots:
                     os.close(fd)
                     found.veiled = st
                     break
-                found.add_lower(fd, st, layer)
+                found.add_lower(fd, st, layer, notes)
                 if layer + 1 < len(lowers) and layer_xattr(fd_path(fd), b"opaque") == b"y":
                     break
                 continue
+            if notes is not None:
+                st = beside.presented(fd, st, notes)
             if found.found or is_whiteout(fd_path(fd), st):
                 os.close(fd)
                 break
@@ -281,7 +301,7 @@ class MergedDirectory(UnionNode):
             _add_directory(found, name, layers.upper, UPPER)
         if not point.reads and name not in self.index()[1]:
             for layer, lower in enumerate(layers.lowers):
-                _add_directory(found, name, lower, layer)
+                _add_directory(found, name, lower, layer, layers.notes[layer])
         point.add_layers(found)
         identity = self._point_qid(name)
         space = point.space if point.reads else self.space
@@ -332,8 +352,11 @@ class MergedDirectory(UnionNode):
         layers = self.layers()
         scans: list[_Scan] = []
         try:
-            for fd, (layer, dev, _) in zip(layers.fds(), layers.found, strict=True):
-                scans.append(_Scan(fd, dev, upper=layer == UPPER))
+            uppers = [None] * (layers.upper >= 0)
+            for fd, (layer, dev, _), notes in zip(
+                layers.fds(), layers.found, [*uppers, *layers.notes], strict=True
+            ):
+                scans.append(_Scan(fd, dev, notes, upper=layer == UPPER))
             yield self.identity, _DIR_DTYPE, b"."
             yield (self.parent or self).identity, _DIR_DTYPE, b".."
             seen: set[bytes] = set()
@@ -354,6 +377,8 @@ class MergedDirectory(UnionNode):
                             continue
                     elif scan.is_whiteout(entry, dtype):
                         continue
+                    elif scan.special and dtype == _REG_DTYPE:
+                        dtype = beside.kind_of(entry.path) >> 12
                     yield self._entry_qid(entry, dtype, scan), dtype, name
         finally:
             for scan in scans:
@@ -399,7 +424,7 @@ class MergedDirectory(UnionNode):
             if self._root_of_write and self.write is not None:
                 self._root_of_write = False
                 layers = self.layers()
-                below = os.fstat(layers.lowers[0])
+                below = self._below()
                 copy_attributes(layers.lowers[0], below, layers.upper, self.write.owners)
                 _note_own_attributes(layers.upper)
             super().setattr(valid, mode, uid, gid, size, atime_ns, mtime_ns)
@@ -430,7 +455,7 @@ class MergedDirectory(UnionNode):
             if layers.lowers:
                 below = layers.lowers[0]
                 work = write.work()
-                fd = copy_file(below, os.fstat(below), temporary, work, write.owners, data=False)
+                fd = copy_file(below, self._below(), temporary, work, write.owners, data=False)
             else:
                 os.mkdir(temporary, 0o755, dir_fd=write.work())
                 fd = open_path(temporary, write.work())
@@ -499,13 +524,14 @@ class MergedDirectory(UnionNode):
 class _Scan:
     """One layer of a directory being read."""
 
-    __slots__ = ("_marked", "dev", "entries", "upper")
+    __slots__ = ("_marked", "dev", "entries", "special", "upper")
 
-    def __init__(self, fd: int, dev: int, *, upper: bool) -> None:
+    def __init__(self, fd: int, dev: int, notes: beside.Notes | None, *, upper: bool) -> None:
         path = fd_path(fd)
         self.dev = dev
         self.upper = upper
         self._marked = not upper and layer_xattr(path, b"opaque") is not None
+        self.special = notes is not None and beside.has_special(fd)
         self.entries = os.scandir(path)
 
     def is_whiteout(self, entry: os.DirEntry[bytes], dtype: int) -> bool:
@@ -515,7 +541,9 @@ class _Scan:
         return False
 
 
-def _add_directory(found: Layers, name: bytes, dir_fd: int, layer: int) -> None:
+def _add_directory(
+    found: Layers, name: bytes, dir_fd: int, layer: int, notes: beside.Notes | None = None
+) -> None:
     """Add the entry `name` to `found`, if there is one and it is a directory."""
     try:
         fd = open_path(name, dir_fd)
@@ -527,7 +555,7 @@ def _add_directory(found: Layers, name: bytes, dir_fd: int, layer: int) -> None:
     elif layer == UPPER:
         found.add_upper(fd, st)
     else:
-        found.add_lower(fd, st, layer)
+        found.add_lower(fd, st, layer, notes)
 
 
 def _note_own_attributes(fd: int) -> None:

@@ -16,12 +16,11 @@ from contextlib import suppress
 from typing import IO, Protocol
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.hostfile import fd_path, open_path
+from tinyvmm.fileserver.hostfile import altered, fd_path, open_path
 from tinyvmm.fileserver.maps import Path
 from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.tree import Node
 from tinyvmm.fileserver.union import open_tree
-from tinyvmm.fileserver.union_node import altered
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.fileserver.writetree import WrittenNames
 from tinyvmm.ninep import QTDIR
@@ -75,6 +74,30 @@ class Deleted:
     def open(self) -> IO[bytes]:
         """FileNotFoundError: there is nothing."""
         raise FileNotFoundError(self.path)
+
+
+class Kept:
+    """A directory that is remembered for longer than its lister does."""
+
+    def __init__(self, change: Change) -> None:
+        self.kind = change.kind
+        self.path = change.path
+        self.stat = change.stat
+        self.opaque = change.opaque
+        self.implied = change.implied
+        self._xattrs = change.xattrs()
+
+    def xattrs(self) -> dict[bytes, bytes]:
+        """Return its extended attributes, as they were."""
+        return self._xattrs
+
+    def target(self) -> bytes:
+        """IsADirectoryError: it is one."""
+        raise IsADirectoryError(self.path)
+
+    def open(self) -> IO[bytes]:
+        """IsADirectoryError: it is one."""
+        raise IsADirectoryError(self.path)
 
 
 class ChangedFile:

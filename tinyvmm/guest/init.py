@@ -70,18 +70,26 @@ ROOT_9P_OPTIONS = v9fs_options("loose")
 ROOT_OVER_9P = (Mount(ROOT_TAG, NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
 
 
-def overlay_root(tag: str, options: str) -> tuple[Filesystem, ...]:
-    """Return how to mount `tag` read-only as the root, with all writes going to RAM.
+SCRATCH = "/scratch"
+SCRATCH_IN_RAM = Mount("tmpfs", SCRATCH, "tmpfs", data="size=50%,mode=0755")
+"""Half of the RAM at most: the other half is for programs."""
 
-    Half of the RAM at most: the other half is for programs.
-    """
+
+def lower_9p(tag: str, options: str) -> Mount:
+    """Return how to mount the 9P tree `tag` read-only, as what `overlay_root` lays over."""
+    return Mount(tag, "/lower", "9p", abi.MS_RDONLY, options)
+
+
+def overlay_root(lower: Mount, scratch: Mount = SCRATCH_IN_RAM) -> tuple[Filesystem, ...]:
+    """Return how to mount `lower`, which is only read, as the root; `scratch` takes all writes."""
     # With redirect_dir a directory from below can be renamed; without, that is EXDEV.
-    layers = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work,redirect_dir=on"
+    upper, work = f"{SCRATCH}/upper", f"{SCRATCH}/work"
+    layers = f"lowerdir={lower.target},upperdir={upper},workdir={work},redirect_dir=on"
     return (
-        Mount(tag, "/lower", "9p", abi.MS_RDONLY, options),
-        Mount("tmpfs", "/scratch", "tmpfs", data="size=50%,mode=0755"),
-        Mkdir("/scratch/upper"),
-        Mkdir("/scratch/work"),
+        lower,
+        scratch,
+        Mkdir(upper),
+        Mkdir(work),
         Mount("overlay", NEW_ROOT, "overlay", data=layers),
     )
 
@@ -325,7 +333,7 @@ def _filesystem(item: Filesystem) -> list[Step]:
                     abi.SYS_MOUNT,
                     (source, target, fstype, flags, data),
                     tolerates=() if required else ANYTHING,
-                    patience_ms=5_000 if fstype == "9p" else 0,
+                    patience_ms=5_000 if fstype == "9p" or source.startswith("/dev/") else 0,
                 ),
             ]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Device(Protocol):
-    """What is used of devices.virtio.net.VirtioNet."""
+    """What is used of devices.virtio.net.Pair."""
 
     def readable(self) -> None:
         """Frames are there."""
@@ -23,13 +23,27 @@ class Device(Protocol):
 class Pump:
     """Waits for `fd` to be readable (`want_read`) and, once each time, writable (`want_write`)."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(
+        self,
+        fd: int,
+        drain: Callable[[], None] | None = None,
+        on_wake: Callable[[], None] | None = None,
+    ) -> None:
+        """Make it, asleep.
+
+        `drain` is called before the device is told that `fd` is readable, `on_wake` before it is
+        told because of `wake`.
+        """
         self._fd = fd
+        self._drain = drain
+        self._on_wake = on_wake
         self._events = 0
         self._lock = threading.Lock()
         self._epoll = select.epoll()
-        self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        self._end, self._wake = os.eventfd(0, flags), os.eventfd(0, flags)
         self._epoll.register(self._end, select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._thread: threading.Thread | None = None
 
     def start(self, device: Device, on_error: Callable[[BaseException], None]) -> None:
@@ -52,6 +66,10 @@ class Pump:
         """Tell once that there is room to write; any thread."""
         self._change(select.EPOLLOUT, select.EPOLLOUT)
 
+    def wake(self) -> None:
+        """Tell that there is something to read that did not come from `fd`; any thread."""
+        os.eventfd_write(self._wake, 1)
+
     def _change(self, events: int, mask: int) -> None:
         with self._lock:
             before, after = self._events, self._events & ~mask | events
@@ -70,10 +88,18 @@ class Pump:
             for fd, events in self._epoll.poll():
                 if fd == self._end:
                     return
+                if fd == self._wake:
+                    os.eventfd_read(fd)
+                    if self._on_wake is not None:
+                        self._on_wake()
+                    device.readable()
+                    continue
                 if events & select.EPOLLOUT:
                     self._change(0, select.EPOLLOUT)
                     device.writable()
                 if events & ~select.EPOLLOUT:
+                    if self._drain is not None:
+                        self._drain()
                     device.readable()
 
     def close(self) -> None:
@@ -84,3 +110,4 @@ class Pump:
         with self._lock:
             self._epoll.close()
         os.close(self._end)
+        os.close(self._wake)

@@ -23,7 +23,11 @@ from tinyvmm.net.pump import Pump
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
+TUNSETQUEUE = 0x400454D9
 IFF_TAP = 0x0002
+IFF_MULTI_QUEUE = 0x0100
+IFF_ATTACH_QUEUE = 0x0200
+IFF_DETACH_QUEUE = 0x0400
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
 TUN_F_CSUM = 1 << 0
@@ -39,11 +43,15 @@ _OFFLOADS = (
 
 
 class Tap:
-    """The tap `name`, which is made if there is none and we may; `Backend` of a VirtioNet."""
+    """The tap `name`, which is made if there is none and we may; `Backend` of a VirtioNet.
+
+    `several`: one queue of it, of as many as are opened so. The kernel spreads what it sends over
+    those that are enabled.
+    """
 
     vnet_header = True
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, several: bool = False) -> None:
         """Attach to it; ConfigError with the remedy if that cannot be."""
         if not 1 <= len(name.encode()) < IFNAMSIZ or "/" in name:
             raise ConfigError(f"tap {name!r}: give a name of 1 to {IFNAMSIZ - 1} bytes")
@@ -53,18 +61,17 @@ class Tap:
             raise ConfigError(
                 f"tap {name}: cannot open /dev/net/tun ({error.strerror}); modprobe tun, as root"
             ) from None
-        request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if several else 0)
+        request = struct.pack("16sH22x", name.encode(), flags)
         try:
             fcntl.ioctl(self.fd, TUNSETIFF, bytearray(request))
             fcntl.ioctl(self.fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER_LEN))
         except OSError as error:
             os.close(self.fd)
-            remedy = (
-                "it is in use"
-                if error.errno == errno.EBUSY
-                else f"make it for yourself: ip tuntap add {name} mode tap user $USER"
-            )
+            remedy = _remedy(name, error.errno, several=several)
             raise ConfigError(f"tap {name}: {error.strerror}; {remedy}") from None
+        self._several = several
+        self._enabled = True
         self.pump = Pump(self.fd)
 
     def send(self, views: Sequence[memoryview]) -> bool:
@@ -97,7 +104,24 @@ class Tap:
         flags = sum(flag for feature, flag in _OFFLOADS if features & feature)
         fcntl.ioctl(self.fd, TUNSETOFFLOAD, flags)
 
+    def enable(self, *, on: bool) -> None:
+        """See Backend.enable."""
+        if self._several and on != self._enabled:
+            self._enabled = on
+            flags = IFF_ATTACH_QUEUE if on else IFF_DETACH_QUEUE
+            fcntl.ioctl(self.fd, TUNSETQUEUE, struct.pack("16sH22x", b"", flags))
+
     def close(self) -> None:
         """Stop, and let go of the interface."""
         self.pump.close()
         os.close(self.fd)
+
+
+def _remedy(name: str, number: int | None, *, several: bool) -> str:
+    """Return what to do when attaching has failed with this errno."""
+    if number == errno.EBUSY:
+        return "it is in use"
+    if number == errno.EINVAL:  # it is there, and of the other sort
+        return "it has one queue: leave queues= out" if several else "it has several: give queues=2"
+    more = " multi_queue" if several else ""
+    return f"make it for yourself: ip tuntap add {name} mode tap{more} user $USER"

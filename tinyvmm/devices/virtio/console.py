@@ -15,13 +15,16 @@ DEVICE_READY; each port is then offered with PORT_ADD, and once the driver answe
 its PORT_NAME and opened (PORT_OPEN 1). The driver says by PORT_OPEN whether a process has the port
 open. Linux throws away what arrives for a port that nobody has open, so nothing is sent before.
 
+A port may be a console (hvc) of the guest: it is told so by CONSOLE_PORT, and how large the host's
+terminal is, whenever that changes, by RESIZE.
+
 Flow control is the queues' own. Output stays in the transmitq, and a writer in the guest blocks,
 until the host takes it; input goes as far as the buffers in the receiveq. A driver that resets the
 device has sent what is in its transmitqs, so that is kept for the host: Linux resets every device
 on its way to power off, with a program's last words perhaps still there.
 
-Not emulated: VIRTIO_CONSOLE_F_SIZE and F_EMERG_WRITE, console ports (CONSOLE_PORT, RESIZE), removal
-of ports. A driver without F_MULTIPORT finds a device with nothing to say.
+Not emulated: VIRTIO_CONSOLE_F_SIZE (the size of a port 0 that is never there) and F_EMERG_WRITE,
+removal of ports. A driver without F_MULTIPORT finds a device with nothing to say.
 
 Threads: vCPU threads through the transport, any host thread through the methods of a port; all hold
 the device's lock. `on_output` and `on_space` are called with it held: they may call the port's
@@ -43,11 +46,16 @@ VIRTIO_CONSOLE_F_MULTIPORT = 1 << 1
 VIRTIO_CONSOLE_DEVICE_READY = 0
 VIRTIO_CONSOLE_PORT_ADD = 1
 VIRTIO_CONSOLE_PORT_READY = 3
+VIRTIO_CONSOLE_CONSOLE_PORT = 4
+VIRTIO_CONSOLE_RESIZE = 5
 VIRTIO_CONSOLE_PORT_OPEN = 6
 VIRTIO_CONSOLE_PORT_NAME = 7
 
 CONTROL_RX, CONTROL_TX = 2, 3
 _control = struct.Struct("<IHH")  # virtio_console_control: id, event, value
+# virtio_console_resize: rows, cols. The specification has them the other way round (5.3.6.2), but
+# Linux, which is older, reads them so (drivers/char/virtio_console.c, handle_control_message).
+_resize = struct.Struct("<HH")
 _config = struct.Struct("<HHII")  # virtio_console_config: cols, rows, max_nr_ports, emerg_wr
 
 # Linux fills every receiveq with pages and sends at most 32 KiB at a time.
@@ -57,15 +65,22 @@ UNUSED_QUEUE_SIZE = 2
 # Of a port, in one chain and kept over resets. Far above what a driver sends, but descriptors may
 # name the same RAM again and again.
 OUTPUT_MAX = 16 << 20
+SIZE_MAX = 0xFFFF
 KEPT_COST = 64  # what keeping a chain's data takes besides the data
 
 
 class ConsolePort:
     """The host's end of one port; it comes to life when given to a VirtioConsole."""
 
-    def __init__(self, name: str) -> None:
-        """Make a port called `name` in the guest (/sys/class/virtio-ports/*/name)."""
+    def __init__(self, name: str, *, console: bool = False) -> None:
+        """Make a port called `name` in the guest (/sys/class/virtio-ports/*/name).
+
+        `console`: it is a console of the guest's, /dev/hvc0 and so on.
+        """
         self.name = name
+        self.console = console
+        self.size: tuple[int, int] | None = None
+        """Rows and columns of the host's terminal; None if nothing is known of one."""
         self.on_output: Callable[[], None] = _nothing
         """Called when the driver has sent something that `take_output` will return."""
         self.on_space: Callable[[], None] = _nothing
@@ -93,6 +108,20 @@ class ConsolePort:
         """
         return self._console.put_input(self, data) if self._console is not None else 0
 
+    def resize(self, rows: int, cols: int) -> None:
+        """Tell a console's readers that the terminal has this size now; at most 65535 each.
+
+        ValueError if the port is no console, or there is no such size.
+        """
+        if not self.console:
+            raise ValueError(f"port {self.name} is no console")
+        if not (0 <= rows <= SIZE_MAX and 0 <= cols <= SIZE_MAX):
+            raise ValueError(f"a terminal of {rows} rows and {cols} columns")
+        if self._console is None:
+            self.size = rows, cols
+        else:
+            self._console.resize_port(self, rows, cols)
+
     def close(self) -> None:
         """Let the guest's reader see end of file after what was put; no more can be."""
         if self._console is None:
@@ -116,7 +145,7 @@ class VirtioConsole(VirtioDevice):
         self.ports = dict(enumerate(ports, 1))
         for port_id, port in self.ports.items():
             port.attach(self, port_id)
-        # Each message is here at most once, so there are at most four a port.
+        # Each message is here at most once, and one RESIZE a port, so there are at most six a port.
         self._pending: deque[bytes] = deque()
 
     def set_status(self, value: int) -> None:
@@ -168,6 +197,9 @@ class VirtioConsole(VirtioDevice):
             return
         if event == VIRTIO_CONSOLE_PORT_READY and value:
             port.ready = True
+            if port.console:
+                self._send(port_id, VIRTIO_CONSOLE_CONSOLE_PORT)
+                self._send_size(port)
             self._send(port_id, VIRTIO_CONSOLE_PORT_NAME, 1, port.name.encode())
             self._send(port_id, VIRTIO_CONSOLE_PORT_OPEN, int(not port.closed))
         elif event == VIRTIO_CONSOLE_PORT_OPEN:
@@ -233,6 +265,22 @@ class VirtioConsole(VirtioDevice):
                 rest = rest[written:]
             return len(data) - len(rest)
 
+    def resize_port(self, port: ConsolePort, rows: int, cols: int) -> None:
+        """See ConsolePort.resize."""
+        with self.lock:
+            port.size = rows, cols
+            if self.running and port.ready:
+                self._send_size(port)
+
+    def _send_size(self, port: ConsolePort) -> None:
+        """Send the size, in place of one that has not been sent yet."""
+        if port.size is None:
+            return
+        head = _control.pack(port.id, VIRTIO_CONSOLE_RESIZE, 1)
+        for message in [message for message in self._pending if message.startswith(head)]:
+            self._pending.remove(message)
+        self._send(port.id, VIRTIO_CONSOLE_RESIZE, 1, _resize.pack(*port.size))
+
     def close_port(self, port: ConsolePort) -> None:
         """See ConsolePort.close."""
         with self.lock:
@@ -253,6 +301,7 @@ class VirtioConsole(VirtioDevice):
                         "ready": port.ready,
                         "guest_open": port.guest_open,
                         "closed": port.closed,
+                        "size": port.size and list(port.size),
                         "kept": [data.hex() for data in port.kept],
                     }
                     for port in self.ports.values()
@@ -267,6 +316,7 @@ class VirtioConsole(VirtioDevice):
             for port, known in zip(self.ports.values(), state["ports"], strict=True):
                 port.ready, port.guest_open = known["ready"], known["guest_open"]
                 port.closed = known["closed"]
+                port.size = known["size"] and tuple(known["size"])
                 port.kept = deque(bytes.fromhex(data) for data in known["kept"])
 
 

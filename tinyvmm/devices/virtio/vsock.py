@@ -128,6 +128,11 @@ class VirtioVsock(VirtioDevice):
         self._transport_reset = False
         self._next_port = FIRST_HOST_PORT
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is no connection, and nothing left to say of one."""
+        return not (self._connections or self._by_peer or self._thirsty or self._due)
+
     def reset(self) -> None:
         """Forget the driver, and end what it had with the host."""
         super().reset()

@@ -50,12 +50,14 @@ class ErofsImage:
         whole: bool = False,
         name: bytes = b"",
         veiled: frozenset[tuple[int, int]] = frozenset(),
+        keep: Callable[[bytes], bool] | None = None,
     ) -> None:
         """Open the trees, (guest path, host directory) each; ConfigError for what cannot be had.
 
         `whole` plans everything now, and then what cannot be read is a ConfigError; without, the
         guest gets an error for it, and `warn` a line. `name` is the volume's, of 16 bytes at most.
-        Directories whose (st_dev, st_ino) is in `veiled` appear empty.
+        Directories whose (st_dev, st_ino) is in `veiled` appear empty; `keep` is as for
+        `Plan`.
         """
         self._lock = Lock()
         self._whole = whole
@@ -66,6 +68,7 @@ class ErofsImage:
             end_block=_LAST_BLOCK,
             strict=whole,
             veiled=veiled,
+            keep=keep,
         )
         self.contents = Contents(self.plan, warn)
         self.meta_block = _META_BLOCK

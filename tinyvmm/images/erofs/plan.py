@@ -21,7 +21,7 @@ import stat
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from errno import ENODATA, ENOENT, EOPNOTSUPP
+from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -146,12 +146,13 @@ class Plan:
         end_block: int,
         strict: bool = False,
         veiled: frozenset[tuple[int, int]] = frozenset(),
+        keep: Callable[[bytes], bool] | None = None,
     ) -> None:
         """Open the trees and plan the root; ConfigError for what cannot be had.
 
         Data gets blocks from `first_block` on, before `end_block`. `strict` makes an error of what
         cannot be read; else the guest gets EIO for it. Directories whose (st_dev, st_ino) is in
-        `veiled` appear empty.
+        `veiled` appear empty. `keep` says of a path of this computer whether it is to be in it.
         """
         self.meta = bytearray(INODE_LEN)  # no inode is number 0
         self.files = Files()
@@ -165,6 +166,7 @@ class Plan:
         self._gap = 0 if strict else 1  # so that no request of a kernel has two files' data
         self._strict = strict
         self._veiled = veiled
+        self._keep = keep
         self._links: dict[tuple[int, int], int] = {}
         self._mapped: dict[int, list[int]] = {}  # what is mapped at each point, by its id
         self._pending: dict[int, _Directory] = {}
@@ -220,7 +222,7 @@ class Plan:
         for point in root.walk():
             reads, point.reads = point.reads, []
             self._mapped[id(point)] = [
-                self.directories.add_root(fd, os.readlink(fd_path(fd))) for fd in reads
+                self.directories.add_root(fd, os.readlink(fd_path(fd))) for fd, _ in reads
             ]
         layers = self._mapped[id(root)]
         if not layers:
@@ -295,6 +297,10 @@ class Plan:
             except OSError as error:
                 readable = False
                 self._cannot(self.directories.path(layers[0]), error)
+            if self._keep is not None:
+                top = self.directories.path(layers[0])
+                kept = {n: t for n, t in listing.types.items() if self._keep(os.path.join(top, n))}
+                listing = listing._replace(names=list(kept), types=kept)
         listing = point_listing(listing, point)
         listing = listing._replace(names=sorted([b".", b"..", *listing.names]))
         xattrs = self._directory_xattrs(layers)
@@ -452,7 +458,8 @@ class Plan:
         """Make what stands for an entry that could not be looked at: an inode that is none."""
         layers = directory.layers
         where = self.directories.path(layers[0]) if layers else b"/"
-        self._cannot(os.path.join(where, name), error)
+        if self._strict or error.errno not in {ENOENT, ENOTDIR}:  # what is gone nobody misses
+            self._cannot(os.path.join(where, name), error)
         at = self._room(INODE_LEN, 0)
         self.meta += bytes(INODE_LEN)
         self.inodes += 1

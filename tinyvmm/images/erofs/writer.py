@@ -34,17 +34,19 @@ def write_image(
     *,
     name: bytes = b"",
     progress: Progress | None = None,
+    keep: Callable[[bytes], bool] | None = None,
 ) -> Written:
     """Write an EROFS image of the union of `reads`, (guest path, host directory) each, to `output`.
 
-    `name` is the volume's, of 16 bytes at most. `progress` takes the bytes done, and all there are.
+    `name` is the volume's, of 16 bytes at most; `keep` says of a path of this computer whether it
+    is to be in the image. `progress` takes the bytes done, and all there are.
     ConfigError for what cannot be read or written: then `output` is what it was.
     """
 
     def warn(line: str) -> None:
         raise ConfigError(line)
 
-    image = ErofsImage(reads, warn, whole=True, name=name)
+    image = ErofsImage(reads, warn, whole=True, name=name, keep=keep)
     draft = f"{output}.{os.getpid()}"
     try:
         # Only now, or it would be in an image of the directory it is in.

@@ -1,0 +1,8 @@
+"""A console port: ours beside QEMU's. bench/links.py says how."""
+
+from bench import links
+
+
+def main() -> None:
+    """Measure and print."""
+    links.main(("console",))

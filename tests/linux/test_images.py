@@ -1,0 +1,128 @@
+"""An image runs: its layers are the root, its configuration the command, owners are right."""
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.linux.conftest import MAIN, Runner
+from tests.oci import Entry, directory, entry, image, layer, symlink
+from tinyvmm.images.oci import tree_writer
+from tinyvmm.images.oci.pull import pull
+from tinyvmm.images.oci.store import Store
+from tinyvmm.lab import python_command
+
+pytestmark = pytest.mark.linux
+
+APPLETS = ("sh", "ls", "cat", "id", "stat", "readlink", "find", "chown", "chmod", "touch", "env")
+CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
+PASSWD = b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n"
+GROUP = b"root:x:0:\napp:x:1001:\nextra:x:7:app\n"
+
+
+def base() -> list[Entry]:
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    return [
+        directory("bin"),
+        entry("bin/busybox", Path(busybox).read_bytes(), mode=0o755),
+        *[symlink(f"bin/{name}", "busybox") for name in APPLETS],
+        directory("etc"),
+        entry("etc/passwd", PASSWD),
+        entry("etc/group", GROUP),
+        directory("home/app", 0o750, (1000, 1001)),
+        entry("home/app/secret", b"s3cret\n", mode=0o600, owner=(1000, 1001)),
+        entry("home/other", b"", mode=0o600, owner=(1234, 5678)),
+        symlink("home/link", "other", owner=(1000, 1001)),
+        entry("null", kind=tarfile.CHRTYPE, mode=0o666, device=(1, 3)),
+        entry(
+            "bin/su",
+            b"",
+            mode=0o4755,
+            pax={"SCHILY.xattr.security.capability": os.fsdecode(CAPABILITY)},
+        ),
+        entry("gone"),
+        entry("opaque/old"),
+    ]
+
+
+def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
+    guest: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an ordinary user unpacks it: nothing in the store belongs to whom it does in the guest."""
+    monkeypatch.setattr(tree_writer, "must_pretend", lambda: True)
+    where = guest.directory("images")
+    store = Store(str(where / "tinyvmm/images"))
+    name = image(
+        where / "lay",
+        layer(*base()),
+        layer(entry(".wh.gone"), entry("opaque/.wh..wh..opq"), entry("opaque/new")),
+        config={
+            "Entrypoint": ["/bin/sh", "-c"],
+            "Cmd": ["echo the image says so"],
+            "Env": ["GREETING=hello", "KEPT=1"],
+            "WorkingDir": "/made/here",
+            "User": "app",
+            "Volumes": {"/volume": {}},
+        },
+    )
+    found = pull(name, store)
+    (where / "tinyvmm/kernels").symlink_to(Path("~/.local/share/tinyvmm/kernels").expanduser())
+
+    def run(*arguments: str) -> list[str]:
+        command = python_command(MAIN, ["run", "--no-lab", "--image", found.id, *arguments])
+        done = guest.program(["env", f"XDG_DATA_HOME={where}", *command])
+        assert (done.status, done.stderr) == (0, b""), done
+        return done.stdout.decode().splitlines()
+
+    questions = {
+        "who": "id",
+        "where": "pwd",
+        "env": "echo $GREETING $KEPT $HOME",
+        "path": "echo $PATH",
+        "secret": "cat /home/app/secret",
+        "owners": "stat -c '%n %u:%g %a %F' /home/app /home/app/secret /home/other /home/link",
+        "link": "readlink /home/link",
+        "device": "stat -c '%F %t:%T' /null; echo x > /null",
+        "set-id": "stat -c '%u %a' /bin/su",
+        "whiteouts": "ls /gone /opaque 2>&1",
+        "types": "find /home /null -type c -o -type l",
+        "volume": "stat -c %F /volume",
+        "writes": "touch /home/app/new && stat -c '%u:%g' /home/app/new",
+        "forbidden": "touch /etc/x 2>&1",
+    }
+    lines = [f"echo '=={what}'; {command}" for what, command in questions.items()]
+    answers: dict[str, list[str]] = {}
+    for line in run("--env", "GREETING=good day", "--", "\n".join(lines)):
+        if line.startswith("=="):
+            answers[line[2:]] = []
+        else:
+            answers[list(answers)[-1]].append(line)
+    assert answers == {
+        "who": ["uid=1000(app) gid=1001(app) groups=1001(app),7(extra)"],
+        "where": ["/made/here"],
+        "env": ["good day 1 /home/app"],
+        "path": ["/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+        "secret": ["s3cret"],
+        "owners": [
+            "/home/app 1000:1001 750 directory",
+            "/home/app/secret 1000:1001 600 regular file",
+            "/home/other 1234:5678 600 regular empty file",
+            "/home/link 1000:1001 777 symbolic link",
+        ],
+        "link": ["other"],
+        "device": ["character special file 1:3"],
+        "set-id": ["0 4755"],
+        "whiteouts": ["ls: /gone: No such file or directory", "/opaque:", "new"],
+        "types": ["/home/link", "/null"],
+        "volume": ["directory"],
+        "writes": ["1000:1001"],
+        "forbidden": ["touch: /etc/x: Permission denied"],
+    }
+    script = "echo $0 $# $HOME; chown 5:6 /home/link /home/other && stat -c %u:%g /home/other; pwd"
+    assert run(
+        *("--entrypoint", '["/bin/sh", "-c"]', "--user", "0", "--workdir", "/home"),
+        *("--", script, "zero", "one"),
+    ) == ["zero 1 /root", "5:6", "/home"]

@@ -1,0 +1,55 @@
+"""Packs in a guest: EROFS over its root, a zip at a place of its own, both written over."""
+
+import os
+
+import pytest
+
+from tests.linux.conftest import Runner
+from tinyvmm.fileserver.written import list_changes
+from tinyvmm.images import packs
+
+pytestmark = pytest.mark.linux
+
+SCRIPT = """
+cat /etc/of-erofs /opt/z/of-zip /opt/z/link
+stat -c '%a %u %g %Y' /etc/of-erofs /opt/z/of-zip
+test -e /etc/passwd && echo the root is below
+echo more >> /etc/of-erofs && cat /etc/of-erofs
+echo new > /opt/z/new && rm /opt/z/of-zip && ls /opt/z
+rm /etc/passwd && test ! -e /etc/passwd && mkdir /srv/made && rmdir /srv/made && echo written over
+"""
+SAID = """\
+erofs
+zip
+zip
+640 0 0 1500000000
+4755 5 70000 1500000000
+the root is below
+erofs
+more
+link
+new
+written over
+"""
+
+
+def test_packs_are_joined_with_the_root_and_written_over(guest: Runner) -> None:
+    made = guest.directory("packs")
+    for kind, name, mode in (("erofs", "etc/of-erofs", 0o640), ("zip", "of-zip", 0o4755)):
+        top = made / f"of {kind}"
+        path = top / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{kind}\n")
+        if kind == "zip":
+            (top / "link").symlink_to("of-zip")
+            if os.geteuid() == 0:
+                os.chown(path, 5, 70_000)
+        path.chmod(mode)
+        os.utime(path, (1_500_000_000, 1_500_000_000))
+        trees = [("/", str(top))]
+        files = packs.Files(list_changes([], trees), trees)
+        packs.write(files, str(made / f"pack.{kind}"), kind, print)
+    arguments = ["--pack", str(made / "pack.erofs"), "--pack", f"/opt/z={made / 'pack.zip'}"]
+    done = guest.run(*arguments, "--", "sh", "-ec", SCRIPT)
+    assert (done.status, done.stderr) == (0, b""), done
+    assert done.stdout.decode() == SAID

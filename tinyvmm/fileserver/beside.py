@@ -1,0 +1,125 @@
+"""What is kept beside the files of a read tree, where the host would not let a file have it itself.
+
+A tree unpacked by somebody who may not give files away, make devices or set privileged attributes
+holds files of their own, and what each should be in its extended attributes (the host's own copy of
+the file then has no set-id bits, and a device of the guest's is none of the host's):
+
+    user.containers.override_stat   UID:GID:MODE[:TYPE], MODE in octal, as rootless container tools
+                                    write it; TYPE is file, dir, symlink, pipe, socket,
+                                    block-MAJOR-MINOR or char-MAJOR-MINOR, and a file of the last
+                                    five is a regular one on the host: empty, or the link's target
+    user.tinyvmm.xattr.NAME         the attribute NAME
+
+Two more save asking: the tree's root has `user.tinyvmm.layer`, or nothing here holds in it, with
+whose files without a record are (`UID:GID`, or `-` for the host's owner); and a directory with
+regular files that are something else has `user.tinyvmm.special`.
+"""
+
+import os
+import stat
+from errno import EINVAL, ENODATA, EOPNOTSUPP
+from typing import NamedTuple
+
+from tinyvmm.fileserver.hostfile import altered, fd_path, open_contents
+from tinyvmm.fileserver.ownership import Owner, parse_owner
+from tinyvmm.fileserver.whiteout import OWNER_XATTR
+
+LAYER_XATTR = b"user.tinyvmm.layer"
+SPECIAL_XATTR = b"user.tinyvmm.special"
+XATTR_PREFIX = b"user.tinyvmm.xattr."
+_TARGET_MAX = 4096  # PATH_MAX
+
+_TYPES = {stat.S_IFLNK: b"symlink", stat.S_IFIFO: b"pipe", stat.S_IFSOCK: b"socket"}
+_DEVICES = {stat.S_IFBLK: b"block", stat.S_IFCHR: b"char"}
+_KINDS = {name: kind for kind, name in (_TYPES | _DEVICES).items()}
+
+
+class Notes(NamedTuple):
+    """That a tree keeps things beside its files, and the owner of a file without a record."""
+
+    owner: tuple[int, int] | None
+    """None for whoever owns it on the host."""
+
+
+def notes_of(fd: int) -> Notes | None:
+    """Whether the read tree with root `fd` keeps things beside its files."""
+    value = _getxattr(fd_path(fd), LAYER_XATTR)
+    if value is None:
+        return None
+    if value == b"-":
+        return Notes(None)
+    owner = parse_owner(value + b":0")
+    return None if owner is None else Notes((owner.uid, owner.gid))
+
+
+def presented(fd: int, st: os.stat_result, notes: Notes) -> os.stat_result:
+    """What the file behind O_PATH descriptor `fd`, of stat `st` on the host, is in the guest."""
+    if stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode):
+        value = _getxattr(fd_path(fd), OWNER_XATTR)
+        owner = None if value is None else parse_owner(value)
+        if value is not None and owner is not None:
+            kind, rdev = stat.S_IFMT(st.st_mode), None
+            if stat.S_ISREG(st.st_mode):
+                kind, rdev = _kind(value)
+            return altered(st, mode=kind | owner.mode, uid=owner.uid, gid=owner.gid, rdev=rdev)
+    if notes.owner is None:
+        return st
+    return altered(st, uid=notes.owner[0], gid=notes.owner[1])
+
+
+def read_link(fd: int) -> bytes:
+    """The target of a symlink, whether it is one on the host or a file that stands for one."""
+    if stat.S_ISLNK(os.fstat(fd).st_mode):
+        return os.readlink(b"", dir_fd=fd)
+    contents = open_contents(fd, stat.S_IFREG, os.O_RDONLY, ours=False)
+    try:
+        return os.pread(contents, _TARGET_MAX, 0)
+    finally:
+        os.close(contents)
+
+
+def has_special(fd: int) -> bool:
+    """Whether some regular files of the directory `fd` are something else in the guest."""
+    return _getxattr(fd_path(fd), SPECIAL_XATTR) is not None
+
+
+def kind_of(path: bytes) -> int:
+    """The S_IFMT in the guest of the regular file at `path`."""
+    value = _getxattr(path, OWNER_XATTR)
+    return stat.S_IFREG if value is None else _kind(value)[0]
+
+
+def record(owner: Owner, kind: int, rdev: int = 0) -> bytes:
+    """The record of a file of S_IFMT `kind`, a device's with its number."""
+    text = b"%d:%d:%o" % owner
+    if kind in _DEVICES:
+        return text + b":%s-%d-%d" % (_DEVICES[kind], os.major(rdev), os.minor(rdev))
+    return text + b":" + _TYPES[kind] if kind in _TYPES else text
+
+
+def _kind(value: bytes) -> tuple[int, int | None]:
+    """The S_IFMT and device number that the record of a regular file gives it."""
+    fields = value.split(b":")
+    name, *numbers = fields[3].split(b"-") if len(fields) > 3 else [b"file"]
+    kind = _KINDS.get(name, stat.S_IFREG)
+    if kind not in _DEVICES:
+        return kind, None
+    try:
+        major, minor = map(int, numbers)
+        return kind, os.makedev(major, minor)
+    except (ValueError, OverflowError):
+        return stat.S_IFREG, None  # not of our making
+
+
+def get_xattr(fd: int, name: bytes) -> bytes | None:
+    """The attribute `name` that is kept beside the file, if it is."""
+    return _getxattr(fd_path(fd), XATTR_PREFIX + name)
+
+
+def _getxattr(path: bytes, name: bytes) -> bytes | None:
+    try:
+        return os.getxattr(path, name)
+    except OSError as error:
+        if error.errno not in {ENODATA, EOPNOTSUPP, EINVAL}:
+            raise
+        return None

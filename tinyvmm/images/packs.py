@@ -1,0 +1,312 @@
+"""Packs: a tree of files as one file, an EROFS image or a zip, to be a read tree of machines.
+
+    $XDG_DATA_HOME/tinyvmm/packs/NAME/   pack.erofs or pack.zip   about
+
+`about` is JSON: where it is from, its SHA-256, how many files, when. A pack appears in the store by
+rename, complete or not at all, and leaves it so. It is never unpacked: a zip is served over 9P
+(fileserver/archives.py), an EROFS image is a disk, and the guest joins either with its root.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver.written import DELETED, Change
+
+KINDS = ("erofs", "zip")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_DRAFT = ".draft-"
+_COPY_LEN = 1 << 20
+_EROFS_MAGIC = b"\xe2\xe1\xf5\xe0"  # EROFS_SUPER_MAGIC_V1, of the superblock at byte 1024
+_ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # APPNOTE.TXT, 4.3.7 and 4.3.16
+
+Progress = Callable[[str, int, int], None]
+
+
+class Pack(NamedTuple):
+    """A pack: its name, or its path if it is not in the store; `path` is the file."""
+
+    name: str
+    path: str
+    kind: str
+    source: str = ""
+    digest: str = ""
+    """SHA-256, in hexadecimal."""
+    size: int = 0
+    created: float = 0.0
+
+
+# --- looking -------------------------------------------------------------------------------------
+
+
+def store_dir() -> str:
+    """Return the store: XDG_DATA_HOME/tinyvmm/packs (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.local/share")
+    return os.path.join(base, "tinyvmm", "packs")
+
+
+def list_() -> list[Pack]:
+    """Return the packs of the store, by name."""
+    try:
+        names = sorted(os.listdir(store_dir()))
+    except OSError:
+        return []
+    return [pack for name in names if (pack := _stored(name))]
+
+
+def find(name: str) -> Pack:
+    """Return the pack of that name in the store, or of that path; ConfigError for neither."""
+    stored = _stored(name)
+    if stored is not None:
+        return stored
+    if not os.path.exists(name):
+        known = ", ".join(pack.name for pack in list_()) or "none yet"
+        raise ConfigError(f"pack {name}: neither a file nor a pack here ({known})")
+    path = os.path.abspath(name)
+    return Pack(name, path, kind_of(path), size=os.stat(path).st_size)
+
+
+def kind_of(path: str) -> str:
+    """Return which of KINDS a file is, by its content; ConfigError if it is none."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            file.seek(1024)
+            superblock = file.read(4)
+    except OSError as error:
+        raise ConfigError(f"pack {path}: {error.strerror}") from None
+    if superblock == _EROFS_MAGIC:
+        return "erofs"
+    if head in _ZIP_MAGICS:
+        return "zip"
+    raise ConfigError(f"pack {path}: neither an EROFS image nor a zip; make one: pack create")
+
+
+def _stored(name: str) -> Pack | None:
+    if not _NAME.fullmatch(name):
+        return None
+    directory = os.path.join(store_dir(), name)
+    try:
+        with open(os.path.join(directory, "about"), encoding="utf-8") as file:
+            about = json.load(file)
+        kind = about["kind"]
+        path = os.path.join(directory, f"pack.{kind}")
+        fields: dict[str, Any] = {key: about[key] for key in ("source", "digest", "created")}
+        return Pack(name, path, kind, size=os.stat(path).st_size, **fields)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- putting in ----------------------------------------------------------------------------------
+
+
+class Files(NamedTuple):
+    """What is to be in a pack."""
+
+    changes: Iterable[Change]
+    """Each file that is wanted."""
+    trees: Sequence[tuple[str, str]]
+    """(guest path, host directory) of the trees they are in."""
+
+
+def create(name: str, files: Files, source: str, kind: str, warn: Callable[[str], None]) -> Pack:
+    """Put a pack of `files` into the store; ConfigError for what cannot be."""
+
+    def fill(draft: str) -> str:
+        write(files, os.path.join(draft, f"pack.{kind}"), kind, warn)
+        return kind
+
+    return _install(name, fill, source)
+
+
+def write(files: Files, path: str, kind: str, warn: Callable[[str], None]) -> None:
+    """Write a pack of `files` to `path`; it appears there whole, or not at all."""
+    if kind == "erofs":
+        _write_erofs(files, path)
+    elif kind == "zip":
+        _write_zip(files, path, warn)
+    else:
+        raise ConfigError(f"{kind!r} is no kind of pack: give {' or '.join(KINDS)}")
+
+
+def _write_zip(files: Files, path: str, warn: Callable[[str], None]) -> None:
+    from tinyvmm.images.zips import write_zip
+
+    draft = f"{path}.{os.getpid()}.tmp"
+    try:
+        try:
+            write_zip(files.changes, draft, warn)
+            os.replace(draft, path)
+        finally:
+            if os.path.exists(draft):
+                os.unlink(draft)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _write_erofs(files: Files, path: str) -> None:
+    from tinyvmm.images.erofs.writer import write_image
+
+    wanted = set()
+    for change in files.changes:
+        if change.kind == DELETED:
+            raise ConfigError(
+                f"{os.fsdecode(change.path)} was deleted, which a pack cannot say: "
+                "make a layer (.tar) of it"
+            )
+        wanted.add(change.path)
+    tops = [
+        (os.path.realpath(os.fsencode(host)), os.fsencode(guest)) for guest, host in files.trees
+    ]
+
+    def keep(host: bytes) -> bool:
+        for top, guest in tops:
+            if host.startswith(os.path.join(top, b"")):
+                return os.path.join(guest, os.path.relpath(host, top)) in wanted
+        return False
+
+    write_image(files.trees, path, keep=keep)
+
+
+def get(name: str, url: str, digest: str | None, progress: Progress) -> Pack:
+    """Fetch a pack from a file:, http: or https: address, whose SHA-256 must be `digest`.
+
+    A file: may come without one. ConfigError if it is another, or cannot be had.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme not in {"file", "http", "https"}:
+        raise ConfigError(f"pack get {url}: give an address that begins with file: or http:")
+    if digest is None and scheme != "file":
+        raise ConfigError(
+            f"pack get {url}: what it must be is to be known: give its --sha256, as sha256sum says"
+        )
+    wanted = None if digest is None else digest.lower().removeprefix("sha256:")
+    if wanted is not None and not re.fullmatch("[0-9a-f]{64}", wanted):
+        raise ConfigError(f"{digest!r} is no SHA-256: give 64 hexadecimal digits")
+
+    def fill(draft: str) -> str:
+        path = os.path.join(draft, "fetched")
+        found = _fetch(url, path, progress)
+        if wanted is not None and found != wanted:
+            raise ConfigError(
+                f"pack get {url}: its SHA-256 is {found}, not {wanted}: it is another"
+            )
+        kind = kind_of(path)
+        os.rename(path, os.path.join(draft, f"pack.{kind}"))
+        return kind
+
+    return _install(name, fill, url)
+
+
+def remove(names: Iterable[str]) -> None:
+    """Take packs out of the store; ConfigError, and none is gone, if one is not there."""
+    import shutil
+
+    with _locked() as store:
+        for name in (names := list(dict.fromkeys(names))):
+            if _stored(name) is None:
+                known = ", ".join(pack.name for pack in list_()) or "none"
+                raise ConfigError(f"pack rm {name}: no such pack here ({known})")
+        for name in names:
+            gone = os.path.join(store, f"{_DRAFT}{name}-gone")
+            os.rename(os.path.join(store, name), gone)
+            shutil.rmtree(gone)
+
+
+def _install(name: str, fill: Callable[[str], str], source: str) -> Pack:
+    """Have `fill` put a pack into a draft directory and say its kind; store it as `name`."""
+    import shutil
+    import tempfile
+
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no name: give letters, digits, _ . and -, 64 at most")
+    with _locked() as store:
+        if _stored(name) is not None:
+            raise ConfigError(f"a pack {name} is here already: tinyvmm pack rm {name}")
+        draft = tempfile.mkdtemp(dir=store, prefix=_DRAFT)
+        try:
+            kind = fill(draft)
+            path = os.path.join(draft, f"pack.{kind}")
+            about = {
+                "kind": kind,
+                "source": source,
+                "digest": _digest(path),
+                "created": time.time(),
+            }
+            with open(os.path.join(draft, "about"), "w", encoding="utf-8") as file:
+                json.dump(about, file)
+            os.chmod(draft, 0o755)
+            os.rename(draft, os.path.join(store, name))
+        finally:
+            if os.path.exists(draft):
+                shutil.rmtree(draft, ignore_errors=True)
+    return find(name)
+
+
+@contextmanager
+def _locked() -> Iterator[str]:
+    """Hold the store's lock, and clear away what a process left that was killed holding it."""
+    import fcntl
+    import shutil
+
+    store = store_dir()
+    try:
+        os.makedirs(store, exist_ok=True)
+        lock = os.open(os.path.join(store, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name in os.listdir(store):
+                if name.startswith(_DRAFT):
+                    shutil.rmtree(os.path.join(store, name), ignore_errors=True)
+            yield store
+        finally:
+            os.close(lock)
+    except OSError as error:
+        where = error.filename or store
+        raise ConfigError(
+            f"pack store {where}: {error.strerror or error}; "
+            "set XDG_DATA_HOME to a directory you can write"
+        ) from None
+
+
+def _digest(path: str) -> str:
+    from hashlib import file_digest
+
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(url: str, path: str, progress: Progress) -> str:
+    """Fetch `url` to `path`; its SHA-256."""
+    import http.client
+    import urllib.error
+    import urllib.request
+    from hashlib import sha256
+
+    hashed = sha256()
+    try:
+        opened = urllib.request.urlopen(url, timeout=60)  # noqa: S310 - `get` looked at the scheme
+        with opened as source, open(path, "xb") as file:
+            total = int(source.headers.get("Content-Length") or 0)
+            done = 0
+            while data := source.read(_COPY_LEN):
+                file.write(data)
+                hashed.update(data)
+                done += len(data)
+                progress(f"fetching {url}", done, total)
+    except urllib.error.URLError as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise ConfigError(f"pack get {url}: {error.reason or error}") from None
+    except (http.client.HTTPException, ValueError, TimeoutError) as error:
+        raise ConfigError(f"pack get {url}: {error or type(error).__name__}") from None
+    if total and done != total:
+        raise ConfigError(f"pack get {url}: {done} bytes of {total} came: try again")
+    return hashed.hexdigest()

@@ -458,8 +458,13 @@ def test_policies_say_when_an_image_is_pulled(tmp_path: Path, store: Store) -> N
         (["pull", "docker-archive:/etc"], "manifest.json: No such file"),
         (["pull", "UPPER"], "in lower case"),
         (["rmi", "absent"], "is not here"),
-        (["run", "--image", "absent", "--pull", "never"], "is not here"),
-        (["run", "--entrypoint", "x", "--", "y"], "give --image"),
+        pytest.param(
+            *(["run", "--image", "absent", "--pull", "never"], "is not here"),
+            marks=pytest.mark.kvm,
+        ),
+        pytest.param(
+            *(["run", "--entrypoint", "x", "--", "y"], "give --image"), marks=pytest.mark.kvm
+        ),
         (["run", "--no-root", "--kernel", "k", "--image", "x"], "--image is for a root"),
     ],
 )

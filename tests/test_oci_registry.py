@@ -108,13 +108,18 @@ def closed_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def push(origin: str, host: str, name: str, *, auth: bool = False) -> None:
     """Push with skopeo, whose word is not ours."""
     words = ["--dest-creds", f"{USER}:{PASSWORD}"] if auth else []
-    subprocess.run(
+    _skopeo(
         [
             *("skopeo", "copy", "-q", "--all", "--dest-tls-verify=false", *words),
             *(origin, f"docker://{host}/{name}"),
         ],
-        check=True,
     )
+
+
+def _skopeo(command: list[str]) -> None:
+    """Run it, without the passwords of whoever runs this."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": os.environ["HOME"]}
+    subprocess.run(command, check=True, env=environment)
 
 
 def log_in(path: Path, host: str, **entry_: str) -> None:
@@ -191,12 +196,11 @@ def test_docker_schema_2_and_its_lists_are_read_too(
     tmp_path: Path, store: Store, open_registry: str
 ) -> None:
     origin = image(tmp_path / "lay", layer(entry("f", b"data")))
-    subprocess.run(
+    _skopeo(
         [
             *("skopeo", "copy", "-q", "--format", "v2s2", "--dest-tls-verify=false"),
             *(origin, f"docker://{open_registry}/v2s2:1"),
         ],
-        check=True,
     )
     [tree] = trees(store, pull(f"{open_registry}/v2s2:1", store))
     assert (tree / "f").read_bytes() == b"data"
@@ -686,14 +690,13 @@ def test_tokens_are_asked_for_as_the_registry_says(
 def test_a_token_that_runs_out_on_the_way_is_asked_for_anew(
     tmp_path: Path, store: Store, open_registry: str
 ) -> None:
-    layers = [layer(entry(f"{n}")) for n in range(3)]
-    push(image(tmp_path / "lay", *layers), open_registry, "tok/long:1")
+    push(image(tmp_path / "lay", layer(entry("f"))), open_registry, "tok/long:1")
     asked: list[tuple[str, dict[str, list[str]], str]] = []
     contents = {"behind": open_registry, "asked": asked, "lifetime": 2}
     with serving(type("Service", (Tokens,), contents)) as host:
         name = f"{host}/tok/long:1"
         pull(name, store)
-    assert len(asked) >= 2
+    assert len(asked) == 2  # it was good for the manifest and the configuration
 
 
 def test_challenges_are_read_as_servers_write_them() -> None:

@@ -502,7 +502,7 @@ def test_what_commit_makes_of_a_tree_unpacks_as_that_tree(tmp_path: Path, tree: 
         entry("d/f", b"data" * 1000, mode=0o4755, owner=(1, 2)),
         entry(b"d/n\xe9\xff", b"", pax={"SCHILY.xattr.user.a": "\udcff"}),
         hard_link("g", "d/f"),
-        symlink("s", "d/f"),
+        *([symlink("s", "d/f")] if ROOT else []),  # whose owner a write tree cannot note down
         entry("d/.wh.gone"),
         entry("o/.wh..wh..opq"),
     )

@@ -91,7 +91,7 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
         "types": "find /home /null -type c -o -type l",
         "volume": "stat -c %F /volume",
         "writes": "touch /home/app/new && stat -c '%u:%g' /home/app/new",
-        "forbidden": "touch /etc/x 2>&1",
+        "forbidden": "touch /etc/x 2>&1 || true",
     }
     lines = [f"echo '=={what}'; {command}" for what, command in questions.items()]
     answers: dict[str, list[str]] = {}
@@ -101,7 +101,7 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
         else:
             answers[list(answers)[-1]].append(line)
     assert answers == {
-        "who": ["uid=1000(app) gid=1001(app) groups=1001(app),7(extra)"],
+        "who": ["uid=1000(app) gid=1001(app) groups=7(extra),1001(app)"],
         "where": ["/made/here"],
         "env": ["good day 1 /home/app"],
         "path": ["/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],

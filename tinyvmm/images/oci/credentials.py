@@ -136,7 +136,7 @@ def _ask(helper: str, key: str) -> Credentials | None:
             timeout=HELPER_TIMEOUT,
             check=False,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # what of PATH cannot be searched is the latter
         return None
     except subprocess.TimeoutExpired:
         raise ConfigError(f"docker-credential-{helper} does not answer") from None

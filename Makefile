@@ -30,7 +30,7 @@ packages:
 	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils diod:diod \
 	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils nbdinfo:libnbd-bin socat:socat zsh:zsh passt:passt ip:iproute2 iperf3:iperf3 zstd:zstd rpmbuild:rpm fio:fio dbench:dbench stress-ng:stress-ng \
 	  docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci zstd:zstd \
-	  busybox:busybox-static
+	  busybox:busybox-static openssl:openssl
 
 kernel: $(BIN)/pytest
 	@$(BIN)/python -m tinyvmm kernel list --json | grep -q version || \

@@ -33,7 +33,8 @@ _CONFIG = """\
 version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {root}}}, delete: {{enabled: true}}}}
-http: {{addr: "127.0.0.1:{port}"}}
+http:
+  addr: "127.0.0.1:{port}"
 """
 _AUTH = """\
 auth: {{htpasswd: {{realm: here, path: {path}}}}}
@@ -274,6 +275,41 @@ def test_layers_come_side_by_side_and_progress_is_told(
     assert told[0] == (f"pulling {open_registry}/many:1", 0, sizes)
     assert told[-1][1] == sizes
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_a_certificate_is_checked_and_may_be_named_or_waived(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-keyout", str(key), "-out", str(certificate), "-subj", "/CN=test"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    tls = f"  tls: {{certificate: {certificate}, key: {key}}}\n"
+    with running_registry(tmp_path / "registry", tls) as host:
+        push(image(tmp_path / "lay", layer(entry("f"))), host, "tls/app:1")
+        name = f"{host}/tls/app:1"
+        assert pull(name, store).names == [name]  # on loopback, as docker has it
+        monkeypatch.setattr(transport, "_is_loopback", lambda _: False)
+        with pytest.raises(ConfigError, match=r"certificate is not to be trusted.*--insecure"):
+            pull(name, store)
+        assert pull(name, store, insecure=True).names == [name]
+        monkeypatch.setattr(transport, "_CERTIFICATES", (str(tmp_path / "certs.d"),))
+        (tmp_path / "certs.d" / host).mkdir(parents=True)
+        shutil.copy(certificate, tmp_path / "certs.d" / host / "ca.crt")
+        assert pull(name, store).names == [name]
+    with running_registry(tmp_path / "plain") as host:
+        push(f"oci:{tmp_path}/lay:v1", host, "app:1")
+        with pytest.raises(
+            ConfigError, match="does not speak TLS; if http will do, give --insecure"
+        ):
+            pull(f"{host}/app:1", store)
+        assert f"{host}/app:1" in pull(f"{host}/app:1", store, insecure=True).names
 
 
 # --- a proxy that does harm -----------------------------------------------------------------------

@@ -31,6 +31,8 @@ PAUSE = 0.5  # seconds before the second try; each next waits twice as long
 _ANSWER_MAX = 1 << 20
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 Result = TypeVar("Result")
+# What OpenSSL says of an answer that is none of TLS's, in its versions.
+_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"}
 _CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")
 
 
@@ -191,6 +193,10 @@ class Transport:
                     f"{self._shown}: its certificate is not to be trusted: "
                     f"{reason.verify_message}; put the authority's into "
                     f"{_CERTIFICATES[0]}/{self._host}/ca.crt, or give --insecure"
+                ) from None
+            if isinstance(reason, ssl.SSLError) and reason.reason in _NO_TLS:
+                raise UnreachableError(
+                    f"{self._shown} does not speak TLS; if http will do, give --insecure"
                 ) from None
             text = getattr(reason, "strerror", None) or str(reason)
             if isinstance(reason, ConnectionRefusedError | socket.gaierror):

@@ -46,6 +46,7 @@ LAYERS = [
         "guest_files",
         "guest_copy",
         "guest_processes",
+        "guest_writes",
         "writes",
         "watching",
         "inspection",

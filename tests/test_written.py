@@ -306,17 +306,8 @@ STEPS = st.lists(
 )
 
 
-@settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
-@given(steps=STEPS)
-def test_the_list_is_the_difference_and_the_layer_makes_it_again(
-    steps: list[tuple[str, list[str], str]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    machine = Machine(tmp_path_factory.mktemp("machine"))
-    reading = open_tree(machine.reads, [])
-    before = snapshot(reading)
-    reading.close()
+def do(machine: Machine, steps: list[tuple[str, list[str], str]]) -> None:
+    """Have the guest do these things, or fail to."""
     for step, path, name in steps:
         where = "/".join(path)
         try:
@@ -328,6 +319,20 @@ def test_the_list_is_the_difference_and_the_layer_makes_it_again(
                 machine.remove(where, name, AT_REMOVEDIR if step == "rmdir" else 0)
         except OSError:
             continue
+
+
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(steps=STEPS)
+def test_the_list_is_the_difference_and_the_layer_makes_it_again(
+    steps: list[tuple[str, list[str], str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    reading = open_tree(machine.reads, [])
+    before = snapshot(reading)
+    reading.close()
+    do(machine, steps)
     after = snapshot(machine.tree)
     listed = {line[2:]: line[0] for line in machine.changes()}
     assert {p for p, kind in listed.items() if kind == "A"} == set(after) - set(before)

@@ -150,8 +150,11 @@ def _attributes(entry: Entry, path: str) -> Iterator[_Step]:
 
 
 # --- out --------------------------------------------------------------------------------------
-def walk(guest: Guest, top: str) -> Iterator[Entry]:
-    """Give the tree at `top` in the guest. ConfigError for what cannot be read."""
+def walk(guest: Guest, top: str, *, every_xattr: bool = False) -> Iterator[Entry]:
+    """Give the tree at `top` in the guest. ConfigError for what cannot be read.
+
+    With `every_xattr` entries have all extended attributes, not just the user's.
+    """
     answer = guest.all([newfstatat(top)])[0]
     if answer.result < 0:
         raise ConfigError(f"cannot read {top} in the guest: {os.strerror(-answer.result)}")
@@ -160,7 +163,8 @@ def walk(guest: Guest, top: str) -> Iterator[Entry]:
     count = 1
     while todo:
         path, found = todo.pop()
-        entry = _entry(guest, os.path.join(top, *path), path, found)
+        prefix = b"" if every_xattr else b"user."
+        entry = _entry(guest, os.path.join(top, *path), path, found, prefix)
         if stat.S_ISDIR(found.mode):
             inside = _look_inside(guest, os.path.join(top, *path), ENTRIES_MAX - count)
             count += len(inside)
@@ -192,9 +196,9 @@ def _look_inside(guest: Guest, path: str, limit: int) -> list[tuple[str, Stat]]:
     ]
 
 
-def _entry(guest: Guest, name: str, path: Path, found: Stat) -> Entry:
+def _entry(guest: Guest, name: str, path: Path, found: Stat, prefix: bytes) -> Entry:
     names, target = guest.all([llistxattr(name), readlinkat(name)])
-    keys = [os.fsdecode(key) for key in names.data.split(b"\0") if key.startswith(b"user.")]
+    keys = [os.fsdecode(key) for key in names.data.split(b"\0") if key and key.startswith(prefix)]
     values = guest.all(lgetxattr(name, key) for key in keys[:_XATTRS_MAX])
     size, pieces = 0, no_pieces
     if stat.S_ISREG(found.mode):

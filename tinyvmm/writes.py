@@ -2,10 +2,11 @@
 
 Where nothing else was asked for it is in a directory of this computer, which stays for as long as a
 machine with a name is known (scratch.py), or in those of `run --write`. Of a machine that runs, the
-guest first writes out what it still holds in memory (sync(2)), and is paused while we look.
+guest first writes out what it still holds in memory (sync(2)), and is paused while we look. What it
+writes to its own memory or disk is read from there, by calls of its kernel, as long as it runs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Written(NamedTuple):
 
     changes: Iterator[Change]
     trees: Sequence[tuple[str, str]]
-    """(guest path, host directory) of the directories it is in."""
+    """(guest path, host directory) of the directories it is in; none if it is in the guest."""
 
 
 @contextmanager
@@ -34,13 +35,42 @@ def written(name: str, warn: Callable[[str], None]) -> Iterator[Written]:
     state = instances.find(name)
     writes = _write_trees(state)
     with ExitStack() as cleanup:
-        if state.running:
-            client = ControlClient(instances.path_of(name, "control"))
-            cleanup.enter_context(client)
-            _still(client, warn, cleanup)
-        changes = list_changes([_pair(tree) for tree in state.reads], writes)
+        changes = _changes(state, writes, warn, cleanup)
         cleanup.callback(changes.close)
         yield Written(changes, writes)
+
+
+def _changes(
+    state: State,
+    writes: Sequence[tuple[str, str]],
+    warn: Callable[[str], None],
+    cleanup: ExitStack,
+) -> Generator[Change, None, None]:
+    """List what is in the guest, which runs for that, and then what is here, while it does not."""
+    reads = [_pair(tree) for tree in state.reads]
+    if state.running:
+        from tinyvmm.guest_calls import open_guest, sync
+        from tinyvmm.guest_writes import list_guest_changes
+
+        client = cleanup.enter_context(ControlClient(instances.path_of(state.name, "control")))
+        if client.call("status")["state"] == "paused":
+            if not writes:
+                raise ConfigError(f"machine {state.name} is paused: tinyvmm resume {state.name}")
+            warn("the machine is paused: what its guest has not written out yet cannot be seen")
+        else:
+            try:
+                with open_guest(client) as guest:
+                    yield from list_guest_changes(guest, reads)
+                    guest.do(sync())
+            except (ConfigError, OSError) as error:
+                if not writes:
+                    raise
+                warn(f"what the guest has not written out yet cannot be seen: {error}")
+            if not writes:
+                return
+            client.call("pause")
+            cleanup.callback(client.call, "resume")
+    yield from list_changes(reads, writes)
 
 
 def _write_trees(state: State) -> list[tuple[str, str]]:
@@ -48,7 +78,7 @@ def _write_trees(state: State) -> list[tuple[str, str]]:
     kept = kept_writes(instances.path_of(state.name, WRITES))
     if kept is not None and not state.in_memory:
         writes.append(("/", kept))
-    if not writes:
+    if not writes and not state.running:
         raise ConfigError(
             f"machine {state.name}: what it wrote was in its own memory, or is gone from "
             "TMPDIR; leave out --private-writes guest, --root-mode erofs and --pack /=..., or keep "
@@ -60,19 +90,3 @@ def _write_trees(state: State) -> list[tuple[str, str]]:
 def _pair(tree: Sequence[str]) -> tuple[str, str]:
     guest, host = tree
     return guest, host
-
-
-def _still(client: ControlClient, warn: Callable[[str], None], cleanup: ExitStack) -> None:
-    """Have the guest write out what it holds, and pause it until `cleanup`."""
-    if client.call("status")["state"] == "paused":
-        warn("the machine is paused: what its guest has not written out yet cannot be seen")
-        return
-    from tinyvmm.guest_calls import open_guest, sync
-
-    try:
-        with open_guest(client) as guest:
-            guest.do(sync())
-    except (ConfigError, OSError) as error:
-        warn(f"what the guest has not written out yet cannot be seen: {error}")
-    client.call("pause")
-    cleanup.callback(client.call, "resume")

@@ -1,10 +1,12 @@
 """Packs in a guest: EROFS over its root, a zip at a place of its own, both written over."""
 
 import os
+from typing import Any
 
 import pytest
 
 from tests.linux.conftest import Runner
+from tests.linux.test_instances import cli, do, ok, run, sh
 from tinyvmm.fileserver.written import list_changes
 from tinyvmm.images import packs
 
@@ -33,6 +35,19 @@ written over
 """
 
 
+CHANGES = """\
+C /etc
+A /etc/of-erofs
+D /etc/passwd
+C /opt
+A /opt/z
+C /srv
+A /opt/z/new
+D /opt/z/of-zip
+"""
+NAMES = "etc/ etc/of-erofs etc/.wh.passwd opt/ opt/z/ srv/ opt/z/new opt/z/.wh.of-zip"
+
+
 def test_packs_are_joined_with_the_root_and_written_over(guest: Runner) -> None:
     made = guest.directory("packs")
     for kind, name, mode in (("erofs", "etc/of-erofs", 0o640), ("zip", "of-zip", 0o4755)):
@@ -50,6 +65,19 @@ def test_packs_are_joined_with_the_root_and_written_over(guest: Runner) -> None:
         files = packs.Files(list_changes([], trees), trees)
         packs.write(files, str(made / f"pack.{kind}"), kind, print)
     arguments = ["--pack", str(made / "pack.erofs"), "--pack", f"/opt/z={made / 'pack.zip'}"]
-    done = guest.run(*arguments, "--", "sh", "-ec", SCRIPT)
-    assert (done.status, done.stderr) == (0, b""), done
-    assert done.stdout.decode() == SAID
+    script: list[tuple[dict[str, Any], Any]] = [
+        (run("-d", "--name", "web", *arguments, "--", "sleep", "1000"), ok("web\n")),
+        (cli("exec", "web", "--", "sh", "-ec", SCRIPT), ok(SAID)),
+        (cli("diff", "web"), ok(CHANGES)),
+        (cli("commit", "web", "-o", "/tmp/packs.tar"), 0),
+        (sh("tar -tf /tmp/packs.tar"), ok("\n".join(NAMES.split()) + "\n")),
+        (cli("kill", "web"), 0),
+        (cli("wait", "web"), ok("137\n")),
+        (cli("diff", "web"), 125),
+        (cli("rm", "web"), ok("web\n")),
+    ]
+    found = do(guest, [step for step, _ in script])
+    for (step, expected), got in zip(script, found, strict=True):
+        seen = got["status"] if isinstance(expected, int) else got
+        assert seen == expected, (step, got)
+    assert "was in its own memory" in found[7]["stderr"]

@@ -153,7 +153,7 @@ def list_changes(
                 ) from None
             prefix = os.fsencode(guest).rstrip(b"/")
             lister = _Lister(WrittenNames(fd))
-            yield from lister.below(fd, prefix, _find(below.root(), prefix))
+            yield from lister.below(fd, prefix, find_below(below.root(), prefix))
     finally:
         below.close()
 
@@ -236,7 +236,7 @@ class _Lister:
         try:
             level.there, gone = self._names.index(fd)
             if lower is not None and hidden:
-                gone |= _names_of(lower) - level.there
+                gone |= names_below(lower) - level.there
             elif lower is None:
                 gone = set()
         except BaseException:
@@ -246,7 +246,7 @@ class _Lister:
         return level
 
 
-def _find(node: Node, path: bytes) -> Node | None:
+def find_below(node: Node, path: bytes) -> Node | None:
     """Return the node at `path` from `node` on, whose reference is taken over."""
     here: Node | None = node
     for name in path.split(b"/"):
@@ -267,7 +267,8 @@ def _entry_of(directory: Node | None, name: bytes) -> Node | None:
         return None  # not there, or not to be seen
 
 
-def _names_of(directory: Node) -> set[bytes]:
+def names_below(directory: Node) -> set[bytes]:
+    """Return the names in a directory of the read trees; none if it is none."""
     if not directory.qid().type & QTDIR:
         return set()
     file = directory.open(os.O_RDONLY)

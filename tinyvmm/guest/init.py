@@ -170,6 +170,21 @@ def search_path(command: str, path: str) -> tuple[str, ...]:
     return tuple(f"{directory or '.'}/{command}" for directory in path.split(":"))
 
 
+def upper_directories(root: Sequence[Filesystem]) -> list[str]:
+    """Return the upper directories of the overlays among what is mounted."""
+    options = [
+        item.data.split(",")
+        for item in root
+        if isinstance(item, Mount) and item.fstype == "overlay"
+    ]
+    return [
+        option.removeprefix("upperdir=")
+        for found in options
+        for option in found
+        if option.startswith("upperdir=")
+    ]
+
+
 # --- the table -----------------------------------------------------------------------------
 def setup_steps(config: InitConfig) -> tuple[Step, ...]:
     """Every step from the first instruction to the command's birth; vfork is the last."""
@@ -224,6 +239,10 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
     steps: list[Step] = []
     for filesystem in config.root:
         steps += _filesystem(filesystem)
+    for number, upper in enumerate(upper_directories(config.root)):
+        # No path will lead there, but /proc/1/fd: guest_writes.py looks at what is written.
+        flags = abi.O_RDONLY | abi.O_DIRECTORY | abi.O_CLOEXEC
+        steps.append(Step(f"open {upper}", abi.SYS_OPEN, (upper, flags), into=f"upper {number}"))
     if config.root:
         steps += [
             Step("enter the new root", abi.SYS_CHDIR, (NEW_ROOT,)),

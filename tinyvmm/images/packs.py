@@ -154,6 +154,10 @@ def _write_zip(files: Files, path: str, warn: Callable[[str], None]) -> None:
 def _write_erofs(files: Files, path: str) -> None:
     from tinyvmm.images.erofs.writer import write_image
 
+    if not files.trees:
+        raise ConfigError(
+            "what a guest wrote to its own memory can be a zip or a layer (.tar), but no EROFS pack"
+        )
     wanted = set()
     for change in files.changes:
         if change.kind == DELETED:

@@ -132,7 +132,10 @@ def test_a_console_is_told_to_be_one_and_its_size_before_anything_else() -> None
         (2, PORT_NAME, 1, b"hvc"),
         (2, PORT_OPEN, 1, b""),
     ]
+    assert guest.driver.offered() & 0xFF == 3  # F_SIZE
+    assert [guest.driver.mmio.read(at, 2) for at in (0x100, 0x102)] == [80, 24]
     port.resize(50, 132)
+    assert [guest.driver.mmio.read(at, 2) for at in (0x100, 0x102)] == [132, 50]
     assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 50, 132))]
 
 

@@ -6,6 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -437,6 +438,22 @@ def test_frames_that_came_together_do_not_wait_for_more(stream: Stream) -> None:
     receive.send([], [2000])
     assert len(receive.collect()) == 2
     device.detach()
+
+
+def test_what_was_sent_last_is_read_before_the_end(stream: Stream) -> None:
+    frames, theirs, _ = stream
+    got: list[bytes] = []
+
+    def read() -> None:
+        sleep(0.05)
+        got.extend((theirs.recv(100), theirs.recv(100)))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    frames.send([memoryview(b"last words")])
+    frames.end_output()
+    reader.join()
+    assert got == [b"\0\0\0\x0alast words", b""]
 
 
 def test_frames_wait_for_the_guest_and_not_in_the_socket(stream: Stream) -> None:

@@ -16,15 +16,15 @@ its PORT_NAME and opened (PORT_OPEN 1). The driver says by PORT_OPEN whether a p
 open. Linux throws away what arrives for a port that nobody has open, so nothing is sent before.
 
 A port may be a console (hvc) of the guest: it is told so by CONSOLE_PORT, and how large the host's
-terminal is, whenever that changes, by RESIZE.
+terminal is, whenever that changes, by RESIZE. A device with a console offers VIRTIO_CONSOLE_F_SIZE,
+without which Linux makes nothing of RESIZE; the configuration has the size of the first.
 
 Flow control is the queues' own. Output stays in the transmitq, and a writer in the guest blocks,
 until the host takes it; input goes as far as the buffers in the receiveq. A driver that resets the
 device has sent what is in its transmitqs, so that is kept for the host: Linux resets every device
 on its way to power off, with a program's last words perhaps still there.
 
-Not emulated: VIRTIO_CONSOLE_F_SIZE (the size of a port 0 that is never there) and F_EMERG_WRITE,
-removal of ports. A driver without F_MULTIPORT finds a device with nothing to say.
+Not emulated: VIRTIO_CONSOLE_F_EMERG_WRITE, removal of ports. A driver without F_MULTIPORT finds a device with nothing to say.
 
 Threads: vCPU threads through the transport, any host thread through the methods of a port; all hold
 the device's lock. `on_output` and `on_space` are called with it held: they may call the port's
@@ -41,6 +41,7 @@ from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.views import scatter, size_of
 
 VIRTIO_ID_CONSOLE = 3
+VIRTIO_CONSOLE_F_SIZE = 1 << 0
 VIRTIO_CONSOLE_F_MULTIPORT = 1 << 1
 
 VIRTIO_CONSOLE_DEVICE_READY = 0
@@ -135,14 +136,16 @@ class VirtioConsole(VirtioDevice):
 
     def __init__(self, ports: Sequence[ConsolePort]) -> None:
         sizes = [UNUSED_QUEUE_SIZE] * 2 + [CONTROL_QUEUE_SIZE] * 2
+        consoles = [port for port in ports if port.console]
         super().__init__(
             "virtio-console",
             VIRTIO_ID_CONSOLE,
             queue_sizes=sizes + [PORT_QUEUE_SIZE] * (2 * len(ports)),
-            features=VIRTIO_CONSOLE_F_MULTIPORT,
-            config=_config.pack(0, 0, len(ports) + 1, 0),
+            features=VIRTIO_CONSOLE_F_MULTIPORT | (VIRTIO_CONSOLE_F_SIZE if consoles else 0),
         )
         self.ports = dict(enumerate(ports, 1))
+        self._first_console = consoles[0] if consoles else None
+        self.config = self._configuration()
         for port_id, port in self.ports.items():
             port.attach(self, port_id)
         # Each message is here at most once, and one RESIZE a port, so there are at most six a port.
@@ -269,8 +272,14 @@ class VirtioConsole(VirtioDevice):
         """See ConsolePort.resize."""
         with self.lock:
             port.size = rows, cols
+            if port is self._first_console:
+                self.set_config(self._configuration())
             if self.running and port.ready:
                 self._send_size(port)
+
+    def _configuration(self) -> bytes:
+        rows, cols = (self._first_console and self._first_console.size) or (0, 0)
+        return _config.pack(cols, rows, len(self.ports) + 1, 0)
 
     def _send_size(self, port: ConsolePort) -> None:
         """Send the size, in place of one that has not been sent yet."""

@@ -24,7 +24,8 @@ until the host takes it; input goes as far as the buffers in the receiveq. A dri
 device has sent what is in its transmitqs, so that is kept for the host: Linux resets every device
 on its way to power off, with a program's last words perhaps still there.
 
-Not emulated: VIRTIO_CONSOLE_F_EMERG_WRITE, removal of ports. A driver without F_MULTIPORT finds a device with nothing to say.
+Not emulated: VIRTIO_CONSOLE_F_EMERG_WRITE, removal of ports. A driver without F_MULTIPORT finds a
+device with nothing to say.
 
 Threads: vCPU threads through the transport, any host thread through the methods of a port; all hold
 the device's lock. `on_output` and `on_space` are called with it held: they may call the port's

@@ -440,6 +440,28 @@ def test_frames_that_came_together_do_not_wait_for_more(stream: Stream) -> None:
     device.detach()
 
 
+@given(
+    lengths=st.lists(st.integers(0, 3000), max_size=8),
+    cuts=st.lists(st.integers(0, 24_000), max_size=8),
+)
+@settings(deadline=None)
+def test_frames_come_whole_however_the_stream_is_cut(lengths: list[int], cuts: list[int]) -> None:
+    ours, theirs = socket.socketpair()
+    frames = Frames(ours, pytest.fail)
+    wanted = [bytes((number,)) * length for number, length in enumerate(lengths)]
+    data = b"".join(struct.pack(">I", len(frame)) + frame for frame in wanted)
+    found: list[bytes] = []
+    buffer = room()
+    for start, end in pairwise(sorted({0, *[min(cut, len(data)) for cut in cuts], len(data)})):
+        theirs.sendall(data[start:end])
+        frames.drain()
+        while (count := frames.receive([buffer[:7], buffer[7:]])) is not None:
+            found.append(bytes(buffer[:count]))
+    assert found == wanted
+    frames.close()
+    theirs.close()
+
+
 def test_what_was_sent_last_is_read_before_the_end(stream: Stream) -> None:
     frames, theirs, _ = stream
     got: list[bytes] = []

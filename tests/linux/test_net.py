@@ -23,7 +23,7 @@ cd {directory}
 trap 'kill $pids 2> /dev/null || :' EXIT
 test -e /dev/net/tun || insmod {tun}
 ip link set lo up
-ip tuntap add vm0 mode tap
+ip tuntap add vm0 mode tap multi_queue
 ip address add 192.0.2.1/24 dev vm0
 ip link set vm0 up
 socat -U TCP-LISTEN:8000,fork,reuseaddr OPEN:input,rdonly > /dev/null 2>&1 &
@@ -41,7 +41,9 @@ done
 socat -t 60 - TCP:127.0.0.1:8081 < input > digest' 2> /dev/null | {user}
 """
 
+# Of two pairs of queues a guest of one processor uses one, and says so on the control queue.
 TAP_GUEST = """
+dmesg | grep -i "num of queue pairs"
 cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
 cat /etc/resolv.conf
 socat -u TCP:192.0.2.1:8000 - | tee /tmp/data | sha256sum
@@ -82,7 +84,7 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
         words = ("run", "--no-lab", *net, "--", "sh", "-c", script)
         return shlex.join(python_command(MAIN, words))
 
-    tap = "tap=vm0,mac=52:54:00:12:34:56,mtu=1400,address=192.0.2.2/24,dns=192.0.2.1"
+    tap = "tap=vm0,mac=52:54:00:12:34:56,mtu=1400,queues=2,address=192.0.2.2/24,dns=192.0.2.1"
     script = HOST.format(
         directory=directory,
         tun=Path(installed.modules) / "kernel/drivers/net/tun.ko",

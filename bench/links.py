@@ -257,13 +257,13 @@ def insert(name: str) -> None:
     where = kernels.find().modules
     if where is None:
         return
-    there = Path("/proc/modules").read_text()
+    there = {line.split()[0] for line in Path("/proc/modules").read_text().splitlines()}
     for module in closure(where, (name,)):
-        if f"{module.name} " not in there:
+        if module.name.replace("-", "_") not in there:
             with tempfile.NamedTemporaryFile(suffix=".ko") as file:
                 file.write(module.read())
                 file.flush()
-                subprocess.run(["insmod", file.name], check=False, stderr=subprocess.DEVNULL)
+                subprocess.run(["insmod", file.name], check=True)
 
 
 @contextmanager

@@ -259,7 +259,7 @@ def insert(name: str) -> None:
         return
     there = {line.split()[0] for line in Path("/proc/modules").read_text().splitlines()}
     for module in closure(where, (name,)):
-        if module.name.replace("-", "_") not in there:
+        if module.name not in there:
             with tempfile.NamedTemporaryFile(suffix=".ko") as file:
                 file.write(module.read())
                 file.flush()

@@ -269,6 +269,7 @@ def test_ctrl_c_ends_a_kernel_that_does_not(build: Build) -> None:
         (["--kernel", "KERNEL", "--fw-cfg", f"{'n' * 56}=/etc/hostname"], "1 to 55"),
         (["--kernel", "KERNEL", "--boot-protocol", "pvh"], "is no ELF file with a PVH entry"),
         (["--kernel", "/bin/true"], "where no kernel can be"),
+        (["--kernel", "/bin/true"], "no multiboot header in its first 8 KiB, and no PVH entry"),
     ],
 )
 @pytest.mark.kvm

@@ -138,7 +138,14 @@ def _boot(machine: Machine, options: BareOptions) -> None:
         machine.boot_bare(kernel, modules=options.modules, cmdline=options.append)
         return
     archives = [bare_kernel.read_file(module.path, "initrd") for module in options.modules]
-    with boot.load_kernel(options.kernel) as linux:
+    try:
+        linux = boot.load_kernel(options.kernel)
+    except ConfigError as error:
+        if options.protocol is not None:
+            raise
+        neither = "no multiboot header in its first 8 KiB, and no PVH entry point"
+        raise ConfigError(f"{error} (it has {neither} either)") from None
+    with linux:
         machine.boot_linux(linux, initrd=archives, cmdline=options.append)
 
 

@@ -1,4 +1,4 @@
-"""A guest that does its worst to every virtio device at once, from a real processor.
+"""A guest that does its worst to every virtio device at once, from two processors.
 
 tests/kernels/chaos.c is that guest: it moves BARs over each other and over RAM, litters rings and
 vectors, resets devices while their threads serve them, and rings and rings. What test_bad_guests.py
@@ -17,6 +17,7 @@ import pytest
 from tests.bad_guests import VIRTIO
 from tinyvmm import bare_kernel
 from tinyvmm.devices.debug_exit import DebugExit
+from tinyvmm.devices.fw_cfg import FwCfg
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
 
@@ -33,8 +34,10 @@ def test_the_worst_guest_harms_only_itself(build: Callable[..., str], game: int)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     made = [VIRTIO[name]() for name in DEVICES]
     try:
-        with Machine(memory=64 << 20, ioeventfd=(None, True, False)[game % 3]) as machine:
+        mode = (None, True, False)[game % 3]
+        with Machine(memory=64 << 20, cpus=2, ioeventfd=mode) as machine:
             machine.ports.add(0xF4, 4, DebugExit(machine.end))
+            machine.ports.add(0x510, 2, FwCfg(ram_size=64 << 20, cpus=2, files={}))
             for one in made:
                 machine.add_virtio(one.device)
             kernel = bare_kernel.read_kernel(build("chaos"))

@@ -1,25 +1,25 @@
-/* The worst of guests, with a processor: does all that a driver may and much that it may not, to
-   every device on the PCI bus, in any order. Its command line is where its dice start; it ends with
+/* The worst of guests, with processors: each does all that a driver may and much that it may not,
+   to every device on the PCI bus, in any order. Its command line is where its dice start; it ends with
    3 by port 0xF4. Descriptors lead anywhere in the third and fourth MiB of RAM, or nowhere, so that
    it lives to the end. */
 #include "common.h"
 
-enum { ECAM = 0xE0000000, MMIO = 0xD0000000, WINDOW = 0xE1000000, PLAY = 0x200000, STEPS = 4000 };
+enum { ECAM = 0xE0000000, MMIO = 0xD0000000, WINDOW = 0xE1000000, PLAY = 0x200000, STEPS = 1500 };
 enum { SLOTS = 12, QUEUES = 6, NOTIFY = 0x3000, TABLE = 0x4000 };
+
+#define AT(type, address) (*(volatile type *)(address))
 
 static uint32_t dice;
 
 static uint32_t pick(uint32_t below) {
-  dice ^= dice << 13, dice ^= dice >> 17, dice ^= dice << 5;
-  return dice % below;
+  dice = dice * 1664525 + 1013904223; /* whichever processors throw it, it never sticks */
+  return (dice >> 4) % below;
 }
-
-#define AT(type, address) (*(volatile type *)(address))
 
 static uint32_t value(void) {
   static const uint32_t some[] = {0, 1, 2, 4, 16, 0xFF, 0xFFFF, 0x10000, PLAY, PLAY + 0x1000, 0x03FFFFF0,
                                   0x04000000, 0xFEE00000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF0, 0xFFFFFFFF};
-  return pick(3) ? some[pick(sizeof some / 4)] : pick(0xFFFFFFFF);
+  return pick(3) ? some[pick(sizeof some / 4)] : pick(0xFFFFFFF) * 16;
 }
 
 static uint32_t play(void) { return PLAY + (pick(0x200000 - 0x11000) & ~15u); }
@@ -58,7 +58,7 @@ static void start(uint32_t base) {
   AT(uint8_t, base + 20) = 3;
   for (int half = 0; half < 2; half++) {
     AT(uint32_t, base) = half, AT(uint32_t, base + 8) = half;
-    AT(uint32_t, base + 12) = AT(uint32_t, base + 4) & (half ? 1 : pick(0xFFFFFFFF) | 1);
+    AT(uint32_t, base + 12) = AT(uint32_t, base + 4) & (half ? 1 : pick(0xFFFFFFF) * 16 | 1);
   }
   AT(uint8_t, base + 20) = 11;
   for (uint32_t queue = 0; queue < QUEUES; queue++) {
@@ -123,10 +123,58 @@ static void step(void) {
   }
 }
 
+/* The other processors come from real mode, by way of page 8, and do the same for ever. */
+static uint64_t gdt[] = {0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF};
+static struct { uint16_t limit; uint32_t base; } __attribute__((packed)) gdtr = {sizeof gdt - 1, (uint32_t)gdt};
+static uint8_t stacks[4][4096] __attribute__((aligned(16)));
+extern char trampoline[], table_register[], trampoline_end[];
+__asm__(".pushsection .text\n"
+        ".code16\n"
+        "trampoline: cli\n"
+        "mov %cs, %ax\n"
+        "mov %ax, %ds\n"
+        "lgdtl table_register - trampoline\n"
+        "mov %cr0, %eax\n"
+        "or $1, %eax\n"
+        "mov %eax, %cr0\n"
+        "ljmpl $8, $others\n"
+        "table_register: .skip 6\n"
+        "trampoline_end:\n"
+        ".code32\n"
+        "others: mov $16, %ax\n"
+        "mov %ax, %ds\n"
+        "mov %ax, %es\n"
+        "mov %ax, %ss\n"
+        "mov $4096, %esp\n"
+        "lock xadd %esp, stack_next\n"
+        "call other\n"
+        ".popsection\n");
+uint32_t stack_next = (uint32_t)stacks + 4096;
+volatile uint32_t others_playing;
+
+void other(void) {
+  __asm__ volatile("lock incl %0" : "+m"(others_playing));
+  for (;;) step();
+}
+
+static void wake_others(void) {
+  char *page = (char *)0x8000;
+  for (char *from = trampoline; from < trampoline_end; from++) *page++ = *from;
+  char *where = (char *)0x8000 + (table_register - trampoline);
+  for (uint32_t n = 0; n < sizeof gdtr; n++) where[n] = ((char *)&gdtr)[n];
+  outw(0x510, 5); /* fw_cfg: how many processors there are */
+  uint32_t others = inb(0x511) - 1;
+  AT(uint32_t, 0xFEE000F0) = 0x1FF;
+  AT(uint32_t, 0xFEE00300) = 0xC4500; /* INIT, to all but this one */
+  for (int n = 0; n < 100; n++) inb(0x80);
+  AT(uint32_t, 0xFEE00300) = 0xC4608; /* SIPI, to page 8 */
+  while (others_playing < others) __asm__ volatile("pause");
+}
+
 void main(uint32_t magic, uint32_t *info) {
   (void)magic;
-  dice = 2463534242u;
   for (const char *c = (const char *)info[4]; *c; c++) dice = dice * 31 + *c;
+  wake_others();
   for (uint32_t n = 0; n < STEPS; n++) step();
   finish(3);
 }

@@ -88,7 +88,7 @@ def test_a_kernel_is_configured_built_and_stored_with_its_configuration(
     configure, make = computer.log.read_text().splitlines()
     assert configure.endswith("allnoconfig user=tinyvmm")
     assert make.endswith("-j3 bzImage user=tinyvmm")
-    assert all(kernels.able(built).values())
+    assert [name for name, has in kernels.able(built).items() if not has] == ["kvm-amd"]
     assert kernels.find(built.version) == built
     assert "otherwise decides, NR_CPUS=64" in capsys.readouterr().err
 

@@ -356,6 +356,28 @@ def test_the_version_in_use_is_the_default_until_newest_is_again(tmp_path: Path)
         kernel_store.use("6.9")
 
 
+def test_a_kernel_that_was_built_here_is_the_default_when_it_is_chosen(tmp_path: Path) -> None:
+    built = kernel_store.import_([str(make_boot(tmp_path, "6.1.192-tinyvmm"))])
+    assert kernels.find() == built
+    stock = kernel_store.import_([str(make_boot(tmp_path))])
+    assert kernels.find() == stock
+    kernel_store.use(built.version)
+    assert kernels.find() == built
+
+
+def test_the_lab_has_a_kernel_with_kvm_whatever_a_run_boots(tmp_path: Path) -> None:
+    kernel_store.import_([str(make_boot(tmp_path))])
+    path = make_boot(tmp_path, "5.10")
+    config = [f"CONFIG_{name}=y\n" for name in ("KVM", "KVM_AMD", "OVERLAY_FS")]
+    (path.parent / "config-5.10").write_text("#\n" + "".join(config))
+    old = kernel_store.import_([str(path)])
+    kernel_store.use(V)
+    assert kernels.find().version == V
+    assert kernels.find(root=kernels.LAB) == old
+    with pytest.raises(ConfigError, match="no overlay and no kvm-amd"):
+        kernels.find(V, root=kernels.LAB)
+
+
 def test_removing_takes_the_choice_with_it_and_all_or_none(tmp_path: Path, store: Path) -> None:
     for version in ("6.1.0-9-amd64", V):
         kernel_store.import_([str(make_boot(tmp_path, version))])

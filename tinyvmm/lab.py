@@ -106,7 +106,7 @@ def _plan(
         raise ConfigError(f"the lab cannot have {cpus} processors; give it 1 to {CPUS_MAX}")
     environment = dict(os.environ if env is None else env)
     environment.setdefault("PATH", DEFAULT_PATH)
-    installed = kernels.find(kernel)
+    installed = kernels.find(kernel, root=kernels.LAB)
     if installed.modules is None:
         raise ConfigError(
             f"kernel {installed.version}: the lab needs its modules, kvm_amd above all, and there "

@@ -125,6 +125,8 @@ def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:
         (cli("control", "one", "nothing"), 125),
         (cli("diff", "one"), 0),
         (cli("resume", "one"), ok("one\n")),
+        (cli("exec", "one", "--", "sh", "-c", "until test ! -e /etc/debian_version; do :; done"),
+         ok()),
         (cli("diff", "one"), ok(CHANGES)),
         (cli("control", "one", "memory_info"), 0),
         (cli("stop", "--time", "30", "one", "missing"), 125),
@@ -162,12 +164,12 @@ def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:
         seen = got["status"] if isinstance(expected, int) else got
         assert seen == expected, (step, got)
     assert json.loads(found[2]["stdout"])["rip"] > 0
-    assert json.loads(found[8]["stdout"])["size"] == 1 << 30
-    assert found[9]["stdout"] == "one\n"
-    assert "no machine is named missing" in found[9]["stderr"]
-    (one,) = json.loads(found[10]["stdout"])
+    assert json.loads(found[9]["stdout"])["size"] == 1 << 30
+    assert found[10]["stdout"] == "one\n"
+    assert "no machine is named missing" in found[10]["stderr"]
+    (one,) = json.loads(found[11]["stdout"])
     assert (one["state"], one["status"]) == ("ended", 4)
-    (three,) = json.loads(found[22]["stdout"])
+    (three,) = json.loads(found[23]["stdout"])
     assert three["status"] == 255
     assert "panic" in three["message"]
-    assert "Kernel panic" in found[23]["stdout"]
+    assert "Kernel panic" in found[24]["stdout"]

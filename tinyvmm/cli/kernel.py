@@ -102,7 +102,9 @@ def _import(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from tinyvmm.images import kernel_build
 
-    _print_stored(kernel_build.build(args.source, args.config, args.jobs, args.directory))
+    built = kernel_build.build(args.source, args.config, args.jobs, args.directory)
+    _print_stored(built)
+    print(f"to have `run` boot it: tinyvmm kernel use {built.version}")
     return 0
 
 

@@ -24,6 +24,7 @@ FEATURES = {
     "virtio-net": (("virtio_net",), ("VIRTIO_NET",)),
     "virtio-rng": (("virtio_rng",), ("HW_RANDOM_VIRTIO",)),
     "virtio-balloon": (("virtio_balloon",), ("VIRTIO_BALLOON",)),
+    "kvm-amd": (("kvm", "kvm_amd"), ("KVM", "KVM_AMD")),
     "vsock": (("vmw_vsock_virtio_transport",), ("VIRTIO_VSOCKETS",)),
 }
 FILE = "features"

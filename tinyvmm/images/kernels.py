@@ -26,6 +26,9 @@ ROOTS = {
     "erofs": ("virtio-console", "virtio-blk", "erofs", "overlay"),
 }
 """What a kernel needs for each kind of root."""
+LAB = "lab"
+_NEEDS = {**ROOTS, LAB: ("9p", "overlay", "kvm-amd")}
+OWN_SUFFIX = "-tinyvmm"  # of kernels that `kernel build` made: CONFIG_LOCALVERSION
 TRANSPORTS = ("virtio-pci", "virtio-mmio")  # one of them will do
 BOOT_DIR = "/boot"
 DEFAULT_FILE = "default"
@@ -50,8 +53,9 @@ def find(
     """Return the kernel called `kernel`: a version in the store, or the path of a file.
 
     With None: the one that `kernel use` chose, else the newest in the store that serves for such a
-    root (a key of ROOTS), else this computer's own, else Debian's, fetched now. ConfigError if
-    there is none, or it cannot serve.
+    root (a key of ROOTS, or LAB), else this computer's own, else Debian's, fetched now. Those that
+    were built here have to be chosen, unless there is no other. ConfigError if there is none, or it
+    cannot serve.
     """
     found = default(root) if kernel is None else look_up(kernel)
     if found is None:
@@ -75,9 +79,10 @@ def look_up(kernel: str) -> InstalledKernel:
 def default(root: str = "9p") -> InstalledKernel | None:
     """Return what `find` chooses by itself if it need not fetch anything, else None."""
     chosen = stored_kernel(chosen_version())
-    if chosen is not None:
+    if chosen is not None and (root != LAB or not missing(chosen, root)):
         return chosen
-    for version in sorted(versions(), key=version_key, reverse=True):
+    newest_first = sorted(versions(), key=version_key, reverse=True)
+    for version in sorted(newest_first, key=lambda version: version.endswith(OWN_SUFFIX)):
         newest = stored_kernel(version)
         if newest and not missing(newest, root):
             return newest
@@ -114,7 +119,7 @@ def size(kernel: InstalledKernel) -> int:
 def missing(kernel: InstalledKernel, root: str) -> list[str]:
     """Return what `kernel` is known to lack of what a root of that kind needs."""
     has = able(kernel)
-    lacks = [feature for feature in ROOTS[root] if has[feature] is False]
+    lacks = [feature for feature in _NEEDS[root] if has[feature] is False]
     if all(has[transport] is False for transport in TRANSPORTS):
         lacks.append(" or ".join(TRANSPORTS))
     return lacks

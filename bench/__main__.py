@@ -22,6 +22,7 @@ NAMES = (
     "vsock",
     "console",
     "kernels",
+    "commands",
 )
 
 

@@ -128,7 +128,7 @@ class Machine(Supervisor):
         self.host = VsockHost(self.vsock_path)
         self.guest = Guest(directory, self.host)
         self.streams = ExecStreams(self.host)
-        self._turn = _Turn(None, None, self.guest, bytes, None, self.streams)  # type: ignore[arg-type]
+        self._turn = _Turn(None, None, self.guest, bytes, None, self.streams, self.host)  # type: ignore[arg-type]
         self.server = ControlServer(str(directory / "control"), {**self.methods(), "big": self.big})
 
     def _execution(self, turn: Any, argv: Any, port: int, env: Any, *_more: Any) -> Execution:

@@ -17,13 +17,13 @@ from tests.pid1 import start as start  # noqa: PLC0414 (a fixture)
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import protocol
 from tinyvmm.guest.execution import (
-    STREAMS,
     Execution,
     build_execution,
     execution_steps,
     vsock_address,
 )
 from tinyvmm.guest.init import search_path
+from tinyvmm.guest.protocol import STREAMS
 from tinyvmm.guest.relay import User
 
 pytestmark = needs_namespaces

@@ -31,6 +31,7 @@ from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
 from tinyvmm.guest.init import (
     ROOT_TAG,
     STANDARD_MOUNTS,
+    VSOCK_MODULES,
     Filesystem,
     InitConfig,
     Mkdir,
@@ -88,7 +89,6 @@ ROOT_MODES = ("9p", "erofs", "auto")
 # is what it computes checksums with, which newer kernels have built in.
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
 NET_MODULES = ("virtio_net",)
-VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 GUEST_CID = 3  # where nothing else is asked for
 OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
@@ -718,14 +718,14 @@ def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Conte
     """Return what a command of `exec` has in common with ours."""
     from tinyvmm.supervisor import Context
 
-    def modules() -> Sequence[tuple[str, bytes]]:
+    def modules(names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure
 
         where = kernels.find(options.kernel, root=options.root_mode).modules
         if where is None:
             return ()  # then everything must be built in
         there = {os.path.basename(path).removesuffix(".ko") for path in inserted.paths}
-        needed = closure(where, VSOCK_MODULES)
+        needed = closure(where, names)
         return [(module.name, module.read()) for module in needed if module.name not in there]
 
     return Context(options.env, options.cwd, root, modules)

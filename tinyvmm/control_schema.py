@@ -47,7 +47,11 @@ def schema_of(annotation: Any) -> Schema:
     if origin is None and annotation in _TYPES:
         return dict(_TYPES[annotation])
     if origin is Annotated:
-        return schema_of(arguments[0]) | dict(arguments[1])
+        words = dict(arguments[1])
+        return schema_of(arguments[0]) | {
+            word: list(value) if isinstance(value, tuple) else value
+            for word, value in words.items()
+        }
     if origin in {types.UnionType, Union}:
         return {"anyOf": [schema_of(argument) for argument in arguments]}
     if origin is list:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tinyvmm import instances
 from tinyvmm.control import ControlClient
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest.execution import STREAMS
+from tinyvmm.guest.protocol import STREAMS
 from tinyvmm.session import STATUS_MACHINE_FAILED, HostFiles, Ports, Result, Session
 from tinyvmm.streams import SocketInput, SocketOutput
 
@@ -79,6 +79,8 @@ def execute(
             timeout=timeout,
             files=files,
             sinks=sinks,
+            # The socket has room for some clients only: it is let go before the command runs.
+            on_session=lambda _: client.close(),
         )
 
 
@@ -106,18 +108,19 @@ def execute_with(
     if terminal is not None:
         size = terminal.size()
     with ExitStack() as cleanup:
-        port, listener = listen(client.call("status")["vsock"], cleanup)
-        asked = client.call(
-            "exec",
-            argv=list(argv),
-            port=port,
-            env=list(env),
-            cwd=cwd,
-            user=user,
-            terminal=None if size is None else list(size),
-            **({"merged": True} if merged else {}),
-        )
-        accepted = accept(client, listener, asked["pid"], len(STREAMS), cleanup)
+        with ExitStack() as until_connected:
+            port, listener = listen(client.call("status")["vsock"], until_connected)
+            asked = client.call(
+                "exec",
+                argv=list(argv),
+                port=port,
+                env=list(env),
+                cwd=cwd,
+                user=user,
+                terminal=None if size is None else list(size),
+                **({"merged": True} if merged else {}),
+            )
+            accepted = accept(client, listener, asked["pid"], len(STREAMS), cleanup)
         sockets = dict(zip(STREAMS, accepted, strict=True))
         for sock in accepted:
             cleanup.callback(_hang_up, sock)

@@ -27,8 +27,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest.execution import STREAMS
-from tinyvmm.guest.protocol import RECORD
+from tinyvmm.guest.protocol import RECORD, STREAMS
 from tinyvmm.session import STATUS_MACHINE_FAILED, Result, result_of
 
 if TYPE_CHECKING:

@@ -26,7 +26,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.scratch import remove_kept
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAKING = ".making-"
@@ -243,6 +242,8 @@ def _unlocked(path: str) -> Iterator[bool]:
 
 def _remove(path: str) -> None:
     """Remove a machine's directory, which has no others in it; somebody else may be at it too."""
+    from tinyvmm.scratch import remove_kept
+
     remove_kept(os.path.join(path, WRITES))
     with suppress(FileNotFoundError):
         for name in os.listdir(path):

@@ -21,6 +21,7 @@ from tinyvmm.executor import Executor
 from tinyvmm.guest.protocol import SIGNAL, STARTED, WINSIZE
 from tinyvmm.inspection import Inspection, decode
 from tinyvmm.session import STATUS_SIGNAL, Result
+from tinyvmm.shares import Shares
 from tinyvmm.watching import Watching
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Context(NamedTuple):
     env: Sequence[str]
     cwd: str
     root: "Tree"
-    modules: Callable[[], Sequence[tuple[str, bytes]]]
-    """The kernel's vsock modules that are not inserted at boot."""
+    modules: Callable[[Sequence[str]], Sequence[tuple[str, bytes]]]
+    """What these kernel modules and theirs need that was not inserted at boot."""
 
 
 class _Turn(NamedTuple):
@@ -95,6 +96,7 @@ class _Turn(NamedTuple):
     console: Callable[[], bytes]
     vsock: "VirtioDevice"
     streams: "ExecStreams"
+    vsock_host: "VsockHost"
 
 
 class Supervisor:
@@ -115,6 +117,7 @@ class Supervisor:
         self._began = time.monotonic()
         self._watching = Watching(lambda: None if self._turn is None else self._turn.machine)
         self._inspection = Inspection(lambda: self._now().machine, self._watching)
+        self._shares = Shares(lambda: self._now().vsock_host, self, self._modules)
         self._input_lock = threading.Lock()  # guards the descriptor below
         self.stdin: int | None = None
         self._input: int | None = None
@@ -142,7 +145,7 @@ class Supervisor:
 
         streams = ExecStreams(vsock_host)
         with self._changed:
-            self._turn = _Turn(machine, session, executor, console, vsock, streams)
+            self._turn = _Turn(machine, session, executor, console, vsock, streams, vsock_host)
             self._changed.notify_all()
             if self._closing is not None:
                 session.end(self._closing)
@@ -154,6 +157,7 @@ class Supervisor:
         if turn is not None:
             turn.executor.close()
             turn.streams.close()
+            self._shares.close()
             self.last_console = turn.console()
 
     def shut(self, result: Result) -> None:
@@ -205,7 +209,12 @@ class Supervisor:
             "rpc.discover": self.discover,
             **self._inspection.methods(),
             **self._watching.methods(),
+            **self._shares.methods(),
         }
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Call a method by its name on the wire, in this process; as ControlClient.call."""
+        return self.methods()[method](**params)
 
     def discover(self) -> dict[str, Any]:
         """Describe every method and notification, in JSON Schema."""
@@ -467,9 +476,12 @@ class Supervisor:
 
     def _vsock_modules(self, turn: _Turn) -> Sequence[tuple[str, bytes]]:
         """Return what a program has to insert before it can connect."""
-        if turn.vsock.running or self._context is None:
-            return ()
-        return self._context.modules()
+        from tinyvmm.guest.init import VSOCK_MODULES
+
+        return () if turn.vsock.running else self._modules(VSOCK_MODULES)
+
+    def _modules(self, names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        return () if self._context is None else self._context.modules(names)
 
     def _close_input(self) -> None:
         with self._input_lock:

@@ -25,7 +25,7 @@ NAMES_KNOWN = 1024
 PATTERN_MAX = 200
 
 Pattern = Annotated[str, limits(maxLength=PATTERN_MAX)]
-Kinds = list[Annotated[str, limits(enum=sorted(trace.KINDS))]]
+Kinds = list[Annotated[str, limits(enum=tuple(sorted(trace.KINDS)))]]
 
 
 class Names:

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from tinyvmm.cli.values import parse_environment, parse_seconds, warn
 from tinyvmm.errors import ConfigError
 
 _EPILOG = """\
@@ -20,8 +21,6 @@ examples:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
-    from tinyvmm.cli.run import parse_environment, parse_seconds
-
     parser = subparsers.add_parser(
         "exec",
         help="run another command in a machine that runs",
@@ -54,11 +53,13 @@ def main(args: argparse.Namespace) -> int:
     argv = args.argv + args.guest_argv
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm exec web -- ps")
-    from tinyvmm.cli.run import warn
     from tinyvmm.exec_client import execute
-    from tinyvmm.terminal import Terminal, is_terminal_session
 
-    terminal = Terminal() if is_terminal_session() else None
+    terminal = None
+    if os.isatty(0) and os.isatty(1):  # what is of no use otherwise is not imported: each exec pays
+        from tinyvmm.terminal import Terminal
+
+        terminal = Terminal()
     env = list(args.env)
     if "TERM" in os.environ and terminal is not None:
         env.insert(0, f"TERM={os.environ['TERM']}")

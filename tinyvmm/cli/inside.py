@@ -99,7 +99,7 @@ def _in(guest: "Guest", source: str, dest: str) -> None:
 
 
 def _out(guest: "Guest", source: str, dest: str) -> None:
-    from tinyvmm.cli.run import warn
+    from tinyvmm.cli.values import warn
     from tinyvmm.guest_copy import copy_out
 
     if dest != "-":

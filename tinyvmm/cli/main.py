@@ -9,8 +9,9 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tinyvmm import __version__
 from tinyvmm.errors import TinyvmmError
@@ -63,9 +64,32 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells formatters how wide to be.
+
+    argparse makes one for each option, to check it; left alone, that asks shutil, which imports
+    three packers first: 5 ms of each command.
+    """
+
+    def __init__(self, *, formatter_class: Any = argparse.HelpFormatter, **more: Any) -> None:
+        super().__init__(formatter_class=partial(formatter_class, width=_columns() - 2), **more)
+
+
+def _columns() -> int:
+    """Return how wide the terminal is, as shutil.get_terminal_size does."""
+    try:
+        return int(os.environ["COLUMNS"])
+    except (KeyError, ValueError):
+        pass
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 def build_parser(modules: Iterable[str]) -> argparse.ArgumentParser:
     """Return the parser of these modules' commands."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="tinyvmm",
         description="Run commands in real virtual machines, from pure Python.",
         epilog="example: tinyvmm run -- uname -a. Each long option can come from the environment: "

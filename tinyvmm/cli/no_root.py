@@ -112,7 +112,7 @@ def _refuse(args: argparse.Namespace, options: dict[str, object], why: str) -> N
 def main(args: argparse.Namespace) -> int:
     """Run the kernel here: whether this KVM can run it depends on the kernel."""
     from tinyvmm.bare import BareOptions, run_bare
-    from tinyvmm.cli.run import warn
+    from tinyvmm.cli.values import warn
     from tinyvmm.images import kernels
 
     if args.argv + args.guest_argv:

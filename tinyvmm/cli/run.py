@@ -3,13 +3,13 @@
 import argparse
 import os
 import stat
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tinyvmm import options as shared_options
 from tinyvmm.cli import image_options, instance, no_root, tracing
+from tinyvmm.cli.values import parse_environment, parse_seconds, warn
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,17 +71,6 @@ def parse_size(text: str) -> int:
 def parse_balloon(text: str) -> int:
     """Parse the size of a balloon: as of RAM, or 0."""
     return 0 if text == "0" else parse_size(text)
-
-
-def parse_seconds(text: str) -> float:
-    """Parse a time limit in seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds, more than 0")
-    return seconds
 
 
 def parse_map(text: str) -> tuple[str, str]:
@@ -172,18 +161,6 @@ def parse_publish(text: str) -> "Published":
         return options.parse_publish(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--publish ")) from None
-
-
-def parse_environment(text: str) -> str:
-    """Parse `K=V`, or `K` to pass on the variable of this process."""
-    name, equals, _ = text.partition("=")
-    if not name:
-        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE")
-    if equals:
-        return text
-    if name not in os.environ:
-        raise argparse.ArgumentTypeError(f"{name} is not set here: give {name}=VALUE")
-    return f"{name}={os.environ[name]}"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -480,8 +457,3 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
         # Locked out here, because in there nobody else's locks show.
         open_disks(options.disks, cleanup)
         return reexec(command, shares=list(dict.fromkeys(shares)), timeout=limit)
-
-
-def warn(line: str) -> None:
-    """Tell the user one thing."""
-    print(f"tinyvmm: {line}", file=sys.stderr, flush=True)

@@ -99,6 +99,7 @@ MAP_ANONYMOUS = 0x20
 
 # <linux/mount.h>
 MS_RDONLY = 1 << 0
+MNT_DETACH = 1 << 1  # of umount2
 MS_NOSUID = 1 << 1
 MS_NODEV = 1 << 2
 MS_NOEXEC = 1 << 3

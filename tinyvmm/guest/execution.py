@@ -19,10 +19,9 @@ from typing import NamedTuple
 from tinyvmm.guest import abi, relay
 from tinyvmm.guest.asm import qword
 from tinyvmm.guest.elf import Program
+from tinyvmm.guest.protocol import STREAMS
 from tinyvmm.guest.steps import Step, Value, birth_steps, check_command, emit_step
 
-STREAMS = ("control", "stdin", "stdout", "stderr")
-"""What the program connects, in this order."""
 VMADDR_CID_HOST = 2  # <linux/vm_sockets.h>
 
 

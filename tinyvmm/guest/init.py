@@ -66,6 +66,9 @@ def v9fs_options(cache: str) -> str:
     return f"trans=virtio,version=9p2000.L,msize={MSIZE},cache={cache}"
 
 
+VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
+"""The kernel modules that connect to the host take."""
+
 ROOT_9P_OPTIONS = v9fs_options("loose")
 ROOT_OVER_9P = (Mount(ROOT_TAG, NEW_ROOT, "9p", data=ROOT_9P_OPTIONS),)
 

@@ -37,3 +37,6 @@ SIGNAL = 16
 WINSIZE = 17
 GOODBYE = 18
 EXECUTE = 19
+
+STREAMS = ("control", "stdin", "stdout", "stderr")
+"""What a program of `exec` connects to the host, in this order."""

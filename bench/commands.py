@@ -1,0 +1,158 @@
+"""A command from shell to shell: `run -- true`, and `exec -- true` in a machine that runs.
+
+`tinyvmm run` beside virtme-ng's `vng` with the same stock kernel, and beside `podman run`, which
+starts no kernel; `tinyvmm exec` beside `podman exec`. All see this computer's root. They take
+turns, after a first round that warms caches. Where this computer's KVM cannot run Linux all of it
+happens in one lab, Python's start-up included. What is not here or fails is told, and left out.
+
+`vng` is fetched from PyPI into a virtual environment of the bench's own, in .cache.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import monotonic
+
+ROOT = Path(__file__).parent.parent
+RUNS, EXECS = 5, 15
+LIMIT = 240  # seconds for one command
+VNG = ROOT / ".cache" / "virtme-ng"
+NAME = "bench"
+PODMAN = ["podman", "--cgroup-manager", "cgroupfs"]
+CONTAINER = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
+MAIN = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'tinyvmm'; "
+    "from tinyvmm.cli.main import main; sys.exit(main())"
+)
+
+
+def tinyvmm(*arguments: str) -> list[str]:
+    """Return the command of ours, as an installed `tinyvmm` starts it."""
+    return [os.path.realpath(sys.executable), "-I", "-S", "-c", MAIN, *arguments]
+
+
+def once(command: list[str]) -> float:
+    """Return the seconds that a command takes; RuntimeError with its words if it fails."""
+    begin = monotonic()
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=LIMIT
+    )
+    spent = monotonic() - begin
+    if done.returncode:
+        words = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"status {done.returncode}: {' / '.join(words[-3:])}")
+    return spent
+
+
+def in_turn(subjects: dict[str, list[str]], count: int, found: dict[str, list[float]]) -> None:
+    """Run each `count` times, after once to warm up; those that fail are told and left out."""
+    for turn in range(count + 1):
+        for name, command in list(subjects.items()):
+            try:
+                spent = once(command)
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
+                del subjects[name]
+                found.pop(name, None)
+                continue
+            if turn:
+                found.setdefault(name, []).append(spent)
+
+
+def prepare_lab() -> None:
+    """Have what the others look for: cgroups, and the kernel's modules in their usual place."""
+    from tinyvmm.images import kernels
+
+    if not os.path.ismount("/sys/fs/cgroup"):
+        subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=False)
+    installed = kernels.find()
+    usual = Path("/lib/modules") / installed.version
+    if installed.modules is not None and not usual.exists():
+        usual.parent.mkdir(exist_ok=True)
+        usual.symlink_to(installed.modules)
+
+
+def measure(runs: int, execs: int) -> dict[str, list[float]]:
+    """Measure here: name -> seconds."""
+    from tinyvmm.images import kernels
+
+    found: dict[str, list[float]] = {}
+    path = f"PATH={VNG}/bin:{os.environ.get('PATH', '/usr/bin:/bin')}"
+    vng = ["env", path, str(VNG / "bin" / "python"), str(VNG / "bin" / "vng")]
+    container = [*PODMAN, "run", "--rm", *CONTAINER, "--rootfs", "/"]
+    in_turn(
+        {
+            "tinyvmm run": tinyvmm("run", "--no-lab", "--", "true"),
+            "vng": [*vng, "--run", kernels.find().vmlinuz, "--force-9p", "--exec", "true"],
+            "podman run": [*container, "true"],
+        },
+        runs,
+        found,
+    )
+    subjects = {"tinyvmm exec": tinyvmm("exec", NAME, "--", "true")}
+    once(tinyvmm("run", "--no-lab", "-d", "--name", NAME, "--", "sleep", "100000"))
+    try:
+        once([*PODMAN, "run", "-d", "--name", NAME, *container[4:], "sleep", "100000"])
+        subjects["podman exec"] = [*PODMAN, "exec", NAME, "true"]
+    except (RuntimeError, OSError) as error:
+        print(f"podman exec: left out: {error}", file=sys.stderr, flush=True)
+    subjects["tinyvmm --version"] = tinyvmm("--version")
+    try:
+        in_turn(subjects, execs, found)
+    finally:
+        once(tinyvmm("rm", "-f", NAME))
+        if "podman exec" in subjects:
+            once([*PODMAN, "rm", "-f", "-t", "0", NAME])
+    return found
+
+
+def prepare() -> None:
+    """Fetch what is compared with, where there is a network."""
+    import venv
+
+    if not (VNG / "bin" / "vng").exists():
+        venv.create(VNG, with_pip=True)
+        once([str(VNG / "bin" / "pip"), "install", "--disable-pip-version-check", "virtme-ng"])
+    for program, package in (("podman", "podman"), ("busybox", "busybox-static")):
+        if shutil.which(program) is None:
+            print(f"no {program}: apt-get install {package} for the comparison", file=sys.stderr)
+
+
+def main() -> None:
+    """Measure, here or in the lab, and print."""
+    from tinyvmm.command import prepare_kernel
+    from tinyvmm.lab import Lab, python_command
+    from tinyvmm.probe import missing_for_linux
+
+    prepare()
+    prepare_kernel(None)[0].close()
+    if missing_for_linux() is None:
+        found = measure(RUNS, EXECS)
+    else:
+        code = (
+            f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from bench import commands; "
+            f"commands.prepare_lab(); print(json.dumps(commands.measure({RUNS}, {EXECS})))"
+        )
+        with Lab() as lab:
+            done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (RUNS + 1))
+        sys.stderr.write(done.stderr.decode(errors="replace"))
+        if done.status:
+            sys.exit("the lab's part failed")
+        found = json.loads(done.stdout)
+    for base, others in (
+        ("tinyvmm run", ("vng", "podman run")),
+        ("tinyvmm exec", ("podman exec",)),
+    ):
+        own = median(found[base])
+        for name in (base, *others):
+            if name in found:
+                spread = f"{min(found[name]):.2f} to {max(found[name]):.2f}"
+                middle = median(found[name])
+                ratio = f"{own / middle:.2f} of its time for ours"
+                print(f"{name:14} {middle:6.2f} s ({spread})   {ratio}")
+    start = median(found["tinyvmm --version"])
+    print(f"of which to start Python and print a version: {start:.2f} s")

@@ -1,0 +1,283 @@
+"""A machine's control socket, used as a program would; says what came of it, as JSON.
+
+Usage: control_steps.py ROOT DIRECTORY COMMANDS KILLS. In an emulated computer Python takes seconds
+to start: so all of it is one process, and its clients are forks of it or threads.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+ROOT, WHERE, COMMANDS, KILLS = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+sys.path.insert(0, ROOT)
+
+import tinyvmm.cli.instance  # noqa: E402
+import tinyvmm.cli.instances  # noqa: E402
+import tinyvmm.cli.run  # noqa: E402
+import tinyvmm.command  # noqa: E402
+import tinyvmm.control_schema  # noqa: E402
+import tinyvmm.exec_streams  # noqa: E402
+import tinyvmm.fileserver.connection  # noqa: E402
+import tinyvmm.guest.calls  # noqa: E402
+import tinyvmm.guest.execution  # noqa: E402
+import tinyvmm.guest_calls  # noqa: E402
+import tinyvmm.shares  # noqa: E402, F401
+from tinyvmm.cli.main import main  # noqa: E402
+from tinyvmm.control import ControlClient  # noqa: E402
+from tinyvmm.errors import ConfigError  # noqa: E402
+from tinyvmm.exec_client import connect, execute  # noqa: E402
+from tinyvmm.session import HostFiles  # noqa: E402
+
+found: dict[str, Any] = {}
+
+
+class Client(ControlClient):
+    """Keeps what streams said."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{os.environ['XDG_RUNTIME_DIR']}/tinyvmm/m/control")
+        self.said: dict[str, str] = {}
+        self.ends: dict[str, int] = {}
+        self.traced: list[dict[str, Any]] = []
+
+    def listen(self) -> None:
+        method, params = self.notification()
+        if method == "trace_record":
+            self.traced.append(params)
+        elif method == "exec_output":
+            text = b64decode(params["data"]).decode()
+            self.said[params["stream"]] = self.said.get(params["stream"], "") + text
+        else:
+            self.ends[params["stream"]] = params["status"]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.listen()
+
+    def run(self, *argv: str, stdin: str = "") -> list[Any]:
+        """Run a command to its end: what it said, and its status."""
+        stream = f"run{len(self.ends)}"
+        self.call("exec", argv=list(argv), stream=stream)
+        self.call("exec_stdin", stream=stream, data=b64encode(stdin.encode()).decode(), eof=True)
+        self.until(lambda: stream in self.ends)
+        return [self.said.get(stream, ""), self.ends[stream]]
+
+
+def said(client: "Client", stream: str, text: str) -> bool:
+    return text in client.said.get(stream, "")
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited in vain: {found}")
+        time.sleep(0.05)
+
+
+def start() -> None:
+    if os.fork() == 0:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os._exit(main(["run", "--no-lab", "-d", "--name", "m", "--balloon", "0", "--cpus", "2",
+                       "--", "sleep", "100000"]))  # fmt: skip
+    _, status = os.wait()
+    found["started"] = status
+
+
+def ask(client: Client) -> None:
+    """What there is to be seen of it."""
+    found["status"] = client.call("status")["state"]
+    found["run"] = client.run("sh", "-c", "cat; echo err >&2; exit 3", stdin="in\n")
+    client.call("exec", argv=["sh", "-c", "stty size; read x; stty size"], stream="t",
+                terminal=[11, 22])  # fmt: skip
+    client.until(lambda: "11 22" in client.said.get("t", ""))
+    client.call("exec_resize", stream="t", rows=33, columns=44)
+    client.call("exec_stdin", stream="t", data="Cg==")
+    client.until(lambda: "t" in client.ends)
+    found["sizes"] = client.said["t"]
+    script = 'for s in HUP INT TERM USR1; do trap "echo $s" $s; done; echo up; '
+    client.call("exec", argv=["sh", "-c", script + "while :; do sleep 0.05; done"], stream="s")
+    client.until(lambda: "up" in client.said.get("s", ""))
+    for name in ("HUP", "INT", "TERM", "USR1"):
+        client.call("exec_signal", stream="s", signal=name)
+        client.until(partial(said, client, "s", f"{name}\n"))
+    client.call("exec_signal", stream="s", signal="KILL")
+    client.until(lambda: "s" in client.ends)
+    found["signalled"] = client.ends["s"]
+    client.call("pause", cpu=1)
+    found["rip"] = client.call("registers", cpu=1)["rip"]
+    found["cr0"] = client.call("sregs", cpu=1)["cr0"]
+    client.call("resume")
+    client.call("trace", kinds=["9p"], device="virtio-9p root")
+    client.run("stat", "/etc/hostname")
+    client.call("untrace")
+    found["traced"] = {record["kind"] for record in client.traced}
+    found["traced"] = [sorted(found["traced"]), bool(client.traced)]
+    found["debugged"] = client.call("device_debug", pattern="virtio-9p root")
+    client.run("stat", "/etc/passwd")
+    found["log"] = len(client.call("debug_log")) > 0
+    client.call("device_debug", pattern=None)
+    stats = client.call("stats")
+    found["exits"] = [vcpu["exits"] for vcpu in stats["vcpus"]]
+    found["requests"] = stats["requests"]["virtio-9p root"][0]
+    found["memory"] = stats["memory"]
+    client.call("balloon", size=64 << 20)
+    until(lambda: client.call("balloon", size=64 << 20)["actual"] == 64 << 20)
+
+
+def share(client: Client) -> None:
+    """Directories that come and go."""
+    here = os.path.join(WHERE, "shared")
+    os.mkdir(here)
+    with open(os.path.join(here, "hello"), "w", encoding="ascii") as file:
+        file.write("from the host\n")
+    found["added"] = client.call("share_add", guest="/mnt/a/b", host=here)
+    found["read"] = client.run("cat", "/mnt/a/b/hello")
+    found["wrote"] = client.run("sh", "-c", "echo from the guest > /mnt/a/b/there")
+    with open(os.path.join(here, "there"), encoding="ascii") as file:
+        found["there"] = file.read()
+    found["twice"] = refusal(lambda: client.call("share_add", guest="/mnt/a/b", host=here))
+    client.call("share_add", guest="/mnt/ro", host=here, readonly=True)
+    found["readonly"] = client.run("sh", "-c", "cat /mnt/ro/hello; echo x > /mnt/ro/y")
+    found["listed"] = [info["guest"] for info in client.call("shares")]
+    script = "cd /mnt/a/b; echo up; read x; cat hello && exit 1; echo gone"
+    client.call("exec", argv=["sh", "-c", script], stream="in")
+    client.until(lambda: "up" in client.said.get("in", ""))
+    found["busy"] = refusal(lambda: client.call("share_remove", guest="/mnt/a/b"))
+    client.call("share_remove", guest="/mnt/a/b", lazy=True)
+    client.call("exec_stdin", stream="in", data="Cg==")
+    client.until(lambda: "in" in client.ends)
+    found["gone"] = client.ends["in"]
+    client.call("share_remove", guest="/mnt/ro")
+    found["empty"] = client.run("ls", "-A", "/mnt/ro", "/mnt/a/b")
+    found["unlisted"] = client.call("shares")
+    for guest, host in (("/x", "relative"), ("/x", "/nothing/there"), ("/", here)):
+        found.setdefault("refused", []).append(
+            refusal(partial(client.call, "share_add", guest=guest, host=host))
+        )
+
+
+def many_on_one_connection(count: int) -> None:
+    """All at once, each with its words and status."""
+    with Client() as client:
+        names = [f"n{number}" for number in range(count)]
+        for number, name in enumerate(names):
+            argv = ["sh", "-c", f"read x; echo $x; exit {number % 100}"]
+            client.call("exec", argv=argv, stream=name)
+        for name in names:
+            client.call("exec_stdin", stream=name, data=b64encode(name.encode() + b"\n").decode())
+        client.until(lambda: len(client.ends) == count)
+        for number, name in enumerate(names):
+            if (client.said.get(name), client.ends[name]) != (f"{name}\n", number % 100):
+                found.setdefault("wrong", []).append([name, client.said.get(name)])
+
+
+def clients_that_are_killed(count: int) -> None:
+    """Each a process, at most 16 at once; half of them are killed sooner or later."""
+    running: dict[int, bool] = {}
+    chosen = random.Random(7)  # noqa: S311 (no secret)
+    statuses: list[int] = []
+
+    def reap() -> None:
+        pid, status = os.wait()
+        if not running.pop(pid):
+            statuses.append(os.waitstatus_to_exitcode(status))
+
+    for number in range(count):
+        while len(running) >= 16:
+            reap()
+        kill = number % 2 == 1
+        pid = os.fork()
+        if pid == 0:
+            argv = ["sh", "-c", f"echo {'x' * 100}; sleep 0.{chosen.randrange(3)}; exit 5"]
+            nobody = HostFiles(None, None, None)
+            sinks = dict.fromkeys(("stdout", "stderr"), swallow)
+            os._exit(execute("m", argv, files=nobody, sinks=sinks).status)
+        running[pid] = kill
+        if kill:
+            threading.Timer(chosen.random() * 2, killed, (pid,)).start()
+    while running:
+        reap()
+    found["statuses"] = sorted(set(statuses))
+    found["survivors"] = len(statuses)
+
+
+def swallow(_data: bytes) -> None:
+    """Want nothing of what a command says."""
+
+
+def killed(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def guests_processes(client: Client) -> list[str]:
+    """Name and state of each process of the guest's that is no kernel thread."""
+    script = "for p in /proc/[0-9]*; do read x < $p/stat; [ -s $p/cmdline ] && echo $x; "
+    script += "case $x in *') Z '*) echo $x;; esac; done"
+    lines = client.run("sh", "-c", script)[0].splitlines()
+    return sorted(" ".join(line.split()[1:3]) for line in lines)
+
+
+def soak(client: Client) -> None:
+    client.run("true")
+    before = guests_processes(client)
+    until(lambda: client.call("execs")["running"] == [])
+    stats = client.call("stats")
+    begin = time.monotonic()
+    for _ in range(max(1, COMMANDS // 40)):
+        many_on_one_connection(min(COMMANDS, 40))
+    middle = time.monotonic()
+    clients_that_are_killed(KILLS)
+    found["seconds"] = [round(middle - begin, 1), round(time.monotonic() - middle, 1)]
+    until(lambda: client.call("execs")["running"] == [])
+    found["processes"] = [before, guests_processes(client)]
+    until(lambda: client.call("execs")["running"] == [])
+    until(lambda: client.call("stats")["descriptors"] <= stats["descriptors"])
+    until(lambda: client.call("stats")["threads"] <= stats["threads"])
+    found["ended"] = len(client.call("execs")["ended"])
+    found["overhead"] = [stats["memory"]["overhead"], client.call("stats")["memory"]["overhead"]]
+    names = os.listdir(f"{os.environ['XDG_RUNTIME_DIR']}/tinyvmm/m")
+    found["sockets"] = sum(name.startswith("vsock_") for name in names)
+
+
+def finish() -> None:
+    with connect("m") as client:
+        client.call("kill")
+    status = 0
+    if os.fork() == 0:
+        os._exit(main(["rm", "-f", "m"]))
+    _, status = os.wait()
+    found["removed"] = [status, os.listdir(f"{os.environ['XDG_RUNTIME_DIR']}/tinyvmm")]
+
+
+os.environ["XDG_RUNTIME_DIR"] = os.path.join(WHERE, "run")
+os.mkdir(os.environ["XDG_RUNTIME_DIR"])
+out = os.dup(1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+start()
+with Client() as first:
+    if "ask" in sys.argv[5:]:
+        ask(first)
+        share(first)
+    soak(first)
+finish()
+os.write(out, json.dumps(found).encode())

@@ -1,0 +1,82 @@
+"""The control socket of a machine that runs Linux, and very many commands in it."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from tests.linux.conftest import ROOT, Runner, interpreter
+
+pytestmark = pytest.mark.linux
+
+REFUSALS = ("give its whole path", "no such directory", "which is private")
+STEPS = ROOT / "tests" / "linux" / "control_steps.py"
+
+
+def do(guest: Runner, commands: int, kills: int, *more: str, timeout: float = 400) -> Any:
+    """Do the steps; what came of them."""
+    script = (
+        'd=$(mktemp -d) && "$0" -I -S "$1" "$2" "$d" "$3" "$4" $5; rc=$?; rm -rf "$d"; exit $rc'
+    )
+    words = [interpreter(), str(STEPS), str(ROOT), str(commands), str(kills), " ".join(more)]
+    done = guest.program(["sh", "-c", script, *words], timeout=timeout)
+    assert (done.status, done.stderr) == (0, b""), done
+    return json.loads(done.stdout)
+
+
+def check_soak(found: dict[str, Any], kills: int) -> None:
+    """Every command ended as it should, and nothing is left of any."""
+    assert "wrong" not in found
+    assert found["statuses"] == [5]
+    assert found["survivors"] == (kills + 1) // 2
+    before, after = found["processes"]
+    assert before == after
+    assert not [process for process in after if process.endswith(" Z")]
+    assert found["sockets"] <= kills // 2  # of clients that were killed before they could remove it
+    assert found["removed"] == [0, []]
+
+
+def test_a_machine_is_watched_changed_and_given_commands(guest: Runner) -> None:
+    found = do(guest, 40, 16, "ask")
+    assert (found["started"], found["status"]) == (0, "running")
+    assert found["run"] == ["in\nerr\n", 3]
+    assert found["sizes"].split() == ["11", "22", "33", "44"]
+    assert found["signalled"] == 137
+    assert found["rip"] >> 63 or found["rip"]
+    assert found["cr0"] & 0x8000_0001 == 0x8000_0001  # PG and PE
+    assert found["traced"] == [["9p"], True]
+    assert (found["debugged"], found["log"]) == (["virtio-9p root"], True)
+    assert all(exits > 0 for exits in found["exits"])
+    assert found["requests"] > 100
+    assert 0 < found["memory"]["resident"] < found["memory"]["given"] == 1 << 30
+
+    assert found["added"]["guest"] == "/mnt/a/b"
+    assert found["read"] == ["from the host\n", 0]
+    assert found["wrote"] == ["", 0]
+    assert found["there"] == "from the guest\n"
+    assert "is shared already" in found["twice"]
+    text, status = found["readonly"]
+    assert text.startswith("from the host\n")
+    assert "Read-only file system" in text
+    assert status != 0
+    assert found["listed"] == ["/mnt/a/b", "/mnt/ro"]
+    assert "/mnt/a/b is in use in the guest" in found["busy"]
+    assert found["gone"] == 0
+    assert found["empty"] == ["/mnt/a/b:\n\n/mnt/ro:\n", 0]
+    assert found["unlisted"] == []
+    for text, why in zip(found["refused"], REFUSALS, strict=True):
+        assert why in text
+    check_soak(found, 16)
+
+
+@pytest.mark.skipif("TINYVMM_SOAK_EXECS" not in os.environ, reason="long: make soak-exec")
+def test_a_thousand_commands_and_killed_clients_leave_nothing(guest: Runner) -> None:
+    count = int(os.environ["TINYVMM_SOAK_EXECS"])
+    kills = count // 2
+    found = do(guest, count - kills, kills, timeout=60 + 10 * count)
+    sys.stderr.write(
+        f"{found['seconds']} s, {found['ended']} ends kept, overhead {found['overhead']} bytes\n"
+    )
+    check_soak(found, kills)

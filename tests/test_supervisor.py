@@ -295,6 +295,18 @@ def test_stopping_asks_first_and_then_ends(run: Run, ask: Asker) -> None:
     assert ask.call("status")["state"] == "ended"
 
 
+def test_a_machine_that_starts_or_is_just_ending_is_killed_too(run: Run, ask: Asker) -> None:
+    turn = run.supervisor._turn
+    run.supervisor._turn = None
+    with pytest.raises(ConfigError, match="the machine does not run"):
+        ask.call("kill", signal="HUP")
+    ask.call("kill")
+    assert run.session.ended == []
+    assert turn is not None
+    run.supervisor.attach(*turn[:5], turn.vsock_host)
+    assert run.session.ended == [Result(137, "signal")]
+
+
 def test_whoever_waits_and_leaves_is_waited_for_no_more(run: Run) -> None:
     run.executor.on_record(STARTED, 2)
     with Asker(run.path) as client:

@@ -276,22 +276,21 @@ class Supervisor:
     @remote(waits=True)
     def stop(self, *, time: Seconds = STOP_TIMEOUT) -> Ended | None:
         """Ask the command to end by `stop_signal`; end the machine if it has not after `time`."""
-        turn = self._now()
-        turn.machine.resume()
-        turn.session.send(SIGNAL, self.stop_signal)
+        turn = self._turn
+        if turn is not None:  # else it starts, or is just ending
+            turn.machine.resume()
+            turn.session.send(SIGNAL, self.stop_signal)
         if self.wait(timeout=float(time)) is None:
-            killed = Result(STATUS_SIGNAL + signal.SIGKILL, "signal")
-            turn.session.end(killed)
+            self.kill()
         return self.wait(timeout=STOP_TIMEOUT)
 
     def kill(self, *, signal: str | int = "KILL") -> None:
         """Send the command a signal, by name or number; KILL ends the machine."""
-        turn = self._now()
         number = signal_number(signal)
         if number == _SIGKILL:
-            turn.session.end(Result(STATUS_SIGNAL + number, "signal"))
+            self.shut(_KILLED)
         else:
-            turn.session.send(SIGNAL, number)
+            self._now().session.send(SIGNAL, number)
 
     @remote(waits=True, client=True)
     def exec(
@@ -491,6 +490,7 @@ class Supervisor:
 
 
 _SIGKILL = int(signal.SIGKILL)
+_KILLED = Result(STATUS_SIGNAL + _SIGKILL, "signal")
 
 
 def signal_number(given: str | int) -> int:

@@ -15,6 +15,7 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 ROOT, WHERE, COMMANDS, KILLS = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -273,11 +274,17 @@ os.environ["XDG_RUNTIME_DIR"] = os.path.join(WHERE, "run")
 os.mkdir(os.environ["XDG_RUNTIME_DIR"])
 out = os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+times = [time.monotonic()]
 start()
+times.append(time.monotonic())
 with Client() as first:
     if "ask" in sys.argv[5:]:
         ask(first)
+        times.append(time.monotonic())
         share(first)
+        times.append(time.monotonic())
     soak(first)
+times.append(time.monotonic())
 finish()
+found["times"] = [round(after - before, 1) for before, after in pairwise(times)]
 os.write(out, json.dumps(found).encode())

@@ -22,7 +22,7 @@ def do(guest: Runner, commands: int, kills: int, *more: str, timeout: float = 40
     )
     words = [interpreter(), str(STEPS), str(ROOT), str(commands), str(kills), " ".join(more)]
     done = guest.program(["sh", "-c", script, *words], timeout=timeout)
-    assert (done.status, done.stderr) == (0, b""), done
+    assert (done.status, done.stderr) == (0, b""), (done.stdout, done)
     return json.loads(done.stdout)
 
 

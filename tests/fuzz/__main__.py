@@ -15,6 +15,7 @@ from types import FrameType
 # Imported only once atheris is there to instrument it.
 TARGETS = {
     "ninep": ("tests.fuzz.ninep_session", "tinyvmm.fileserver", "tinyvmm.ninep"),
+    "control": ("tests.fuzz.control_client", "tinyvmm.control", "tinyvmm.supervisor"),
     "virtio": ("tests.fuzz.virtio_device", "tinyvmm.devices", "tinyvmm.devices"),
 }
 

@@ -110,7 +110,7 @@ class LocalGuests:
         self.sessions.append(session)
         self.executors.append(executor)
         tree: Any = options.root
-        supervisor.begin(Context(options.env, options.cwd, tree, tuple))
+        supervisor.begin(Context(options.env, options.cwd, tree, lambda _: ()))
         on_session(session)
         host: Any = SimpleNamespace(close=lambda: None)
         attached: tuple[Any, ...] = (

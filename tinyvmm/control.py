@@ -196,6 +196,8 @@ class Client:
                 self._leave()
                 continue
             with self._changed:
+                if self.gone:  # meanwhile, and what it had to read is forgotten
+                    continue
                 if sent == len(data):
                     self._unread.popleft()
                 else:

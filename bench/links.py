@@ -258,12 +258,12 @@ def insert(name: str) -> None:
     if where is None:
         return
     there = {line.split()[0] for line in Path("/proc/modules").read_text().splitlines()}
-    for module in closure(where, (name,)):
-        if module.name not in there:
-            with tempfile.NamedTemporaryFile(suffix=".ko") as file:
-                file.write(module.read())
-                file.flush()
-                subprocess.run(["insmod", file.name], check=True)
+    with tempfile.TemporaryDirectory() as directory:
+        for module in closure(where, (name,)):
+            if module.name not in there:
+                path = Path(directory, f"{module.name}.ko")
+                path.write_bytes(module.read())
+                subprocess.run(["insmod", str(path)], check=True)
 
 
 @contextmanager

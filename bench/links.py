@@ -292,10 +292,12 @@ def hosting(what: Sequence[str], program: str, where: str) -> Iterator[None]:
     running = []
     try:
         for command in commands:
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE))
-            output = running[-1].stdout
-            if command[0] == program and output is not None:
-                output.readline()
+            ours = command[0] == program  # and says when it is ready
+            stdout = subprocess.PIPE if ours else subprocess.DEVNULL
+            process = subprocess.Popen(command, stdout=stdout)
+            running.append(process)
+            if process.stdout is not None:
+                process.stdout.readline()
         yield
     finally:
         for process in running:

@@ -128,7 +128,7 @@ def test_a_console_is_told_to_be_one_and_its_size_before_anything_else() -> None
     guest.say(2, PORT_READY)
     assert guest.hear() == [
         (2, CONSOLE_PORT, 1, b""),
-        (2, RESIZE, 1, struct.pack("<HH", 24, 80)),
+        (2, RESIZE, 1, struct.pack("<HH", 80, 24)),
         (2, PORT_NAME, 1, b"hvc"),
         (2, PORT_OPEN, 1, b""),
     ]
@@ -136,7 +136,7 @@ def test_a_console_is_told_to_be_one_and_its_size_before_anything_else() -> None
     assert [guest.driver.mmio.read(at, 2) for at in (0x100, 0x102)] == [80, 24]
     port.resize(50, 132)
     assert [guest.driver.mmio.read(at, 2) for at in (0x100, 0x102)] == [132, 50]
-    assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 50, 132))]
+    assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 132, 50))]
 
 
 def test_of_many_sizes_a_slow_driver_hears_the_last() -> None:
@@ -149,7 +149,7 @@ def test_of_many_sizes_a_slow_driver_hears_the_last() -> None:
         port.resize(24, cols)
     assert len(guest.device.save()["pending"]) == 1
     guest.hear()
-    assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 24, 999))]
+    assert guest.hear() == [(2, RESIZE, 1, struct.pack("<HH", 999, 24))]
 
 
 def test_a_size_given_before_the_driver_came_survives_save_load_and_a_reset() -> None:
@@ -163,7 +163,7 @@ def test_a_size_given_before_the_driver_came_survives_save_load_and_a_reset() ->
     guest.driver.write(0x070, 0)
     guest.start()
     guest.say(2, PORT_READY)
-    assert (2, RESIZE, 1, struct.pack("<HH", 30, 100)) in guest.hear()
+    assert (2, RESIZE, 1, struct.pack("<HH", 100, 30)) in guest.hear()
 
 
 def test_what_is_no_console_or_no_size_is_our_own_mistake() -> None:

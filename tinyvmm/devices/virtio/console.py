@@ -55,9 +55,7 @@ VIRTIO_CONSOLE_PORT_NAME = 7
 
 CONTROL_RX, CONTROL_TX = 2, 3
 _control = struct.Struct("<IHH")  # virtio_console_control: id, event, value
-# virtio_console_resize: rows, cols. The specification has them the other way round (5.3.6.2), but
-# Linux, which is older, reads them so (drivers/char/virtio_console.c, handle_control_message).
-_resize = struct.Struct("<HH")
+_resize = struct.Struct("<HH")  # virtio_console_resize: cols, rows; older Linux reads rows first
 _config = struct.Struct("<HHII")  # virtio_console_config: cols, rows, max_nr_ports, emerg_wr
 
 # Linux fills every receiveq with pages and sends at most 32 KiB at a time.
@@ -289,7 +287,7 @@ class VirtioConsole(VirtioDevice):
         head = _control.pack(port.id, VIRTIO_CONSOLE_RESIZE, 1)
         for message in [message for message in self._pending if message.startswith(head)]:
             self._pending.remove(message)
-        self._send(port.id, VIRTIO_CONSOLE_RESIZE, 1, _resize.pack(*port.size))
+        self._send(port.id, VIRTIO_CONSOLE_RESIZE, 1, _resize.pack(*reversed(port.size)))
 
     def close_port(self, port: ConsolePort) -> None:
         """See ConsolePort.close."""

@@ -1,7 +1,8 @@
 """Every class of device can be saved as JSON and loaded elsewhere, and goes on as if nothing were.
 
 The list is not written here: it is every class below tinyvmm.devices, and those of examples, that
-has `save` and `load`. One for which DOINGS has nothing fails.
+has `save` and `load`. One for which DOINGS has nothing fails, and so does one without a page in
+docs/devices.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import json
 import pkgutil
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +154,9 @@ def loaded(where: Any, state: dict[str, Any]) -> None:
         parts[name].load(part)
 
 
+PAGES = {"p9": "virtio-9p", "msix": "virtio-pci", "queue": "virtio-mmio"}
+DOCS = Path(__file__).parent.parent / "docs" / "devices"
+
 DOINGS: dict[type, Callable[[], None]] = {
     DebugExit: board("debug_exit"),
     Uart: board("uart"),
@@ -196,3 +201,16 @@ def test_it_goes_on_where_its_state_is_loaded(kind: type, monkeypatch: pytest.Mo
         monkeypatch.setattr(owner, "load", noted)
     DOINGS[kind]()
     assert kind in seen
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_it_has_a_page_that_says_what_it_is_and_what_it_is_not(kind: type) -> None:
+    *package, module = kind.__module__.split(".")
+    if package[0] == "examples":
+        text = (DOCS.parent / "guide" / "07-write-a-device.md").read_text()
+        assert f"{module}.py" in text
+        return
+    prefix = "virtio-" if package[-1] == "virtio" else ""
+    text = (DOCS / f"{PAGES.get(module, prefix + module.replace('_', '-'))}.md").read_text()
+    assert f"tinyvmm/{'/'.join(package[1:])}/{module}.py" in text
+    assert "Not emulated" in text

@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, fuzz, lint, unit, unit-others, linux, kernel-build, clean.
+# Others: bench, fuzz, soak, man, lint, unit, unit-others, linux, kernel-build, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench fuzz clean packages kernel kernel-build
+.PHONY: demo test lint unit unit-others linux bench fuzz soak man clean packages kernel kernel-build
 .DEFAULT_GOAL := demo
 
 demo:
@@ -27,6 +27,7 @@ $(BIN)/pytest: pyproject.toml
 
 packages:
 	@tools/need-packages qemu-system-x86_64:qemu-system-x86 iasl:acpica-tools gcc:gcc \
+	  man:man-db \
 	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils diod:diod \
 	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils nbdinfo:libnbd-bin socat:socat zsh:zsh passt:passt ip:iproute2 iperf3:iperf3 zstd:zstd rpmbuild:rpm fio:fio dbench:dbench stress-ng:stress-ng \
 	  docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci zstd:zstd \
@@ -73,6 +74,16 @@ fuzz: $(BIN)/pytest
 	$(BIN)/python -m tests.fuzz $(FUZZ) .cache/fuzz/$(FUZZ) tests/fuzz/$(FUZZ)_corpus \
 	  -max_len=400 -len_control=0 -timeout=60 -max_total_time=$(FUZZ_SECONDS) \
 	  -artifact_prefix=.cache/fuzz/
+
+man:
+	mkdir -p docs/man
+	$(PYTHON) -m tinyvmm.cli.manual > docs/man/tinyvmm.1
+
+# Machines, one after another and at once, and then nothing left of them. Where this KVM cannot run
+# Linux, fewer of those, in the lab.
+soak: packages kernel
+	$(BIN)/python -m tests.soak tiny
+	$(BIN)/python -m tests.soak linux
 
 clean:
 	rm -rf .venv .venv-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -40,6 +40,7 @@ LAYERS = [
     (
         "executor",
         "guest_users",
+        "own_init",
         "supervisor",
         "exec_client",
         "guest_calls",

@@ -17,6 +17,7 @@ from tinyvmm.cli.completion import script
 from tinyvmm.cli.described import Command, describe, walk
 from tinyvmm.cli.environment import variable, with_environment
 from tinyvmm.cli.main import all_modules, build_parser, main
+from tinyvmm.cli.manual import manual
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances import Instance, State
 
@@ -32,6 +33,8 @@ def name(command: Command) -> str:
 # --- help -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("command", COMMANDS, ids=name)
 def test_help_shows_an_example_that_parses(command: Command) -> None:
+    if command.commands:
+        return  # each of them has its own
     lines = [line.strip() for line in command.parser.format_help().splitlines()]
     examples = [line.removeprefix("example: ") for line in lines]
     found = [line for line in examples if line.startswith(f"tinyvmm {name(command)}")]
@@ -208,3 +211,30 @@ def test_ps_tells_programs_all(machines: Path, capsys: pytest.CaptureFixture[str
     assert found["ended-one"]["status"] == 0
     assert found["webby"]["resident"] > 1 << 20
     assert {"memory", "cpus", "uptime", "command", "pid", "state"} <= found["webby"].keys()
+
+
+# --- the manual page ------------------------------------------------------------------------
+PAGE = Path(__file__).parent.parent / "docs" / "man" / "tinyvmm.1"
+
+
+def test_the_manual_page_is_of_this_command_line() -> None:
+    assert manual(WHOLE) == PAGE.read_text(), "docs/man/tinyvmm.1 is out of date: make man"
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="no man: apt install man-db")
+def test_man_shows_it_without_complaint() -> None:
+    done = subprocess.run(
+        ["man", "--warnings=w", "--local-file", "--ascii", PAGE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MANWIDTH": "80", "LC_ALL": "C.UTF-8", "MAN_KEEP_FORMATTING": ""},
+    )
+    assert done.stderr == ""
+    for words in (
+        "TINYVMM RUN",
+        "--memory SIZE",
+        "tinyvmm exec web -- ps aux",
+        "TINYVMM_MEMORY=2G",
+    ):
+        assert words in done.stdout

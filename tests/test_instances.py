@@ -1,11 +1,13 @@
 """The state of machines on disk: names, locks, ends, and processes that died."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from tinyvmm import instances
+from tinyvmm.control import ControlClient, ControlServer
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances import Instance, State
 
@@ -27,6 +30,8 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     return tmp_path / "tinyvmm"
 
+
+NOBODY = 65534
 
 HOLDER = """
 import os, sys
@@ -167,6 +172,87 @@ def test_without_a_runtime_directory_there_is_one_for_each_user(
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert instances.directory() == f"/tmp/tinyvmm-{os.geteuid()}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_other_users_have_machines_of_their_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else is told nothing, and reaches nothing even where the directories are open."""
+    top = tmp_path_factory.mktemp("run")
+    base = top / "tinyvmm"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(top))
+    instance = Instance(state("web"))
+    server = ControlServer(instance.file("control"), {"status": lambda: "status of root's"})
+    theirs = base.parent / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, NOBODY, NOBODY)
+    for path in (top, top.parent, top.parent.parent):  # pytest's own are for us alone
+        path.chmod(0o755)
+
+    def look() -> dict[str, str]:
+        found = {}
+        found["ours"] = said(lambda: str(instances.list_()))
+        found["state"] = said((base / "web" / "state").read_text)
+        found["control"] = said(lambda: call(instance.file("control")))
+        os.environ["XDG_RUNTIME_DIR"] = str(theirs)
+        found["theirs"] = said(lambda: str([one.name for one in instances.list_()]))
+        mine = Instance(state("web"))  # the name is free there
+        found["named"] = said(lambda: instances.find("web").name)
+        found["mode"] = oct(os.stat(mine.path).st_mode & 0o777)
+        mine.end(0, None)
+        return found
+
+    try:
+        found = as_nobody(look)
+        assert "which others can reach" in found["ours"]
+        assert found["state"].startswith("PermissionError")
+        assert "Permission denied" in found["control"]
+        assert (found["theirs"], found["named"], found["mode"]) == ("[]", "web", "0o700")
+        # Were every mode as open as can be, the socket would still know who is calling.
+        for path in (base, base / "web", base / "web" / "control"):
+            path.chmod(0o777)
+        found = as_nobody(lambda: {"control": said(lambda: call(instance.file("control")))})
+        assert "hung up" in found["control"]
+        assert call(instance.file("control")) == "status of root's"
+    finally:
+        server.close()
+        instance.end(0, None)
+
+
+def said(ask: Callable[[], str]) -> str:
+    """The answer, or what went wrong."""
+    try:
+        return ask()
+    except (ConfigError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def call(path: str) -> str:
+    with ControlClient(path) as client:
+        return str(client.call("status"))
+
+
+def as_nobody(work: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What `work` finds in a process of another user's."""
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which it has no use for
+        pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.write(write_end, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    found: dict[str, str] = json.loads(answer)
+    return found
 
 
 def test_a_damaged_state_is_named(base: Path) -> None:

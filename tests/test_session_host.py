@@ -417,6 +417,47 @@ def test_being_told_to_end_ends_with_that_signals_status(host: Host, number: int
     assert host.run(lambda _: os.kill(os.getpid(), number)) == Result(128 + number, "signal")
 
 
+STOPS = {int(signal.SIGTERM): int(signal.SIGUSR2), int(signal.SIGINT): int(signal.SIGUSR2)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_being_told_to_end_asks_the_command_first(host: Host, number: int) -> None:
+    def guest(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.write(host.to_stdin, b"x")
+        g.stdin.wait_for(1)
+        os.kill(os.getpid(), number)
+        assert g.control.wait_for(8) == RECORD.pack(SIGNAL, signal.SIGUSR2)
+        g.record(EXITED, 7 << 8)
+
+    assert host.run(guest, stops=STOPS) == Result(7, "exited")
+
+
+def test_being_told_twice_or_having_waited_ends_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.write(host.to_stdin, b"x")
+        g.stdin.wait_for(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        g.control.wait_for(8)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert host.run(twice, stops=STOPS) == Result(143, "signal")
+    monkeypatch.setattr("tinyvmm.session.STOP_PATIENCE", 0.2)
+
+    def once(g: Guest) -> None:
+        g.record(STARTED, 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    other = Host()
+    try:
+        assert other.run(once, stops=STOPS) == Result(143, "signal")
+    finally:
+        other.close()
+
+
 def test_signal_handlers_are_put_back(host: Host) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     host.run(lambda g: g.record(EXITED, 0))

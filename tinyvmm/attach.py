@@ -2,7 +2,8 @@
 
 What the command writes is read from the machine's log as it grows (output_log.py), what is typed
 goes through the control socket. So any number can attach, come and go, and a slow one stops nobody.
-Ctrl-P Ctrl-Q detaches, as with podman; without a terminal, the end of stdin is the command's.
+Ctrl-P Ctrl-Q, or other keys, detach, as with podman; without a terminal, the end of stdin is the
+command's.
 """
 
 import os
@@ -22,27 +23,50 @@ from tinyvmm.terminal import Terminal, is_terminal_session
 
 DETACH_KEYS = b"\x10\x11"  # Ctrl-P Ctrl-Q
 CHUNK = 32 << 10
+_CONTROLS = "abcdefghijklmnopqrstuvwxyz@[\\]^_"
 
 
 class DetachKeys:
-    """Holds back what may be the beginning of DETACH_KEYS."""
+    """Holds back what may be the beginning of `keys`; without keys nothing detaches."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: bytes = DETACH_KEYS) -> None:
+        self._keys = keys
         self._held = b""
         self.seen = False
 
     def filter(self, data: bytes) -> bytes:
         """Return what is to be passed on; sets `seen` when the keys are complete."""
         data = self._held + data
-        before, keys, _ = data.partition(DETACH_KEYS)
+        if not self._keys:
+            return data
+        before, keys, _ = data.partition(self._keys)
         if keys:
             self.seen = True
             return before
-        self._held = data[-1:] if data.endswith(DETACH_KEYS[:1]) else b""
-        return data.removesuffix(self._held)
+        longest = min(len(data), len(self._keys) - 1)
+        held = next(n for n in range(longest, -1, -1) if data.endswith(self._keys[:n]))
+        self._held = data[len(data) - held :]
+        return data[: len(data) - held]
 
 
-def attach(name: str, *, stdin: bool = True) -> int:
+def parse_keys(text: str) -> bytes:
+    r"""Parse `ctrl-p,ctrl-q`, podman's form: letters, or ctrl- and one of a-z @ [ \ ] ^ _.
+
+    Nothing at all for no keys; ConfigError for what is no key.
+    """
+    keys = b""
+    for key in text.split(",") if text else ():
+        letter = key.lower().removeprefix("ctrl-")
+        if letter == key.lower() and len(key) == 1 and key.isascii() and key.isprintable():
+            keys += key.encode()
+        elif letter != key.lower() and len(letter) == 1 and letter in _CONTROLS:
+            keys += bytes([ord(letter.upper()) & 0x1F])
+        else:
+            raise ConfigError(f"{key!r} is no key: give e.g. ctrl-p,ctrl-q")
+    return keys
+
+
+def attach(name: str, *, stdin: bool = True, keys: bytes = DETACH_KEYS) -> int:
     """Show what machine `name` writes from now on and send what is typed; the exit status.
 
     That of its command when it ends, 0 once detached. ConfigError if there is nothing to attach to.
@@ -59,7 +83,9 @@ def attach(name: str, *, stdin: bool = True) -> int:
         try:
             if terminal is not None:
                 terminal.enter_raw()
-            detached = _pass_on(client, terminal, wake, woken, reader, stdin=stdin)
+            detached = _pass_on(
+                client, terminal, wake, woken, reader, stdin=stdin, keys=DetachKeys(keys)
+            )
         finally:
             if terminal is not None:
                 terminal.restore()
@@ -111,13 +137,13 @@ def _pass_on(
     reader: _Reader,
     *,
     stdin: bool,
+    keys: DetachKeys,
 ) -> bool:
     """Send what is typed until the machine's end (False) or the detach keys (True)."""
     poller = select.poll()
     poller.register(wake, select.POLLIN)
     if stdin:
         poller.register(0, select.POLLIN)
-    keys = DetachKeys()
 
     def resized(_number: int, _frame: FrameType | None) -> None:
         os.write(woken, b"\0")

@@ -54,6 +54,7 @@ from tinyvmm.mounts import (
 from tinyvmm.scratch import ScratchDirectory
 from tinyvmm.session import (
     STATUS_MACHINE_FAILED,
+    STATUS_SIGNAL,
     HostFiles,
     Ports,
     Result,
@@ -94,6 +95,7 @@ OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
 _PANIC_LINES = 12
+_OUT_OF_MEMORY = b"Out of memory: Killed process"  # mm/oom_kill.c
 
 # `panic=-1` makes a panic reset at once, which ends the run; what the kernel printed tells why. And
 # `reboot=a` makes a reset use the register that ACPI names: see acpi.py.
@@ -149,9 +151,11 @@ class RunOptions(NamedTuple):
     """USER[:GROUP], names or numbers of the guest; None for root."""
     account: User | None = None
     """Who that is, once it has been looked up."""
+    own_init: bool = False
+    """Whether the command is an init of the root's own, and PID 1."""
+    stop_signal: str | int | None = None
+    """What asks the command to end: a name, a number; None for SIGTERM, or what its init takes."""
     hostname: str = "tinyvmm"
-    stop_signal: str | int = signal.SIGTERM
-    """What asks the command to end: a name or a number."""
     transport: str = "pci"
     """Where the virtio devices are: "pci", or "mmio"."""
     devices: Sequence[str] = ()
@@ -190,6 +194,10 @@ class _Tail:
         """Return the last of it."""
         return bytes(self._data[-_TAIL_LEN:])
 
+    def killed_for_memory(self) -> bool:
+        """Whether the kernel told that it killed a process to have its memory."""
+        return _OUT_OF_MEMORY in self._data
+
     def panic(self) -> str | None:
         """Return the last lines from the panic on, or None if there was none."""
         start = self._data.rfind(_PANIC)
@@ -227,9 +235,10 @@ def run_command(
         served: list[tuple[str, Tree]] = [*trees, *_pack_trees(options, cleanup)]
         root_disks = _open_root_disks(options, warn, cleanup)
         terminal = _terminal(options)
-        options = _with_user(options, root)
+        options = _with_stop_signal(_with_user(options, root), root)
         config = _init_config(options, modules, terminal, root_disks)
         if supervisor is not None:
+            supervisor.stop_signal = int(options.stop_signal or signal.SIGTERM)
             supervisor.begin(_context(options, root, modules))
         initrd = [modules.archive, init_archive(config)]
         ends = _Ends(files, sinks or {}, on_session)
@@ -318,13 +327,14 @@ class _Turn:
                 describe_step=describe,
                 files=self._files(),
                 sinks=self._ends.sinks,
+                stops=_stops(self._options),
                 on_record=self._on_record,
             )
             if self._ends.on_session is not None:
                 self._ends.on_session(session)
             self._supervise(machine, session, vsock)
             machine.start()
-            arguments = (machine, session, self._tail)
+            arguments = (machine, session, self._tail, self._options.own_init)
             watch = threading.Thread(target=_watch, args=arguments, daemon=True)
             watch.start()
             try:
@@ -338,7 +348,18 @@ class _Turn:
                 machine.wait()
             panicked = self._tail.panic() is not None  # which makes Linux reset at once
             self.rebooted = machine.cause == StopCause.RESET and not panicked
+            return self._explain(result)
+
+    def _explain(self, result: Result) -> Result:
+        """Say what a signal that nobody sent is about."""
+        killed = result == Result(STATUS_SIGNAL + signal.SIGKILL, "killed")
+        if not killed or not self._tail.killed_for_memory():
             return result
+        size = self._options.memory >> 20
+        return result._replace(
+            message=f"the guest ran out of memory and killed the command: give more than {size}M "
+            "(--memory)"
+        )
 
     def _files(self) -> HostFiles:
         """The session's ends on this side; a detached command has only what it is sent."""
@@ -714,6 +735,29 @@ def _with_user(options: RunOptions, root: Tree) -> RunOptions:
     return options._replace(account=account.user, env=env)
 
 
+def _with_stop_signal(options: RunOptions, root: Tree) -> RunOptions:
+    """Find out the number of what asks the command to end; ConfigError if it is no signal."""
+    if options.stop_signal is not None:
+        from tinyvmm.supervisor import signal_number
+
+        return options._replace(stop_signal=signal_number(options.stop_signal))
+    number = int(signal.SIGTERM)
+    if options.own_init:
+        from tinyvmm.own_init import stop_signal
+
+        number = stop_signal(root, options.argv[0])
+    return options._replace(stop_signal=number)
+
+
+def _stops(options: RunOptions) -> Mapping[int, int]:
+    """Return which signals of ours ask the command to end, and by which."""
+    number = int(options.stop_signal or signal.SIGTERM)
+    stops: dict[int, int] = {signal.SIGTERM: number, signal.SIGHUP: number}
+    if options.own_init:  # to it, SIGINT is Ctrl-Alt-Delete
+        stops[signal.SIGINT] = number
+    return stops
+
+
 def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Context":
     """Return what a command of `exec` has in common with ours."""
     from tinyvmm.supervisor import Context
@@ -759,6 +803,7 @@ def _init_config(
         user=options.account,
         merged=options.merged,
         idle=not options.argv,
+        own_init=options.own_init,
         # The end of the run is ours to make: on its way down Linux resets its devices, and what we
         # had not yet taken from their queues would be gone.
         await_goodbye=True,
@@ -795,7 +840,7 @@ def _terminal(options: RunOptions) -> "Terminal | None":
     return Terminal() if is_terminal_session() else None
 
 
-def _watch(machine: Machine, session: Session, tail: _Tail) -> None:
+def _watch(machine: Machine, session: Session, tail: _Tail, own_init: bool) -> None:
     """Wait for the machine's end and tell the session; the command's own end takes precedence."""
     try:
         cause = machine.wait()
@@ -804,7 +849,10 @@ def _watch(machine: Machine, session: Session, tail: _Tail) -> None:
     except BaseException:  # noqa: BLE001 (a bug of ours: the main thread meets it in `wait`)
         session.stopped()
     else:
-        session.stopped(*_meaning(cause, tail, machine.exit_value))
+        status, message = _meaning(cause, tail, machine.exit_value)
+        if own_init and cause == StopCause.POWEROFF:
+            message = None  # which is how it ends
+        session.stopped(status, message)
 
 
 def _meaning(cause: str | None, tail: _Tail, value: int | None) -> tuple[int, str | None]:

@@ -240,7 +240,9 @@ def _reader(guest: Guest, name: str, found: Stat) -> Pieces:
             fd = guest.do(openat(name, flags)).result
             if found.blocks * 512 < found.size:
                 for start, end in _extents(guest, fd, found.size):
-                    yield from _read(guest, fd, start, end)
+                    for offset, data in _read(guest, fd, start, end):
+                        if data.count(0) < len(data):  # over 9P nothing tells of a hole
+                            yield offset, data
             else:
                 yield from _read(guest, fd, 0, found.size)
             guest.do(close(fd))

@@ -54,6 +54,7 @@ STATUS_MACHINE_FAILED = 255
 
 # A guest may send records faster than they can be looked at: then its port waits.
 RECORDS_AT_ONCE = 256
+STOP_PATIENCE = 10.0  # seconds, for a command that was asked to end
 BATCHES_WAITING = 2
 
 INPUT_PATIENCE = 1.0  # seconds, for a read(2) that turns out to wait although there was something
@@ -145,7 +146,9 @@ class Session:
     `command` is its name, for messages. `timeout` and `boot_timeout` are seconds from `run` to
     the end, and to STARTED. With `terminal` the user's terminal is raw from STARTED on. `sinks`, by
     name, take what is written instead of our own stdout and stderr. `forward` are the signals that
-    go to the command rather than end the session. `on_record` sees each record (protocol.py) first.
+    go to the command rather than end the session. `stops` says which signal asks the command to end
+    instead of one that we get; the session ends `STOP_PATIENCE` later, or at a second one, as it
+    does at once for a signal that is in neither. `on_record` sees each record (protocol.py) first.
     `describe_step` turns SETUP_FAILED's step into words. `on_end` is called in the thread of
     `run`, once, when the command's end is known and its last output not yet all read.
     """
@@ -163,6 +166,7 @@ class Session:
         files: HostFiles | None = None,
         sinks: Mapping[str, Callable[[bytes], None]] | None = None,
         forward: Collection[int] = (),
+        stops: Mapping[int, int] | None = None,
         on_record: Callable[[int, int], None] | None = None,
     ) -> None:
         self._ports = ports
@@ -175,6 +179,8 @@ class Session:
         self._files = files if files is not None else host_files()
         self._sinks = sinks or {}
         self._forward = forward
+        self._stops = stops or {}
+        self._stopping: tuple[float, Result] | None = None  # when to end, and how
         self._on_every_record = on_record
 
         self._events: deque[tuple[str, Any]] = deque()
@@ -191,6 +197,7 @@ class Session:
 
         self.on_started: Callable[[int], None] = _nothing
         """Called in the thread of `run` with the command's process id in the guest."""
+        self._begin = 0.0
         self._started = False
         self._interrupts = 0
         self._result: Result | None = None  # known, while output may still have to be drained
@@ -234,7 +241,7 @@ class Session:
         Main thread (elsewhere signals are left alone). On return the machine may still be up, and
         is no longer touched.
         """
-        begin = monotonic()
+        begin = self._begin = monotonic()
         restore_signals = self._catch_signals()
         try:
             self._start(self._relay_control)
@@ -273,7 +280,7 @@ class Session:
             self._give_up(deadline[1])
 
     def _next_deadline(self) -> tuple[float, Result] | None:
-        candidates = []
+        candidates = [] if self._stopping is None else [self._stopping]
         if self._timeout is not None:
             late = f"timed out after {self._timeout:g} s: the machine was stopped"
             candidates.append((self._timeout, Result(STATUS_TIMEOUT, "timeout", late)))
@@ -381,7 +388,14 @@ class Session:
         self._give_up(result)
 
     def _on_signal(self, number: int) -> None:
-        if number == signal.SIGINT:
+        if number in self._stops and self._started and self._stopping is None:
+            if self._result is None:
+                self._send(RECORD.pack(SIGNAL, self._stops[number]))
+            late = Result(STATUS_SIGNAL + number, "signal")
+            self._stopping = monotonic() - self._begin + STOP_PATIENCE, late
+        elif number in self._stops and self._stopping is not None:
+            self._give_up(Result(STATUS_SIGNAL + number, "signal"))
+        elif number == signal.SIGINT:
             self._interrupts += 1
             if self._started and self._interrupts == 1 and self._result is None:
                 self._send(RECORD.pack(SIGNAL, signal.SIGINT))

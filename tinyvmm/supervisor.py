@@ -275,12 +275,19 @@ class Supervisor:
 
     @remote(waits=True)
     def stop(self, *, time: Seconds = STOP_TIMEOUT) -> Ended | None:
-        """Ask the command to end by `stop_signal`; end the machine if it has not after `time`."""
+        """Ask the command to end, then press the power button, and end the machine after `time`.
+
+        The button comes when half of it is over; a command that is no init has no use for that.
+        """
         turn = self._turn
         if turn is not None:  # else it starts, or is just ending
             turn.machine.resume()
             turn.session.send(SIGNAL, self.stop_signal)
-        if self.wait(timeout=float(time)) is None:
+        if self.wait(timeout=time / 2) is None:
+            if turn is not None and turn.machine.power is not None:
+                turn.machine.power.press_power_button()
+            self.wait(timeout=time / 2)
+        if self.wait(timeout=0) is None:
             self.kill()
         return self.wait(timeout=STOP_TIMEOUT)
 

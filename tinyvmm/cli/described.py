@@ -54,6 +54,8 @@ def _describe(parser: argparse.ArgumentParser, words: tuple[str, ...], says: str
             helps = {choice.dest: choice.help or "" for choice in action._choices_actions}  # noqa: SLF001
             for name, sub in action.choices.items():
                 below.append(_describe(sub, (*words, name), helps.get(name, "")))
+        elif action.option_strings and action.help == argparse.SUPPRESS:
+            continue  # ours alone
         elif action.option_strings:
             options.append(_option(action))
         else:

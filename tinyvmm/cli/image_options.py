@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -22,7 +21,7 @@ class Root(NamedTuple):
     cwd: str
     user: str | None
     directories: Sequence[str] = ()
-    stop_signal: str | int = signal.SIGTERM
+    stop_signal: str | int | None = None
     inner_options: Sequence[str] = ()
     """What `run` in the lab is told besides: which image was found out here."""
 
@@ -90,7 +89,7 @@ def root(args: argparse.Namespace, argv: list[str], cleanup: ExitStack) -> Root:
         command.workdir,
         command.user,
         found.directories,
-        found.stop_signal or signal.SIGTERM,
+        found.stop_signal or None,
         ["--image-id", found.image.id],
     )
 

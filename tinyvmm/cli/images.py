@@ -45,16 +45,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     pulling.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     pulling.set_defaults(main=_pull)
 
-    listing = subparsers.add_parser("images", help="list the OCI images here")
+    listing = subparsers.add_parser(
+        "images", help="list the OCI images here", epilog="example: tinyvmm images --json"
+    )
     listing.add_argument("--json", action="store_true", help="for programs, and with all they say")
     listing.set_defaults(main=_images)
 
-    removing = subparsers.add_parser("rmi", help="remove OCI images")
+    removing = subparsers.add_parser(
+        "rmi", help="remove OCI images", epilog="example: tinyvmm rmi alpine:3.20"
+    )
     removing.add_argument("images", nargs="+", metavar="IMAGE", help="a name or an ID")
     removing.add_argument("-f", "--force", action="store_true", help="with all of its names")
     removing.set_defaults(main=_rmi)
 
-    pruning = subparsers.add_parser("prune", help="remove what no OCI image has any more")
+    pruning = subparsers.add_parser(
+        "prune", help="remove what no OCI image has any more", epilog="example: tinyvmm prune --all"
+    )
     pruning.add_argument(
         "-a", "--all", action="store_true", help="every image, too, that no machine runs"
     )

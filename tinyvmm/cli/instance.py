@@ -31,6 +31,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="with --detach: keep the command's stdin open, for attach",
     )
     add("-t", "--tty", action="store_true", help="give the command a terminal in any case")
+    add(
+        "--init",
+        action="store_true",
+        help="CMD is the root's own init (default /sbin/init), and PID 1",
+    )
+    add(
+        "--stop-signal",
+        metavar="S",
+        help="what asks the command to end (default TERM, or what its init understands)",
+    )
     add("--user", metavar="U[:G]", help="whom the command runs as (default root)")
     add("--workdir", metavar="DIR", help="where the command starts (default: where you are)")
     add("--hostname", default="tinyvmm", metavar="NAME", help="of the guest (default tinyvmm)")
@@ -57,7 +67,7 @@ def _run(
     from tinyvmm.control import ControlServer
     from tinyvmm.instances import WRITES, Instance, State
     from tinyvmm.session import Result
-    from tinyvmm.supervisor import Supervisor, signal_number
+    from tinyvmm.supervisor import Supervisor
 
     options = settle(options)
     over_disk = options.root_mode == "erofs"  # then what is written is in memory, or in a disk
@@ -83,7 +93,6 @@ def _run(
     vsock = instance.file("vsock") if options.vsock is None else options.vsock[0]
     supervisor = Supervisor(vsock, keep_stdin=args.detach and args.interactive)
     try:
-        supervisor.stop_signal = signal_number(options.stop_signal)
         started = False
 
         def on_started() -> None:

@@ -41,6 +41,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     named(logs)
 
     attach = command("attach", "connect to a detached machine's command", _attach, "attach web")
+    attach.add_argument(
+        "--detach-keys",
+        default="ctrl-p,ctrl-q",
+        metavar="KEYS",
+        help="what to type to leave it (default ctrl-p,ctrl-q)",
+    )
     attach.add_argument("--no-stdin", action="store_true", help="only look")
     named(attach)
 
@@ -177,9 +183,9 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from tinyvmm.attach import attach
+    from tinyvmm.attach import attach, parse_keys
 
-    return attach(args.name, stdin=not args.no_stdin)
+    return attach(args.name, stdin=not args.no_stdin, keys=parse_keys(args.detach_keys))
 
 
 def _each(names: list[str], work: Callable[[str], None]) -> int:

@@ -30,6 +30,8 @@ _FOR_A_ROOT: dict[str, object] = {
     "rm": False,
     "interactive": False,
     "tty": False,
+    "init": False,
+    "stop_signal": None,
     "user": None,
     "workdir": None,
     "hostname": "tinyvmm",

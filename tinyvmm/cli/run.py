@@ -320,6 +320,10 @@ def main(args: argparse.Namespace) -> int:
         return no_root.main(args)
     no_root.check_unused(args)
     argv = args.argv + args.guest_argv
+    if args.init:
+        argv = argv or ["/sbin/init"]
+        if args.user is not None:
+            raise ConfigError("--user: an init is root's; leave it out, or --init")
     if not argv and not image_options.given(args):
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
     if args.publish and (args.net is None or args.net.kind != "user"):
@@ -360,8 +364,9 @@ def _run(args: argparse.Namespace, root: image_options.Root) -> int:
         console=open_console(args.console),
         terminal=args.tty or (not args.detach and is_terminal_session()),
         detached=args.detach,
-        user=root.user,
-        stop_signal=root.stop_signal,
+        user=None if args.init else root.user,
+        own_init=args.init,
+        stop_signal=root.stop_signal if args.stop_signal is None else args.stop_signal,
         hostname=args.hostname,
         transport=args.transport,
         balloon=args.balloon,

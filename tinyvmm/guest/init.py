@@ -8,6 +8,9 @@ initramfs. That program
 3. starts the command on pipes or on a terminal, and carries bytes between those and the ports;
 4. when the command ends, ends every other process, reports, and powers the machine off.
 
+Where the command is the root's own init (`own_init`), that becomes PID 1 and step 3 is done by a
+child of it, for as long as it lets it live; the machine ends when that init powers it off.
+
 How to read it: parts 1 and 2 are a table, `setup_steps`: one `Step` is one system call (steps.py).
 A step that fails ends the guest and tells the host its index, which `describe_step` puts into
 words. Parts 3 and 4 are loops, in relay.py; what is said to the host is in protocol.py, and how in
@@ -23,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi, relay
-from tinyvmm.guest.asm import qword
+from tinyvmm.guest.asm import qword, rsp
 from tinyvmm.guest.elf import Program
 from tinyvmm.guest.steps import ANYTHING, Step, Value, birth_steps, check_command, emit_step
 
@@ -160,6 +163,8 @@ class InitConfig(NamedTuple):
     umask: int = 0o022
     sync: bool = True
     """Write dirty data back before reporting the end."""
+    own_init: bool = False
+    """Whether the command is an init of the root's own: it becomes PID 1, and we its child."""
     await_goodbye: bool = False
     """Power off only when the host says GOODBYE or closes the control port."""
     port_prefix: str | None = None
@@ -282,7 +287,7 @@ def _steps_to_the_command(config: InitConfig) -> list[Step]:
             (0, abi.RLIMIT_NOFILE, open_files, 0),
             tolerates=(errno.EPERM,),  # fs.nr_open is below that: the kernel's own limits stand
         ),
-        *birth_steps(config.terminal, idle=config.idle),
+        *birth_steps(config.terminal, idle=config.idle, own_init=config.own_init),
     ]
     return steps
 
@@ -372,6 +377,8 @@ def build_init(config: InitConfig) -> bytes:
     for name in sorted({step.into for step in early + late if step.into}):
         p.variable(name)
     p.label("_start")
+    if config.own_init:
+        p.mov(qword[p.variable("initial stack")], rsp)
     p.mov(qword["control"], -1)
     for index, step in enumerate(early):
         emit_step(p, index, step)
@@ -389,6 +396,7 @@ def build_init(config: InitConfig) -> bytes:
             user=config.user,
             merged=config.merged,
             idle=config.idle,
+            own_init=config.own_init,
             sync=config.sync,
             await_goodbye=config.await_goodbye,
         ),

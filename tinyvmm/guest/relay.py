@@ -42,6 +42,7 @@ from tinyvmm.guest.asm import (
     ptr,
     qword,
     r12,
+    r12d,
     r13,
     r13d,
     rax,
@@ -104,6 +105,8 @@ class Command(NamedTuple):
     """Execute nothing: wait for a signal that ends it. For a guest whose commands come later."""
     alone: bool = True
     """Whether the guest is there for this command, and ends with it: so it is for PID 1."""
+    own_init: bool = False
+    """Whether the command is an init, and becomes PID 1: we go on as its child."""
 
 
 class Relay(NamedTuple):
@@ -151,6 +154,8 @@ def emit(p: Program, command: Command) -> None:
     p.variable("relays", ROW_LEN * len(relays))
     p.variable("buffers", BUFFER_LEN * len(relays))
     p.variable("polls", RELAY_POLLFDS + 2 * POLLFD_LEN * len(relays))
+    if command.own_init:
+        p.variable("exec pipe")
     if not command.terminal:
         for name in ("stdin pipe", "stdout pipe", "stderr pipe"):
             p.variable(name)
@@ -169,11 +174,14 @@ def emit(p: Program, command: Command) -> None:
 
 
 def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
-    """After vfork, or fork: the child gets ready, the parent goes on in `_fill`."""
+    """After vfork, or fork: the child gets ready, the parent goes on in `_fill`.
+
+    An init has to be PID 1, so there it is the other way round, after fork.
+    """
     ends = TERMINAL_ENDS if command.terminal else PIPE_ENDS
     streams = (ends[0], ends[1], ends[1]) if command.merged else ends
     p.cmp(qword["command"], 0)
-    p.jne("parent")
+    (p.je if command.own_init else p.jne)("relaying side")
     p.system_call(abi.SYS_SETSID)
     for fd, end in enumerate(streams):
         p.system_call(abi.SYS_DUP2, dword[end], fd)
@@ -189,7 +197,7 @@ def _start(p: Program, command: Command, relays: Sequence[Relay]) -> None:
         p.jmp("idle")
     else:
         _execute(p, command)
-    _fill(p, relays, ends)
+    _fill(p, relays, ends, command)
 
 
 def _execute(p: Program, command: Command) -> None:
@@ -214,17 +222,25 @@ def _execute(p: Program, command: Command) -> None:
     p.cmp(rax, errno.EACCES)
     p.je("next path")
     p.label("no command")
-    p.mov(qword["exec error"], r12)
-    p.system_call(abi.SYS_EXIT, 127)
+    if command.own_init:  # we are PID 1, and cannot exit
+        p.mov(edi, EXEC_FAILED)
+        p.mov(esi, r12d)
+        p.jmp("report and power off")
+    else:
+        p.mov(qword["exec error"], r12)
+        p.system_call(abi.SYS_EXIT, 127)
 
 
-def _fill(p: Program, relays: Sequence[Relay], ends: Sequence[Address]) -> None:
-    """The parent: tell of the start, and fill the table of relays."""
-    p.label("parent")
-    p.mov(edi, EXEC_FAILED)
-    p.mov(esi, dword["exec error"])
-    p.test(esi, esi)
-    p.jne("report and power off")
+def _fill(p: Program, relays: Sequence[Relay], ends: Sequence[Address], command: Command) -> None:
+    """The relaying side: tell of the start, and fill the table of relays."""
+    p.label("relaying side")
+    if command.own_init:
+        _await_init(p)
+    else:
+        p.mov(edi, EXEC_FAILED)
+        p.mov(esi, dword["exec error"])
+        p.test(esi, esi)
+        p.jne("report and power off")
     p.mov(edi, STARTED)
     p.mov(esi, dword["command"])
     p.call("report")
@@ -241,6 +257,17 @@ def _fill(p: Program, relays: Sequence[Relay], ends: Sequence[Address]) -> None:
         p.mov(eax, dword[name])
         p.mov(dword[at("polls") + pollfd], eax)
         p.mov(dword[at("polls") + pollfd + EVENTS], abi.POLLIN)
+
+
+def _await_init(p: Program) -> None:
+    """PID 1's child: wait until PID 1's execve has closed its end of the pipe."""
+    p.mov(rax, qword["initial stack"])
+    p.mov(rax, qword[rax + 8])
+    p.mov(byte[rax], ord("@"))  # of argv[0]: systemd's shutdown spares who is marked so
+    p.system_call(abi.SYS_SETSID)
+    p.system_call(abi.SYS_CLOSE, dword[at("exec pipe") + 4])
+    p.system_call(abi.SYS_READ, dword["exec pipe"], "digits", 1)
+    p.mov(qword["command"], 1)
 
 
 def _become(p: Program, user: User) -> None:
@@ -525,6 +552,10 @@ def _read_control(p: Program, command: Command) -> None:
 
     p.label("signal")
     p.mov(edi, dword["command"])
+    if command.own_init:  # to it alone: what a signal means is the init's to say
+        p.system_call(abi.SYS_KILL, rdi, dword[at("incoming") + 4])
+        p.ret()
+        return
     if terminal:  # to the group in the foreground, as a key would; the command's if there is none
         p.mov(dword["foreground"], edi)
         p.system_call(abi.SYS_IOCTL, qword["master"], abi.TIOCGPGRP, "foreground")

@@ -63,10 +63,13 @@ def check_command(
         raise ConfigError("there is no command to run; give one after --")
 
 
-def birth_steps(terminal: tuple[int, int] | None, *, idle: bool = False) -> list[Step]:
+def birth_steps(
+    terminal: tuple[int, int] | None, *, idle: bool = False, own_init: bool = False
+) -> list[Step]:
     """From there to the command's birth: signals, its streams, vfork; relay.py goes on.
 
-    An `idle` child executes nothing, so it needs memory of its own: fork.
+    An `idle` child executes nothing, so it needs memory of its own: fork. So does one that goes on
+    beside an init, with a pipe on which it sees the parent's execve.
     """
     every_signal, only_sigchld = b"\xff" * 8, struct.pack("<Q", 1 << (abi.SIGCHLD - 1))
     return [
@@ -80,7 +83,17 @@ def birth_steps(terminal: tuple[int, int] | None, *, idle: bool = False) -> list
         *(_terminal_steps(terminal) if terminal else _pipe_steps()),
         # A vforked parent sleeps until its child has executed a program or ended, and they share
         # memory meanwhile: when it wakes, it can simply read whether execve failed.
-        Step("start a process", abi.SYS_FORK if idle else abi.SYS_VFORK, (), into="command"),
+        *(
+            [Step("make a pipe", abi.SYS_PIPE2, (Place("exec pipe"), abi.O_CLOEXEC))]
+            if own_init
+            else []
+        ),
+        Step(
+            "start a process",
+            abi.SYS_FORK if idle or own_init else abi.SYS_VFORK,
+            (),
+            into="command",
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,6 +189,21 @@ def test_process_1_holds_the_upper_directories_of_its_overlays_open() -> None:
     assert says.index("open /scratch/upper") < says.index("move the root")
 
 
-def test_what_is_in_the_guest_only_is_no_erofs_pack(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can be a zip or a layer"):
-        packs.write(packs.Files([], []), str(tmp_path / "x.erofs"), "erofs", print)
+@needs_root
+def test_an_erofs_pack_is_made_of_what_only_the_guest_has(
+    machine: Machine, guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.file("etc", b"new", b"new")
+    srv = machine.at("srv")
+    srv.mknod(b"null", stat.S_IFCHR | 0o666, 1, 3, 5, 70000).close()
+    srv.close()
+    path = str(tmp_path / "x.erofs")
+    packs.write(packs.Files(listed(guest, machine, monkeypatch), []), path, "erofs", print)
+    dump = subprocess.run(
+        ["dump.erofs", "--path=/srv/null", path], capture_output=True, text=True, check=True
+    )
+    assert "Uid: 5   Gid: 70000" in dump.stdout
+    machine.remove("etc", "group")
+    with pytest.raises(ConfigError, match="/etc/group was deleted"):
+        packs.write(packs.Files(listed(guest, machine, monkeypatch), []), path, "erofs", print)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calls", "read", "write", "x.erofs"]

@@ -19,6 +19,7 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, NO_ID, SETATTR_MODE, Node
 from tinyvmm.fileserver.union import UnionTree, open_tree
 from tinyvmm.fileserver.written import list_changes
+from tinyvmm.images.changed_tree import write_directory
 from tinyvmm.images.layer import XATTR_RECORD, write_layer
 
 ODD = b"a\nb\xff\xe9 \\"
@@ -346,6 +347,11 @@ def test_the_list_is_the_difference_and_the_layer_makes_it_again(
     machine.layer(layer)
     machine.tree.close()
     assert apply(before, layer) == after
+    over = str(machine.write.parent / "over")
+    write_directory(list_changes(machine.reads, machine.writes), over, print)
+    reading = open_tree([*machine.reads, ("/", over)], [])
+    assert snapshot(reading) == after
+    reading.close()
 
 
 def apply(tree: dict[str, bytes | None], layer: Path) -> dict[str, bytes | None]:
@@ -377,6 +383,47 @@ def apply(tree: dict[str, bytes | None], layer: Path) -> dict[str, bytes | None]
                 file = archive.extractfile(info)
                 made[path] = file.read() if file else b""
     return made
+
+
+def test_a_directory_of_the_changes_has_all_that_a_file_is(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.file("etc", ODD, b"odd", 0o4750)
+    machine.file("srv", b"first", b"linked")
+    srv = machine.at("srv")
+    first = srv.walk(b"first")
+    srv.link(b"second", first)
+    srv.symlink(b"link", b"/no/\xff", NO_ID, NO_ID).close()
+    first.setxattr(b"user.note", b"x", 0)
+    if os.geteuid() == 0:
+        srv.mknod(b"null", stat.S_IFCHR | 0o666, 1, 3, 5, 70000).close()
+    for node in (first, srv):
+        node.close()
+    over = str(tmp_path / "over")
+    count = write_directory(list_changes(machine.reads, machine.writes), over, print)
+    assert count == len(machine.changes())
+    seen = open_tree([*machine.reads, ("/", over)], [])
+    for change in list_changes(machine.reads, machine.writes):
+        stats = []
+        for tree in (machine.tree, seen):
+            here: Node = tree.root()
+            for name in change.path.split(b"/")[1:]:
+                inner = here.walk(name)
+                here.close()
+                here = inner
+            st = here.stat()
+            stats.append((st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_rdev))
+            if change.path == b"/srv/first":
+                assert here.getxattr(b"user.note") == b"x"
+            here.close()
+        assert stats[0] == stats[1], change.path
+    seen.close()
+    assert os.path.samefile(f"{over}/srv/first", f"{over}/srv/second")
+    with pytest.raises(ConfigError, match="no empty directory"):
+        write_directory([], over, print)
+    (tmp_path / "empty").mkdir()
+    assert write_directory([], str(tmp_path / "empty"), print) == 0
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # --- the commands --------------------------------------------------------------------------------
@@ -422,6 +469,8 @@ def test_what_an_ended_machine_wrote_is_listed_and_committed_until_rm(
     assert run("commit", "web", "-o", output) == 0
     assert capfdbinary.readouterr().out.startswith(f"{output}  3 entries  ".encode())
     assert "etc/.wh.group" in members(Path(output))
+    assert run("commit", "web", "-o", f"{tmp_path}/over/") == 0
+    assert capfdbinary.readouterr().out.endswith(b"over/  3 entries\n")
     scratch = Path(ended.writes[0][1]).parent
     assert scratch.exists()
     assert run("rm", "web") == 0

@@ -23,7 +23,7 @@ class Written(NamedTuple):
 
     changes: Iterator[Change]
     trees: Sequence[tuple[str, str]]
-    """(guest path, host directory) of the directories it is in; none if it is in the guest."""
+    """(guest path, host directory) of the directories it is in; none if some may be the guest's."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def written(name: str, warn: Callable[[str], None]) -> Iterator[Written]:
     with ExitStack() as cleanup:
         changes = _changes(state, writes, warn, cleanup)
         cleanup.callback(changes.close)
-        yield Written(changes, writes)
+        yield Written(changes, () if state.running else writes)
 
 
 def _changes(

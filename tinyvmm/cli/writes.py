@@ -12,6 +12,7 @@ OUTPUT says by its name what it is to be:
 
   x.tar, x.tar.gz, x.tgz   a layer of an OCI image: what is gone are .wh. files in it
   x.erofs, x.zip           a pack, for run --pack, if nothing is gone
+  x/                       a directory, for run --read over what the machine read
 
 A machine that runs is paused meanwhile.
 
@@ -33,13 +34,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     diff.set_defaults(main=_diff)
     commit = subparsers.add_parser(
         "commit",
-        help="make a layer or a pack of what a machine wrote",
+        help="make a layer, a pack or a directory of what a machine wrote",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     commit.add_argument("name", metavar="NAME", help="of the machine")
-    commit.add_argument("-o", "--output", required=True, metavar="OUTPUT", help="the file to make")
+    commit.add_argument("-o", "--output", required=True, metavar="OUTPUT", help="what to make")
     commit.set_defaults(main=_commit)
 
 
@@ -74,8 +75,15 @@ def _commit(args: argparse.Namespace) -> int:
             packs.write(packs.Files(found.changes, found.trees), args.output, kind, _warn)
         print(f"{args.output}  {os.stat(args.output).st_size} bytes")
         return 0
+    if args.output.endswith("/") or os.path.isdir(args.output):
+        from tinyvmm.images.changed_tree import write_directory
+
+        with written(args.name, _warn) as found:
+            count = write_directory(found.changes, args.output, _warn)
+        print(f"{args.output}  {count} entries")
+        return 0
     if not args.output.endswith(_LAYERS):
-        ends = ", ".join((*_LAYERS, *(f".{kind}" for kind in packs.KINDS)))
+        ends = ", ".join((*_LAYERS, *(f".{kind}" for kind in packs.KINDS), "/"))
         raise ConfigError(f"commit -o {args.output}: a name that ends in {ends} says what to make")
     from tinyvmm.images.layer import write_layer
 

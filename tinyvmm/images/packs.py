@@ -113,7 +113,7 @@ class Files(NamedTuple):
     changes: Iterable[Change]
     """Each file that is wanted."""
     trees: Sequence[tuple[str, str]]
-    """(guest path, host directory) of the trees they are in."""
+    """(guest path, host directory) of the trees they are in; none for what a guest holds."""
 
 
 def create(name: str, files: Files, source: str, kind: str, warn: Callable[[str], None]) -> Pack:
@@ -129,7 +129,7 @@ def create(name: str, files: Files, source: str, kind: str, warn: Callable[[str]
 def write(files: Files, path: str, kind: str, warn: Callable[[str], None]) -> None:
     """Write a pack of `files` to `path`; it appears there whole, or not at all."""
     if kind == "erofs":
-        _write_erofs(files, path)
+        _write_erofs(files, path, warn)
     elif kind == "zip":
         _write_zip(files, path, warn)
     else:
@@ -151,21 +151,19 @@ def _write_zip(files: Files, path: str, warn: Callable[[str], None]) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _write_erofs(files: Files, path: str) -> None:
+def _write_erofs(files: Files, path: str, warn: Callable[[str], None]) -> None:
     from tinyvmm.images.erofs.writer import write_image
 
-    if not files.trees:
-        raise ConfigError(
-            "what a guest wrote to its own memory can be a zip or a layer (.tar), but no EROFS pack"
-        )
-    wanted = set()
-    for change in files.changes:
-        if change.kind == DELETED:
-            raise ConfigError(
-                f"{os.fsdecode(change.path)} was deleted, which a pack cannot say: "
-                "make a layer (.tar) of it"
-            )
-        wanted.add(change.path)
+    if not files.trees:  # what a guest holds: an image is made of what is here
+        import tempfile
+
+        from tinyvmm.images.changed_tree import fill_directory
+
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as here:
+            fill_directory(_none_deleted(files.changes), here, warn)
+            write_image([("/", here)], path)
+        return
+    wanted = {change.path for change in _none_deleted(files.changes)}
     tops = [
         (os.path.realpath(os.fsencode(host)), os.fsencode(guest)) for guest, host in files.trees
     ]
@@ -177,6 +175,16 @@ def _write_erofs(files: Files, path: str) -> None:
         return False
 
     write_image(files.trees, path, keep=keep)
+
+
+def _none_deleted(changes: Iterable[Change]) -> Iterator[Change]:
+    for change in changes:
+        if change.kind == DELETED:
+            raise ConfigError(
+                f"{os.fsdecode(change.path)} was deleted, which a pack cannot say: "
+                "make a layer (.tar) of it"
+            )
+        yield change
 
 
 def get(name: str, url: str, digest: str | None, progress: Progress) -> Pack:

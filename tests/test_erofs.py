@@ -1,9 +1,11 @@
 """EROFS images: made of host trees, read back by fsck.erofs, dump.erofs and a reader of our own."""
 
+import io
 import os
 import socket
 import stat
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import oci
 from tests.erofs_reader import Entry, Image, read_image, read_tree
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
@@ -22,6 +25,7 @@ from tinyvmm.images.erofs import sources
 from tinyvmm.images.erofs.image import ErofsImage
 from tinyvmm.images.erofs.plan import Plan
 from tinyvmm.images.erofs.writer import write_image
+from tinyvmm.images.oci.unpack import unpack
 
 ROOT = os.geteuid() == 0
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # CAP_NET_RAW, permitted
@@ -323,6 +327,44 @@ def test_trees_are_united_as_the_9p_root_unites_them(
 
 
 # --- a host that changes ----------------------------------------------------------------------
+
+
+def test_what_is_kept_beside_the_files_of_layers_is_in_the_image(
+    tmp_path: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image]
+) -> None:
+    """As an ordinary user unpacks layers: docs/images.md."""
+    low, high = tmp_path / "low", tmp_path / "high"
+    low.mkdir()
+    high.mkdir()
+    pax = {"SCHILY.xattr.security.capability": os.fsdecode(CAPABILITY)}
+    base = [
+        oci.directory("d", 0o2750, (5, 6)),
+        oci.entry("d/f", b"data", mode=0o4711, owner=(1000, 1001), pax=pax),
+        oci.symlink("d/link", "f", owner=(9, 10)),
+        oci.symlink("plain", "d/f"),
+        oci.entry("gone"),
+    ]
+    top = [oci.entry("d/g", owner=(70000, 1), mode=0o600), oci.entry(".wh.gone")]
+    for path, entries in ((low, base), (high, top)):
+        unpack(io.BytesIO(oci.tar_of(*entries)), str(path), pretend=True)
+    reads = [("/", str(low)), ("/", str(high))]
+    image = lazily(reads)
+    assert same_union(reads, image) == {b""} | {
+        *(b"/d", b"/d/f", b"/d/g", b"/d/link", b"/plain"),
+    }
+    entry = image.tree()[b"/d/f"][1]
+    assert (entry.mode, entry.uid, entry.gid) == (stat.S_IFREG | 0o4711, 1000, 1001)
+    assert entry.xattrs == ((b"security.capability", CAPABILITY),)
+
+
+def test_a_device_that_only_stands_for_one_is_one_in_the_image(
+    tmp_path: Path, lazily: Callable[[Sequence[tuple[str, str]]], Image]
+) -> None:
+    null = oci.entry("null", kind=tarfile.CHRTYPE, device=(1, 3), mode=0o666, owner=(3, 4))
+    unpack(io.BytesIO(oci.tar_of(null)), str(tmp_path), pretend=True)
+    entry = lazily([("/", str(tmp_path))]).tree()[b"/null"][1]
+    assert (entry.mode, entry.rdev) == (stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    assert (entry.uid, entry.gid) == (3, 4)
 
 
 def find(image: Image, path: bytes) -> int:

@@ -433,6 +433,9 @@ def test_a_header_that_claims_gigabytes_does_not_fill_our_memory(tree: Path, kin
             self.given += size
             return data or b"9" * size
 
+        def close(self) -> None:
+            """Nothing is open."""
+
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 7 << 30
     stream = Endless(info.tobuf(format=tarfile.GNU_FORMAT))

@@ -121,8 +121,12 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
         "writes": ["1000:1001"],
         "forbidden": ["touch: /etc/x: Permission denied"],
     }
-    script = "echo $0 $# $HOME; chown 5:6 /home/link /home/other && stat -c %u:%g /home/other; pwd"
+    # And as a disk, which is made of the same trees.
+    script = (
+        f"echo $0 $# $HOME; pwd; {questions['owners']}; {questions['device']}; "
+        "chown 5:6 /home/other && stat -c %u:%g /home/other; ls /opaque"
+    )
     assert run(
-        *("--entrypoint", '["/bin/sh", "-c"]', "--user", "0", "--workdir", "/home"),
-        *("--", script, "zero", "one"),
-    ) == ["zero 1 /root", "5:6", "/home"]
+        *("--root-mode", "erofs", "--entrypoint", '["/bin/sh", "-c"]', "--user", "0"),
+        *("--workdir", "/home", "--", script, "zero", "one"),
+    ) == ["zero 1 /root", "/home", *answers["owners"], *answers["device"], "5:6", "new"]

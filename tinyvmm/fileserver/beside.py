@@ -20,7 +20,7 @@ import stat
 from errno import EINVAL, ENODATA, EOPNOTSUPP
 from typing import NamedTuple
 
-from tinyvmm.fileserver.hostfile import altered, fd_path, open_contents
+from tinyvmm.fileserver.hostfile import altered, fd_path, open_contents, open_path
 from tinyvmm.fileserver.ownership import Owner, parse_owner
 from tinyvmm.fileserver.whiteout import OWNER_XATTR
 
@@ -54,8 +54,15 @@ def notes_of(fd: int) -> Notes | None:
 
 def presented(fd: int, st: os.stat_result, notes: Notes) -> os.stat_result:
     """What the file behind O_PATH descriptor `fd`, of stat `st` on the host, is in the guest."""
+    return presented_at(fd_path(fd), st, notes, follow=True)
+
+
+def presented_at(
+    path: bytes, st: os.stat_result, notes: Notes, *, follow: bool = False
+) -> os.stat_result:
+    """As `presented`, of the file at `path`: no link, unless `follow` says it is /proc's to it."""
     if stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode):
-        value = _getxattr(fd_path(fd), OWNER_XATTR)
+        value = _getxattr(path, OWNER_XATTR, follow=follow)
         owner = None if value is None else parse_owner(value)
         if value is not None and owner is not None:
             kind, rdev = stat.S_IFMT(st.st_mode), None
@@ -76,6 +83,15 @@ def read_link(fd: int) -> bytes:
         return os.pread(contents, _TARGET_MAX, 0)
     finally:
         os.close(contents)
+
+
+def read_link_at(name: bytes, dir_fd: int) -> bytes:
+    """As `read_link`, of the entry `name`."""
+    fd = open_path(name, dir_fd)
+    try:
+        return read_link(fd)
+    finally:
+        os.close(fd)
 
 
 def has_special(fd: int) -> bool:
@@ -116,9 +132,9 @@ def get_xattr(fd: int, name: bytes) -> bytes | None:
     return _getxattr(fd_path(fd), XATTR_PREFIX + name)
 
 
-def _getxattr(path: bytes, name: bytes) -> bytes | None:
+def _getxattr(path: bytes, name: bytes, *, follow: bool = True) -> bytes | None:
     try:
-        return os.getxattr(path, name)
+        return os.getxattr(path, name, follow_symlinks=follow)
     except OSError as error:
         if error.errno not in {ENODATA, EOPNOTSUPP, EINVAL}:
             raise

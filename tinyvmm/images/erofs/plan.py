@@ -25,6 +25,7 @@ from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver import beside
 from tinyvmm.fileserver.hostfile import fd_path
 from tinyvmm.fileserver.maps import MapPoint, Path, build_map
 from tinyvmm.fileserver.stalling import is_kernels_own
@@ -222,12 +223,13 @@ class Plan:
         for point in root.walk():
             reads, point.reads = point.reads, []
             self._mapped[id(point)] = [
-                self.directories.add_root(fd, os.readlink(fd_path(fd))) for fd, _ in reads
+                self.directories.add_root(fd, os.readlink(fd_path(fd)), notes)
+                for fd, notes in reads
             ]
         layers = self._mapped[id(root)]
         if not layers:
             return self._place_directory((_ROOT_ATTRIBUTES, 0, 0, 0), 1, layers, root, None)
-        st = os.fstat(self.directories.fd(layers[0]))
+        st = self.directories.stat(layers[0])
         attributes = (st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns)
         links = 1 if root.below or len(layers) > 1 else st.st_nlink
         return self._place_directory(attributes, links, layers, root, None)
@@ -252,7 +254,7 @@ class Plan:
         """Return the layers of a child directory, and the stat of the first."""
         if point is not None and self._mapped[id(point)]:
             layers = self._mapped[id(point)]
-            return layers, os.fstat(self.directories.fd(layers[0]))
+            return layers, self.directories.stat(layers[0])
         having = parent.listing.layers
         if point is not None:
             among: Sequence[int] = range(len(parent.layers))
@@ -346,7 +348,8 @@ class Plan:
         if not layers:
             return b""
         path = fd_path(self.directories.fd(layers[0]))
-        return self._xattrs(path, os.stat(path).st_dev, follow=True)
+        noted = self.directories.notes(layers[0]) is not None
+        return self._xattrs(path, os.stat(path).st_dev, follow=True, noted=noted)
 
     def _place_entries(self, directory: _Directory) -> None:
         """Make the inodes of a directory's entries, and then its content."""
@@ -386,21 +389,31 @@ class Plan:
             return
         having = directory.listing.layers
         number, fd = -1, -1
+        notes = None
         for name in names:
             wanted = directory.layers[0 if having is None else having[name][0]]
             try:
                 if wanted != number:
                     fd = self.directories.fd(wanted)
                     number, prefix = wanted, fd_path(fd) + b"/"
+                    notes = self.directories.notes(wanted)
                 st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if notes is not None:
+                    st = beside.presented_at(prefix + name, st, notes)
                 kinds[name] = erofs.FILE_TYPES[stat.S_IFMT(st.st_mode)]
-                nids[name] = self._place_file(number, name, prefix + name, st)
+                noted = notes is not None
+                nids[name] = self._place_file(number, name, prefix + name, st, noted=noted)
             except OSError as error:
                 kinds[name] = erofs.FILE_TYPES.get(directory.listing.types[name] << 12, 1)
                 nids[name] = self._place_lost(directory, name, error)
 
-    def _place_file(self, directory: int, name: bytes, path: bytes, st: os.stat_result) -> int:
-        """Make the inode of one file, unless it has one by another name; its nid."""
+    def _place_file(
+        self, directory: int, name: bytes, path: bytes, st: os.stat_result, *, noted: bool
+    ) -> int:
+        """Make the inode of one file, unless it has one by another name; its nid.
+
+        `noted` says that the tree keeps things beside its files.
+        """
         mode = st.st_mode
         kind = stat.S_IFMT(mode)
         if kind == stat.S_IFDIR:
@@ -412,12 +425,16 @@ class Plan:
         size = where = 0
         layout = PLAIN_FORMAT
         target = b""
-        xattrs = self._xattrs(path, st.st_dev, follow=False)
+        xattrs = self._xattrs(path, st.st_dev, follow=False, noted=noted)
         if kind == stat.S_IFREG:
             size = st.st_size
             where = self._place_data(directory, name, st) if size else 0
         elif kind == stat.S_IFLNK:
-            target = os.readlink(path)
+            target = (
+                beside.read_link_at(name, self.directories.fd(directory))
+                if noted
+                else os.readlink(path)
+            )
             size = len(target)
             if INODE_LEN + len(xattrs) + size <= BLOCK:
                 layout = INLINE_FORMAT
@@ -465,7 +482,7 @@ class Plan:
         self.inodes += 1
         return at // SLOT
 
-    def _xattrs(self, path: bytes, dev: int, *, follow: bool) -> bytes:
+    def _xattrs(self, path: bytes, dev: int, *, follow: bool, noted: bool) -> bytes:
         """Return the extended attributes of the file at `path`, as they are put behind an inode."""
         if dev in self._without_xattrs:
             return b""
@@ -478,17 +495,18 @@ class Plan:
             return b""
         if not names:
             return b""
-        return erofs.xattr_body(self._read_xattrs(path, names, follow=follow))
+        return erofs.xattr_body(self._read_xattrs(path, names, follow=follow, noted=noted))
 
     def _read_xattrs(
-        self, path: bytes, names: Sequence[str], *, follow: bool
+        self, path: bytes, names: Sequence[str], *, follow: bool, noted: bool
     ) -> Iterator[tuple[bytes, bytes]]:
         for shown in sorted(names):
-            name = os.fsencode(shown)
+            kept = os.fsencode(shown)
+            name = kept.removeprefix(beside.XATTR_PREFIX) if noted else kept
             if name.startswith(PRIVATE_XATTRS) or erofs.xattr_index(name) is None:
                 continue
             try:
-                value = os.getxattr(path, name, follow_symlinks=follow)
+                value = os.getxattr(path, kept, follow_symlinks=follow)
             except OSError as error:
                 if error.errno not in {ENODATA, EOPNOTSUPP}:
                     raise

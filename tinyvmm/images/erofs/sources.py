@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from errno import ESTALE
 from typing import NamedTuple
 
+from tinyvmm.fileserver.beside import Notes, presented
 from tinyvmm.fileserver.hostfile import dtype_of, fd_path, os_error
 from tinyvmm.fileserver.maps import MapPoint
 from tinyvmm.fileserver.whiteout import is_whiteout, layer_xattr
@@ -41,14 +42,31 @@ class HostDirectories:
         self._devs = array("Q")
         self._inodes = array("Q")
         self._roots: dict[int, int] = {}  # descriptors, which stay open
+        self._notes: dict[int, Notes] = {}  # of roots whose trees keep things beside their files
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def add_root(self, fd: int, name: bytes) -> int:
+    def add_root(self, fd: int, name: bytes, notes: Notes | None = None) -> int:
         """Take over the O_PATH descriptor of a tree's root, called `name` in messages."""
         st = os.fstat(fd)
         number = self._add(_NONE, name, st)
         self._roots[number] = fd
+        if notes is not None:
+            self._notes[number] = notes
         return number
+
+    def notes(self, number: int) -> Notes | None:
+        """Return what the directory's tree keeps beside its files (fileserver/beside.py)."""
+        if not self._notes:
+            return None
+        while self._parents[number] != _NONE:
+            number = self._parents[number]
+        return self._notes.get(number)
+
+    def stat(self, number: int) -> os.stat_result:
+        """Return what the directory is in the guest; OSError if it is not there."""
+        fd, notes = self.fd(number), self.notes(number)
+        st = os.fstat(fd)
+        return st if notes is None else presented(fd, st, notes)
 
     def add(self, parent: int, name: bytes) -> tuple[int, os.stat_result]:
         """Open the directory `name` in `parent`: its number and its stat; OSError if there is none.
@@ -63,7 +81,8 @@ class HostDirectories:
             raise
         number = self._add(parent, name, st)
         self._keep(number, fd)
-        return number, st
+        notes = self.notes(number)
+        return number, st if notes is None else presented(fd, st, notes)
 
     def _add(self, parent: int, name: bytes, st: os.stat_result) -> int:
         self._parents.append(parent)

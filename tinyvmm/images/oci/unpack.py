@@ -56,6 +56,9 @@ class Stream(Protocol):
     def read(self, size: int, /) -> bytes:
         """Return up to `size` bytes, none at the end."""
 
+    def close(self) -> None:
+        """Let go of it."""
+
 
 class Unpacked(NamedTuple):
     """What became of a layer: the digest of its tar, and how many bytes its files have in all."""
@@ -80,7 +83,10 @@ class _Measured:
     def read(self, size: int) -> bytes:
         if self.limit is not None and self.position > self.limit:
             raise LayerError(f"a header of more than {HEADER_MAX >> 20} MiB")
-        data = self._stream.read(size)
+        try:
+            data = self._stream.read(size)
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise LayerError(f"it cannot be decompressed: {error}") from None
         self.ended = not data and size > 0
         self.digest.update(data)
         self.position += len(data)
@@ -120,7 +126,7 @@ def unpack(
         if measured.position:
             raise LayerError(f"no tar, or a broken one: {error}") from None
         # no bytes at all is how some tools write a layer without changes
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except tarfile.TarError as error:
         raise LayerError(f"no tar, or a broken one: {error}") from None
     measured.limit = None
     while measured.read(BUFFER_LEN):  # what follows the end belongs to the digest
@@ -298,7 +304,7 @@ def _device(entry: tarfile.TarInfo, path: bytes) -> int:
         ) from None
 
 
-def open_compressed(file: IO[bytes]) -> IO[bytes]:
+def open_compressed(file: IO[bytes]) -> Stream:
     """Return what a file's bytes are when decompressed: gzip, zstd, or as they are.
 
     ConfigError if it is zstd and there is nothing here to decompress it.
@@ -306,9 +312,9 @@ def open_compressed(file: IO[bytes]) -> IO[bytes]:
     magic = file.read(4)
     file.seek(0)
     if magic[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]  # it is one in all we use
+        return gzip.GzipFile(fileobj=file)
     if magic == b"\x28\xb5\x2f\xfd":
-        from tinyvmm.images.oci.zstd import open_zstd
+        from tinyvmm import zstd
 
-        return open_zstd(file)
+        return zstd.Reader(file)
     return file

@@ -54,7 +54,14 @@ class LocalExecutor:
         os.write(fd, program)
         path = f"/proc/{os.getpid()}/fd/{fd}"
         os.set_inheritable(fd, True)
-        process = subprocess.Popen(["program"], executable=path, start_new_session=True)
+        process = subprocess.Popen(
+            ["program"],
+            executable=path,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(fd)
         self.processes[process.pid] = process
         return process.pid
@@ -125,6 +132,7 @@ class LocalGuests:
         session.on_started(1)
         session.over.wait()
         supervisor.detach()
+        executor.close()
         return session.result
 
 

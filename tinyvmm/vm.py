@@ -73,6 +73,7 @@ class MachineOptions(TypedDict, total=False):
     hostname: str
     kernel: str | None
     append: str
+    cache: str | None
     console: Callable[[bytes], None] | None
     on_access: "Callable[[Access], None] | None"
 
@@ -204,6 +205,7 @@ class Machine:
         hostname: str = "tinyvmm",
         kernel: str | None = None,
         append: str = "",
+        cache: str | None = None,
         console: Callable[[bytes], None] | None = None,
         on_access: "Callable[[Access], None] | None" = None,
     ) -> None:
@@ -215,8 +217,9 @@ class Machine:
         writes to /, or such directories by their place; else that is private, and forgotten.
         `shared`: host directories live on both sides, by their place in the guest. `disks`: images,
         as for `tinyvmm run --disk`. `env`, `user`: of every command. `net`: "user" or "tap=...", as
-        for --net. `kernel`, `append`: another kernel, and more of its command line. `console` takes
-        what the kernel prints. `on_access` sees, and may refuse, each access to the root's files:
+        for --net. `kernel`, `append`: another kernel, and more of its command line. `cache`: what
+        the guest may remember of its root, as for --cache. `console` takes what the kernel prints.
+        `on_access` sees, and may refuse, each access to the root's files:
         fileserver/watched.py.
         """
         self._given: MachineOptions = {
@@ -233,6 +236,7 @@ class Machine:
             "hostname": hostname,
             "kernel": kernel,
             "append": append,
+            "cache": cache,
             "console": console,
             "on_access": on_access,
         }
@@ -725,7 +729,7 @@ def _options(cleanup: ExitStack, given: MachineOptions, cwd: str | None) -> RunO
         reads=[("/", opened.path), *_absolute(given.get("read"))],
         writes=_absolute(write),
         root=opened.tree,
-        cache=opened.cache,
+        cache=given.get("cache") or opened.cache,
         private_writes="server" if opened.tree is None else "guest",
         on_access=given.get("on_access"),
         shared=shared,

@@ -1,0 +1,41 @@
+"""Machines from Python on a real kernel; the pytest plugin with a real guest."""
+
+import json
+
+import pytest
+
+from tests.linux.conftest import ROOT, Runner, interpreter
+
+pytestmark = pytest.mark.linux
+
+CHECKS = ROOT / "tests" / "linux" / "api_checks.py"
+
+
+def test_machines_are_used_as_subprocesses_are(guest: Runner) -> None:
+    done = guest.program([interpreter(), "-I", "-S", str(CHECKS), str(ROOT)], timeout=400)
+    assert (done.status, done.stderr) == (0, b""), done
+    found = json.loads(done.stdout)
+    machine = found["machine"]
+    assert machine.pop("missing").endswith("command not found in the guest: 'nothing-there'")
+    assert machine == {
+        "objects": [0, "himade when opened\n"],
+        "broken": [1, "cat: /broken: Input/output error\n"],
+        "merged": [3, "in\ne\no\nw\n"],
+        "timeout": 2,
+        "checked": 1,
+        "thread": [0, 1, 2, 3, 4],
+        "rip": 1,  # in the kernel's half
+        "memory": "abcd",
+        "trace": True,
+        "copied": 100_000,
+        "left": True,
+        "seen": True,
+    }
+    assert found["alone"] == {
+        "run": [4, "in\n/usr\n", "e\n"],
+        "diff": ["A /added", "C /changed", "D /gone"],
+        "awaited": ["a\n", "b\n"],
+    }
+    assert found["descriptors"]["more"] <= 0
+    assert found["threads"] == {"left": []}
+    assert found["directories"] == {"left": []}

@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, fuzz, soak, man, lint, unit, unit-others, linux, kernel-build, clean.
+# Others: bench, fuzz, soak, soak-exec, man, lint, unit, unit-others, linux, kernel-build, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench fuzz soak man clean packages kernel kernel-build
+.PHONY: demo test lint unit unit-others linux bench fuzz soak soak-exec man clean packages kernel kernel-build
 .DEFAULT_GOAL := demo
 
 demo:
@@ -64,7 +64,7 @@ linux: $(BIN)/pytest
 bench: $(BIN)/pytest
 	$(BIN)/python -m bench
 
-# Look for inputs that do harm: FUZZ is what to fuzz, ninep or virtio. What an input did is told, and
+# Look for inputs that do harm: FUZZ is what to fuzz: ninep, virtio or control. What an input did is told, and
 # `python -m tests.fuzz $(FUZZ) FILE` does it again; tests/fuzz/__main__.py says how to keep some.
 FUZZ ?= ninep
 FUZZ_SECONDS ?= 600
@@ -84,6 +84,11 @@ man:
 soak: packages kernel
 	$(BIN)/python -m tests.soak tiny
 	$(BIN)/python -m tests.soak linux
+
+# Very many commands in one machine, and clients of theirs that are killed: is anything left?
+SOAK_EXECS ?= 1000
+soak-exec: kernel
+	TINYVMM_SOAK_EXECS=$(SOAK_EXECS) $(BIN)/python -m pytest -s tests/linux/test_control.py -k leave_nothing
 
 clean:
 	rm -rf .venv .venv-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,16 +1,18 @@
 """What the fuzzer has found worth keeping is played again; `make fuzz` looks for more."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import ninep_session, virtio_device
+from tests.fuzz import control_client, ninep_session, virtio_device
 from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.fileserver import host, hostfile
+from tinyvmm.supervisor import Supervisor
 
 HERE = Path(__file__).parent / "fuzz"
 
@@ -50,6 +52,26 @@ def test_a_driver_of_the_corpus_does_no_harm(path: Path) -> None:
 @given(head=st.integers(0, 255), script=st.binary(max_size=200))
 def test_any_driver_does_no_harm(head: int, script: bytes) -> None:
     virtio_device.play(bytes([head]) + script, virtio_device.Place(""))
+
+
+@pytest.fixture(scope="module")
+def socket_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[control_client.Place]:
+    place = control_client.Place(str(tmp_path_factory.mktemp("control")))
+    yield place
+    place.close()
+
+
+@pytest.mark.parametrize("path", inputs("control_corpus"), ids=lambda path: path.name[:8])
+def test_a_client_of_the_corpus_does_no_harm(
+    path: Path, socket_place: control_client.Place
+) -> None:
+    control_client.play(path.read_bytes(), socket_place)
+
+
+@settings(deadline=None, max_examples=60)
+@given(script=st.binary(max_size=200))
+def test_any_client_does_no_harm(script: bytes, socket_place: control_client.Place) -> None:
+    control_client.play(script, socket_place)
 
 
 # --- the checks themselves ------------------------------------------------------------------
@@ -108,3 +130,19 @@ def test_ram_written_where_it_was_not_given_would_be_noticed(
     monkeypatch.setattr(VirtioRng, "handle", scribble)
     with pytest.raises(AssertionError):
         virtio_device.play(kick, virtio_device.Place(""))
+
+
+def test_a_bug_of_a_method_and_an_answer_that_is_not_as_described_would_be_noticed(
+    socket_place: control_client.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sorted(Supervisor("").methods())
+    ask_status = bytes([64 + (names.index("status") - 64) % len(names), 0])
+    control_client.play(ask_status, socket_place)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "getpid", lambda: "none")  # which is what "pid" says
+        with pytest.raises(AssertionError):
+            control_client.play(ask_status, socket_place)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "getpid", lambda: 1 // 0)
+        with pytest.raises(AssertionError, match="a bug"):
+            control_client.play(ask_status, socket_place)

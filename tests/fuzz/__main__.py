@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -75,10 +76,12 @@ def _lines(play: Callable[[bytes], None], data: bytes) -> set[tuple[str, int, in
         return trace
 
     sys.settrace(trace)  # type: ignore[arg-type]  # a trace function returns one
+    threading.settrace(trace)  # type: ignore[arg-type]
     try:
         play(data)
     finally:
         sys.settrace(None)
+        threading.settrace(None)
     return {(name, line, min(count.bit_length(), 4)) for (name, line), count in counts.items()}
 
 

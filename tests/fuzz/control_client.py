@@ -70,6 +70,11 @@ class Place:
         self.memory = GuestMemory(1 << 20)
         self.server = ControlServer(self.path, {})
 
+    def close(self) -> None:
+        """Take it away."""
+        self.server.close()
+        self.memory.close()
+
     def supervisor(self) -> tuple[Supervisor, ExecStreams]:
         """A new one, as a run that has just ended."""
         ports, mmio = Bus("port"), Bus("mmio")

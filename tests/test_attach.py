@@ -1,11 +1,30 @@
-"""The keys that leave a machine's terminal."""
+"""A machine's terminal: the keys that leave it, one's own lent to it, and one that goes away."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+import warnings
+from base64 import b64decode
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyvmm import instances
 from tinyvmm.attach import DetachKeys, parse_keys
+from tinyvmm.control import ControlServer
 from tinyvmm.errors import ConfigError
+from tinyvmm.instances import Instance, State
+from tinyvmm.output_log import OutputLog
+
+ROOT = Path(__file__).parent.parent
 
 
 def typed(keys: bytes, *pieces: bytes) -> tuple[bytes, bool]:
@@ -49,3 +68,105 @@ def test_keys_have_podmans_names() -> None:
     for bad in ("ctrl-", "ctrl-1", "escape", "a,", "ü"):
         with pytest.raises(ConfigError, match="no key"):
             parse_keys(bad)
+
+
+# --- at a terminal ----------------------------------------------------------------------------
+class Attachable:
+    """A detached machine `web` that writes to its log, and notes what it is sent."""
+
+    def __init__(self) -> None:
+        state = State("web", os.getpid(), ["x"], 1, 1, 1.0, detached=True, keep=True)
+        self.instance = Instance(state)
+        self.log = OutputLog(self.instance.file("output"))
+        self.stdin = b""
+        self.sizes: list[tuple[int, int]] = []
+        self.server = ControlServer(
+            self.instance.file("control"), {"stdin": self.take, "resize": self.resize}
+        )
+
+    def take(self, *, data: str = "", eof: bool = False) -> None:
+        self.stdin += b64decode(data) + (b"<eof>" if eof else b"")
+        if b"hello" in b64decode(data):
+            self.log.write("stdout", b"got hello\r\n")
+
+    def resize(self, *, rows: int, columns: int) -> None:
+        self.sizes.append((rows, columns))
+
+    def close(self) -> None:
+        self.server.close()
+        self.log.close()
+        self.instance.end(0, None)
+
+
+@pytest.fixture
+def attachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attachable]:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    machine = Attachable()
+    yield machine
+    machine.close()
+
+
+def test_a_terminal_is_lent_and_taken_back(attachable: Attachable) -> None:
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 20, 60, 0, 0))
+    command = [sys.executable, "-m", "tinyvmm", "attach", "--detach-keys", "ctrl-a,d", "web"]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not attachable.sizes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert attachable.sizes == [(20, 60)]
+        os.write(master, b"hello\x10\x11\x03\x01x")
+        seen = b""
+        while b"got hello" not in seen:
+            seen += os.read(master, 1000)
+        os.write(master, b"\x01")
+        os.write(master, b"dmore")
+        assert process.wait(30) == 0
+        assert attachable.stdin == b"hello\x10\x11\x03\x01x"
+        assert termios.tcgetattr(slave) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
+    running = instances.read("web")
+    assert running is not None
+    assert running.running
+
+
+LEAVES = """
+import os, sys, time
+from tinyvmm.cli import instance
+from tinyvmm.cli.main import main
+
+def run(args, options, warn, ready):
+    ready("web")
+    time.sleep(1)  # the terminal goes meanwhile
+    with open(sys.argv[1], "w") as file:
+        file.write(f"{os.getpid() == os.getsid(0)} {os.isatty(0)}")
+    os._exit(0)
+
+instance._run = run
+sys.exit(instance._detach(None, None))
+"""
+
+
+def test_a_detached_machine_outlives_its_terminal(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: it executes at once
+        pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", LEAVES, str(tmp_path / "told")])
+    assert os.read(master, 100).startswith(b"web")
+    os.waitpid(pid, 0)
+    os.close(master)  # whoever had it for a terminal gets SIGHUP
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
+        assert time.monotonic() < deadline, "it ended with its terminal"
+        time.sleep(0.05)
+    assert (tmp_path / "told").read_text() == "True False"

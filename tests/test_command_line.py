@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,9 @@ def test_bash_completes() -> None:
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh: apt install zsh")
 def test_zsh_completes(machines: Path) -> None:
     (machines / "_tinyvmm").write_text(script("zsh", WHOLE))
-    pid, fd = pty.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: it executes at once
+        pid, fd = pty.fork()
     if pid == 0:
         os.execvp("zsh", ["zsh", "-f"])
     seen = b""

@@ -108,6 +108,7 @@ def _run(
 
             log = OutputLog(instance.file("output"))
             sinks = {stream: _logging(log, stream) for stream in STREAMS}
+            warn = _warning(log, warn)
         server = ControlServer(instance.file("control"), supervisor.methods())
         try:
             result = run_command(options, warn, supervisor, sinks)
@@ -126,6 +127,16 @@ def _run(
 
 def _logging(log: "OutputLog", stream: str) -> Callable[[bytes], None]:
     return lambda data: log.write(stream, data)
+
+
+def _warning(log: "OutputLog", warn: Callable[[str], None]) -> Callable[[str], None]:
+    """Tell it, and put it where it can still be seen when there is nobody to be told."""
+
+    def told(line: str) -> None:
+        log.write("stderr", f"tinyvmm: {line}\n".encode(errors="surrogateescape"))
+        warn(line)
+
+    return told
 
 
 def _detach(args: argparse.Namespace, options: "RunOptions") -> int:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 MARK = "TINYVMM_SOAK_MARK"
 GROWTH_MAX = 8 << 20  # bytes of memory of this process, of 200 machines: pools and caches fill
 MAPPINGS_MAX = 30
-LAB_COUNT, LAB_AT_ONCE = 8, 3
+LAB_COUNT, LAB_AT_ONCE = 5, 3
 
 
 def tiny_kernel(status: int) -> bytes:

@@ -126,6 +126,7 @@ def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
         initrd.write(initramfs())
         initrd.flush()
         with open(kernel_file(vmlinuz), "rb") as unpacked:
+            unpacked.seek(0)
             vmlinux.write(unpacked.read())
             vmlinux.flush()
         commands = subjects(vmlinuz, vmlinux.name, initrd.name)

@@ -314,6 +314,34 @@ def test_a_ring_that_fills_itself_holds_up_no_pause_and_is_served_on(
         assert machine.wait(30) == StopCause.STOPPED
 
 
+def test_a_request_that_takes_its_time_holds_up_no_pause() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Stalled(Endless):
+        def notify(self, index: int) -> None:
+            with self.lock:
+                begun.set()
+                assert may_end.wait(30)
+                super().notify(index)
+
+    device = Stalled(1)
+    with Machine(memory=1 << 20, transport="mmio", ioeventfd=True) as machine:
+        machine.add_virtio(device)
+        bell = layout.VIRTIO_MMIO_GPA + 0x050
+        protected_mode(machine, writes((bell, 0))[:-3] + b"\xeb\xfe")
+        machine.start()
+        assert begun.wait(30)
+        for _ in range(3):
+            machine.pause()
+            machine.resume()
+        assert all(queue.halted for queue in device.queues)
+        may_end.set()
+        wait_until(lambda: not any(queue.halted for queue in device.queues))
+        machine.stop(StopCause.STOPPED)
+        assert machine.wait(30) == StopCause.STOPPED
+        assert all(queue.halted for queue in device.queues)
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     for _ in range(30_000):
         if condition():

@@ -103,6 +103,7 @@ class Machine:
         self._error: BaseException | None = None
         self.paused = False
         self._pause_lock = threading.Lock()
+        self._pauses = 0
         self._stop_lock = threading.Lock()
         self._stopped = threading.Event()
         self._irqchip = irqchip
@@ -383,24 +384,43 @@ class Machine:
                 device.halt()  # a vCPU may be serving a ring that never ends
             for vcpu in vcpus:
                 vcpu.await_pause()
+            self._pauses += 1
             for device in self._virtio_devices:
-                self._unhalt(device)
+                if device.lock.acquire(blocking=False):
+                    try:
+                        left = self._unhalt(device)
+                    finally:
+                        device.lock.release()
+                    if not left:
+                        continue
+                self._beside(device)
             self.paused = all(vcpu.pausing for vcpu in self.vcpus)
 
-    def _unhalt(self, device: "VirtioDevice") -> None:
-        """Have `device` serve again, unless the run has ended; what it left, on a thread."""
+    def _unhalt(self, device: "VirtioDevice") -> bool:
+        """Have `device` serve again, unless the run has ended; whether it has left something."""
         left = device.unhalt()
         if self.cause:  # set before `stop` halts them
             device.halt()
-        elif left:
+        return left
 
-            def catch_up() -> None:
-                try:
-                    device.catch_up()
-                except BaseException as error:  # noqa: BLE001 (must reach the machine)
-                    self.stop(StopCause.ERROR, error)
+    def _beside(self, device: "VirtioDevice") -> None:
+        """Have `device` serve again, and what it left, on a thread.
 
-            threading.Thread(target=catch_up, name=f"io {device.name}", daemon=True).start()
+        A request that takes its time, in a file system that has stalled, holds the device's lock,
+        and must not hold up a pause. If there is another meanwhile, that one sees to the device.
+        """
+        pauses = self._pauses
+
+        def go_on() -> None:
+            try:
+                with device.lock:
+                    if self._pauses == pauses:
+                        self._unhalt(device)
+                device.catch_up()
+            except BaseException as error:  # noqa: BLE001 (must reach the machine)
+                self.stop(StopCause.ERROR, error)
+
+        threading.Thread(target=go_on, name=f"io {device.name}", daemon=True).start()
 
     def resume(self, cpu: int | None = None) -> None:
         """Have every vCPU, or only `cpu`, go on after `pause`; harmless if none is paused.

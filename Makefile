@@ -58,8 +58,9 @@ unit: $(BIN)/pytest
 unit-others:
 	@tools/unit-others 3.12 3.13 3.14
 
+# Two labs side by side: one keeps little more than one processor busy.
 linux: $(BIN)/pytest
-	$(BIN)/python -m pytest -m linux --durations=10
+	$(BIN)/python -m pytest tests/linux -m linux -n 2 --dist loadfile --durations=10
 
 bench: $(BIN)/pytest
 	$(BIN)/python -m bench

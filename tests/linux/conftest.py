@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,6 +149,18 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 def interpreter() -> str:
     return os.path.realpath(sys.executable)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what became of labs to whoever started this process, if it is one of several."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["failed_labs"] = FAILED_LABS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    FAILED_LABS.extend(getattr(node, "workeroutput", {}).get("failed_labs", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the computer is.
+settings.register_profile("tinyvmm", deadline=None)
+settings.load_profile("tinyvmm")
 
 
 def kvm_problem() -> str | None:

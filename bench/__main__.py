@@ -23,6 +23,7 @@ NAMES = (
     "console",
     "kernels",
     "commands",
+    "erofs",
 )
 
 

@@ -15,7 +15,16 @@ LAYERS = [
     ("errors", "layout", "trace", "views", "grammar", "ninep", "lz4", "zstd", "bootparam"),
     ("kvm",),
     ("memory", "bus", "options", "recording"),
-    ("devices", "disks", "fileserver", "kernel_payload", "kernel_image", "kernel_cache", "cpuid"),
+    (
+        "devices",
+        "disks",
+        "fileserver",
+        "nbd",
+        "kernel_payload",
+        "kernel_image",
+        "kernel_cache",
+        "cpuid",
+    ),
     (
         "boot",
         "elf_image",

@@ -2,7 +2,6 @@
 
 import io
 import os
-import socket
 import stat
 import subprocess
 import tarfile
@@ -15,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import oci
-from tests.erofs_reader import Entry, Image, read_image, read_tree
+from tests.erofs_reader import (
+    CAPABILITY,
+    Entry,
+    Image,
+    make_torture_tree,
+    read_image,
+    read_tree,
+)
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.tree import Node
@@ -28,69 +34,11 @@ from tinyvmm.images.erofs.writer import write_image
 from tinyvmm.images.oci.unpack import unpack
 
 ROOT = os.geteuid() == 0
-CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # CAP_NET_RAW, permitted
-ACL = bytes.fromhex(
-    "02000000" "01000600ffffffff" "02000600e8030000" "04000400ffffffff"
-    "10000600ffffffff" "20000400ffffffff"
-)  # fmt: skip
 
 
 def fsck(image: Path) -> None:
     done = subprocess.run(["fsck.erofs", str(image)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def make_torture_tree(top: Path, *, many: int = 2000) -> None:
-    """Everything that a file can be."""
-    (top / "plain").write_text("hello\n")
-    (top / "empty").touch()
-    for size in (1, 4095, 4096, 4097, 8192, 70_000):
-        (top / f"bytes-{size}").write_bytes(os.urandom(size))
-    with (top / "sparse").open("wb") as file:
-        file.truncate(200 << 20)
-        file.seek(100 << 20)
-        file.write(b"in the midst")
-    (top / "linked").hardlink_to(top / "plain")
-    for length in (1, 3900, 3990, 4095):
-        (top / f"symlink-{length}").symlink_to("t" * length)
-    os.mkfifo(top / "fifo", 0o640)
-    with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryDirectory() as short:
-        server.bind(f"{short}/s")
-        os.rename(f"{short}/s", top / "socket") if _same_device(short, top) else None
-    names = os.fsencode(top / "names")
-    os.mkdir(names)
-    odd = (b"\xff\xfe", b"!", b"-", b"\1", b"\n", b".hidden", b"..x", b"...", b"a" * 255)
-    for name in odd:
-        Path(os.fsdecode(names + b"/" + name)).touch()
-    (top / "directory").mkdir(mode=0o750)
-    (top / "directory" / "again").hardlink_to(top / "plain")
-    (top / "many").mkdir()
-    for number in range(many):
-        (top / "many" / f"{number:x}{'n' * (number % 40)}").touch()
-    deep = top / "deep"
-    for _ in range(30):
-        deep.mkdir()
-        deep /= "deeper"
-    os.setxattr(top / "empty", "user.nothing", b"")
-    os.setxattr(top / "empty", "user." + "n" * 200, os.urandom(3000))
-    os.setxattr(top / "directory", "user.of-a-directory", b"\0\1")
-    for number, path in enumerate(sorted(top.rglob("*"))):
-        when = (number - 20) * 1_000_000_007
-        os.utime(path, ns=(0, when), follow_symlinks=False)
-    (top / "plain").chmod(0o644)
-    if ROOT:
-        os.chown(top / "plain", 70_000, 4_000_000_000)
-        (top / "plain").chmod(0o6755)
-        os.mknod(top / "device", 0o620 | stat.S_IFCHR, os.makedev(4095, 1_048_575))
-        os.mknod(top / "disk", 0o600 | stat.S_IFBLK, os.makedev(8, 300))
-        os.setxattr(top / "directory", "trusted.t", b"t")
-        os.setxattr(top / "bytes-1", "security.capability", CAPABILITY)
-        os.setxattr(top / "bytes-1", "system.posix_acl_access", ACL)
-        os.setxattr(top / "directory", "system.posix_acl_default", ACL)
-
-
-def _same_device(one: str, other: Path) -> bool:
-    return os.stat(one).st_dev == other.stat().st_dev
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,26 @@
 
 import argparse
 import signal
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tinyvmm.cli import tracing
-from tinyvmm.cli.run import parse_map, parse_shared
+from tinyvmm.cli.run import parse_map, parse_shared, warn
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from tinyvmm.fileserver.server import Server
+    from tinyvmm.fileserver.server import Listener
     from tinyvmm.fileserver.tree import Tree
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
 
 _EPILOG = """\
+With --nbd ADDRESS instead of --listen the --read trees are served as a disk to NBD clients: an
+EROFS image of them, read-only, made while it is read. What cannot be read ends it before it begins,
+and a file that changes then gives its readers an error.
+
 An ADDRESS is unix:PATH or tcp:HOST:PORT; port 0 is any that is free. Nobody is asked who he is:
 whoever can connect can do, in what is served, all that you can. A Unix socket is its owner's alone,
 unless --mode says otherwise; keep TCP to 127.0.0.1, or to a network that you trust.
@@ -31,6 +36,8 @@ examples:
   tinyvmm serve --listen unix:/run/user/1000/9p --shared .
   tinyvmm serve --listen tcp:127.0.0.1:5640 --read /srv/data
   mount -t 9p -o trans=unix,version=9p2000.L /run/user/1000/9p /mnt
+  tinyvmm serve --nbd unix:/run/user/1000/nbd --read /srv/data
+  nbdcopy 'nbd+unix:///?socket=/run/user/1000/nbd' data.erofs
 """
 
 
@@ -68,9 +75,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--listen",
         action="append",
-        required=True,
+        default=[],
         metavar="ADDRESS",
-        help="where clients connect; may be given more than once",
+        help="where 9P clients connect; may be given more than once",
+    )
+    add(
+        "--nbd",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="where NBD clients connect, to read the trees as an EROFS disk",
     )
     add(
         "--read",
@@ -100,9 +114,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--connections",
         type=parse_count,
-        default=64,
         metavar="N",
-        help="clients served at once (default 64); others wait",
+        help="clients served at once (default 64, with --nbd 16); others wait",
     )
     add(
         "--idle",
@@ -116,46 +129,80 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
-    from tinyvmm.fileserver.address import parse_address
     from tinyvmm.fileserver.descriptors import raise_nofile_limit
-    from tinyvmm.fileserver.server import Server
 
     if args.guest_argv:
         raise ConfigError("serve runs no command: leave out what is behind --")
+    if not args.listen and not args.nbd:
+        raise ConfigError("nowhere to serve: give --listen ADDRESS, or --nbd ADDRESS for a disk")
     tracing.start(args.trace, args.trace_file)
-    addresses = [parse_address(text) for text in args.listen]
     raise_nofile_limit()
-    tree = open_served(args)
-    try:
-        with Server(
-            tree,
-            addresses,
-            connections_max=args.connections,
-            idle=args.idle,
-            socket_mode=args.mode,
-        ) as server:
+    with ExitStack() as cleanup:
+        server = open_nbd(args, cleanup) if args.nbd else open_server(args, cleanup)
 
-            def stop(number: int, frame: "FrameType | None") -> None:
-                del number, frame
-                server.stop()
+        def stop(number: int, frame: "FrameType | None") -> None:
+            del number, frame
+            server.stop()
 
-            before = {number: signal.signal(number, stop) for number in _STOP}
-            try:
-                say_where(server)
-                server.serve()
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-    finally:
-        tree.close()
+        before = {number: signal.signal(number, stop) for number in _STOP}
+        try:
+            say_where(server)
+            server.serve()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 0
 
 
-def say_where(server: "Server") -> None:
+def open_server(args: argparse.Namespace, cleanup: ExitStack) -> "Listener":
+    """Listen for 9P clients, until `cleanup`."""
+    from tinyvmm.fileserver.address import parse_address
+    from tinyvmm.fileserver.server import Server
+
+    addresses = [parse_address(text) for text in args.listen]
+    tree = open_served(args)
+    cleanup.callback(tree.close)
+    server = Server(
+        tree,
+        addresses,
+        connections_max=args.connections or 64,
+        idle=args.idle,
+        socket_mode=args.mode,
+    )
+    return cleanup.enter_context(server)
+
+
+def open_nbd(args: argparse.Namespace, cleanup: ExitStack) -> "Listener":
+    """Listen for NBD clients, until `cleanup`; ConfigError for what cannot be served as a disk."""
+    from tinyvmm import nbd
+    from tinyvmm.fileserver.address import parse_address
+    from tinyvmm.images.erofs.image import ErofsImage
+
+    if args.listen:
+        raise ConfigError("one server speaks one protocol: give --listen or --nbd")
+    if args.write or args.shared or not args.read:
+        raise ConfigError("--nbd serves a disk that is only read: name directories with --read DIR")
+    addresses = [parse_address(text, nbd.PORT) for text in args.nbd]
+    image = ErofsImage(args.read, warn, whole=True)
+    cleanup.callback(image.close)
+    trees = " ".join(f"{guest}={host}" for guest, host in args.read)
+    export = nbd.Export(b"erofs", trees.encode("utf-8", "replace")[:4096], image)
+    return cleanup.enter_context(
+        nbd.NbdServer(
+            export,
+            addresses,
+            connections_max=args.connections or 16,
+            idle=args.idle,
+            socket_mode=args.mode,
+        )
+    )
+
+
+def say_where(server: "Listener") -> None:
     """Tell who waits for it that clients can come, and at which ports."""
     where = " and ".join(map(str, server.addresses))
     try:
-        print(f"tinyvmm: 9P at {where}", flush=True)
+        print(f"tinyvmm: {server.what} at {where}", flush=True)
     except BrokenPipeError:
         raise  # for who reads all our output
     except OSError as error:

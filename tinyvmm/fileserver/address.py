@@ -41,8 +41,8 @@ class Address(NamedTuple):
         return [(family, where) for family, _, _, _, where in found]
 
 
-def parse_address(text: str) -> Address:
-    """Parse `unix:PATH` or `tcp:HOST[:PORT]`; ConfigError for anything else."""
+def parse_address(text: str, port: int = PORT) -> Address:
+    """Parse `unix:PATH` or `tcp:HOST[:PORT]`, else at `port`; ConfigError for anything else."""
     kind, _, rest = text.partition(":")
     if kind == "unix" and rest:
         if len(rest.encode("utf-8", "surrogateescape")) >= UNIX_PATH_MAX or "\0" in rest:
@@ -51,6 +51,6 @@ def parse_address(text: str) -> Address:
             )
         return Address(rest)
     found = _TCP.fullmatch(text)
-    if found is not None and (port := int(found["port"] or PORT)) < 1 << 16:
+    if found is not None and (port := int(found["port"] or port)) < 1 << 16:
         return Address("", found["host"].strip("[]"), port)
     raise ConfigError(f"{text!r} is no address: give unix:PATH or tcp:HOST:PORT")

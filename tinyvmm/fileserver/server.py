@@ -3,7 +3,7 @@
 `Server(tree, addresses)` listens; `serve` accepts clients until `stop`. Every client sees the
 same tree and the same locks. Nobody is asked who he is: whoever may connect may do, within the
 tree, what this process may. That is why a Unix socket is its owner's alone unless `socket_mode`
-says otherwise.
+says otherwise. What is not 9P's about it is `Listener`'s, which NBD has too.
 
 A socket file that nobody listens at any more is replaced; one somebody does listen at, or what is
 no socket, is left alone. `close` removes ours.
@@ -20,7 +20,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from errno import EADDRINUSE, ECONNREFUSED, EMFILE, ENFILE
-from typing import Self
+from typing import Protocol, Self
 
 from tinyvmm import trace
 from tinyvmm.errors import ConfigError
@@ -35,33 +35,38 @@ BACKLOG = 64
 FAREWELL = 5.0  # seconds for the threads of connections to end
 
 
-class Server:
-    """Listens at `addresses`, which afterwards say where exactly."""
+class Conversation(Protocol):
+    """One client's connection."""
+
+    def serve(self) -> None:
+        """Answer until the client leaves, or `end` is called; then close its socket."""
+
+    def end(self) -> None:
+        """Have `serve` return soon, whatever it is waiting for; any thread may call."""
+
+
+class Listener:
+    """Listens at `addresses`, which afterwards say where exactly, and has clients served."""
+
+    what = "stream"
+    """What is spoken: for the names of threads, and in traces."""
 
     def __init__(
         self,
-        tree: Tree,
         addresses: Sequence[Address],
         *,
         connections_max: int = CONNECTIONS_MAX,
-        idle: int = 0,
         socket_mode: int = 0o600,
-        msize_max: int = MSIZE_MAX,
     ) -> None:
-        """Serve `tree`, which stays the caller's; ConfigError if an address cannot be had.
+        """Listen; ConfigError if an address cannot be had.
 
-        No more than `connections_max` clients are served at once; one that is silent for `idle`
-        seconds, if that is not 0, is hung up on.
+        No more than `connections_max` clients are served at once.
         """
-        self._tree = tree
         self._connections_max = connections_max
-        self._idle = idle
-        self._msize_max = msize_max
-        self._locks = SharedLockTable()
         self._files: list[tuple[str, int, int]] = []  # socket files: path, st_dev, st_ino
         self._listeners: list[socket.socket] = []
         self._guard = threading.Lock()  # over the next
-        self._connections: dict[Connection, threading.Thread] = {}
+        self._connections: dict[Conversation, threading.Thread] = {}
         self._count = 0
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopped = False
@@ -78,6 +83,10 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def converse(self, sock: socket.socket, number: int) -> Conversation:
+        """Return the conversation with client `number` over `sock`, for it to own."""
+        raise NotImplementedError
 
     # --- listening --------------------------------------------------------------------------------
 
@@ -177,7 +186,7 @@ class Server:
             sock, _ = listener.accept()
         except OSError as error:
             if error.errno in {EMFILE, ENFILE}:
-                self._say(f"cannot take another client: {error.strerror}")
+                self.say(0, f"cannot take another client: {error.strerror}")
                 threading.Event().wait(0.1)  # until somebody leaves; the client waits meanwhile
             return  # else the client left before we looked
         sock.setblocking(True)
@@ -185,21 +194,14 @@ class Server:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._count += 1
-        session = Session(
-            self._tree,
-            msize_max=self._msize_max,
-            lock_table=self._locks,
-            name=f"client {self._count}",
-        )
-        connection = Connection(sock, session, self._idle)
-        thread = threading.Thread(
-            target=self._run, args=(connection,), name=f"9P client {self._count}", daemon=True
-        )
+        connection = self.converse(sock, self._count)
+        name = f"{self.what} client {self._count}"
+        thread = threading.Thread(target=self._run, args=(connection,), name=name, daemon=True)
         with self._guard:
             self._connections[connection] = thread
         thread.start()
 
-    def _run(self, connection: Connection) -> None:
+    def _run(self, connection: Conversation) -> None:
         try:
             connection.serve()
         finally:
@@ -207,9 +209,48 @@ class Server:
                 del self._connections[connection]
                 self._wake()
 
-    def _say(self, what: str) -> None:
+    def say(self, number: int, what: str) -> None:
+        """Leave a trace about client `number`, or about all if that is 0."""
         if trace.hook is not None:
-            trace.hook(trace.Message("9P server", what))
+            who = f"client {number}" if number else "server"
+            trace.hook(trace.Message(f"{self.what} {who}", what))
+
+
+class Server(Listener):
+    """Serves a tree at `addresses`, which afterwards say where exactly."""
+
+    what = "9P"
+
+    def __init__(
+        self,
+        tree: Tree,
+        addresses: Sequence[Address],
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        idle: int = 0,
+        socket_mode: int = 0o600,
+        msize_max: int = MSIZE_MAX,
+    ) -> None:
+        """Serve `tree`, which stays the caller's; ConfigError if an address cannot be had.
+
+        No more than `connections_max` clients are served at once; one that is silent for `idle`
+        seconds, if that is not 0, is hung up on.
+        """
+        self._tree = tree
+        self._idle = idle
+        self._msize_max = msize_max
+        self._locks = SharedLockTable()
+        super().__init__(addresses, connections_max=connections_max, socket_mode=socket_mode)
+
+    def converse(self, sock: socket.socket, number: int) -> Conversation:
+        """Return a client's conversation: a session of its own."""
+        session = Session(
+            self._tree,
+            msize_max=self._msize_max,
+            lock_table=self._locks,
+            name=f"client {number}",
+        )
+        return Connection(sock, session, self._idle)
 
 
 class SharedLockTable(LockTable):

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tinyvmm.cli import tracing
-from tinyvmm.cli.run import parse_map, parse_shared, warn
+from tinyvmm.cli.run import parse_map, parse_shared
+from tinyvmm.cli.values import warn
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -517,8 +517,12 @@ def test_a_guest_that_takes_nothing_has_no_more_than_a_limit_kept_for_it(stream:
     assert taken == sent // len(frame) * 60_000
 
 
-def test_a_guests_server_that_is_asked_hears_that_the_connection_stands() -> None:
+def test_a_guests_server_hears_that_its_connection_stands_once_passt_has_read_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tinyvmm.net.passt._READ_TIMEOUT", 60.0)
     ours, theirs = socket.socketpair()
+    theirs.settimeout(60)
     frames = Frames(ours, pytest.fail, published=True)
     errors: list[BaseException] = []
     device = VirtioNet([frames], MAC)
@@ -529,17 +533,17 @@ def test_a_guests_server_that_is_asked_hears_that_the_connection_stands() -> Non
     with device.lock:
         receive.send([], [2000])
         transmit.send([NO_HEADER, syn_ack], [])
-    found: list[bytes] = []
-    for _ in range(3000):
-        with device.lock:
-            found += receive.collect()
-        if found:
-            break
-        sleep(0.01)
-    (answer,) = found
+        transmit.send([NO_HEADER, FRAME], [])
+    sleep(0.05)
+    with device.lock:
+        assert receive.collect() == []
+        assert len(transmit.used()) == 1
+    assert theirs.recv(1000)[4:] == syn_ack  # and nothing behind it
+    assert theirs.recv(1000)[4:] == FRAME
+    with device.lock:
+        (answer,) = receive.collect()
     assert answer[12:26] == MAC + PASST + b"\x08\0"
     assert struct.unpack(">HHIIBB", answer[46:60]) == (5000, 22, 9, 8, 0x50, 0x10)
-    assert theirs.recv(100)[4:] == syn_ack
     device.detach()
     frames.close()
     theirs.close()

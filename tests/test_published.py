@@ -119,6 +119,13 @@ def test_an_address_of_another_computer_is_one_line() -> None:
         options.check_published([Published("tcp", "192.0.2.200", 8080, 80)])
 
 
+def test_only_passt_has_ports_to_lead_from() -> None:
+    options.check_kind(options.parse_net("user"))
+    for net in (None, options.parse_net("tap")):
+        with pytest.raises(ConfigError, match="needs --net user"):
+            options.check_kind(net)
+
+
 def test_one_port_leads_to_one_port() -> None:
     twice = [Published("tcp", "127.0.0.1", 48080, 80), Published("tcp", "127.0.0.2", 48080, 81)]
     with pytest.raises(ConfigError, match="leave one out"):

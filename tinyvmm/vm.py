@@ -70,6 +70,7 @@ class MachineOptions(TypedDict, total=False):
     env: Mapping[str, str]
     user: str | None
     net: str | None
+    publish: Sequence[str]
     hostname: str
     kernel: str | None
     append: str
@@ -202,6 +203,7 @@ class Machine:
         env: Mapping[str, str] | None = None,
         user: str | None = None,
         net: str | None = None,
+        publish: Sequence[str] = (),
         hostname: str = "tinyvmm",
         kernel: str | None = None,
         append: str = "",
@@ -217,10 +219,10 @@ class Machine:
         writes to /, or such directories by their place; else that is private, and forgotten.
         `shared`: host directories live on both sides, by their place in the guest. `disks`: images,
         as for `tinyvmm run --disk`. `env`, `user`: of every command. `net`: "user" or "tap=...", as
-        for --net. `kernel`, `append`: another kernel, and more of its command line. `cache`: what
-        the guest may remember of its root, as for --cache. `console` takes what the kernel prints.
-        `on_access` sees, and may refuse, each access to the root's files:
-        fileserver/watched.py.
+        for --net. `publish`: ports, as for --publish: "8080:80". `kernel`, `append`: another
+        kernel, and more of its command line. `cache`: what the guest may remember of its root, as
+        for --cache. `console` takes what the kernel prints. `on_access` sees, and may refuse, each
+        access to the root's files: fileserver/watched.py.
         """
         self._given: MachineOptions = {
             "memory": memory,
@@ -233,6 +235,7 @@ class Machine:
             "env": env or {},
             "user": user,
             "net": net,
+            "publish": publish,
             "hostname": hostname,
             "kernel": kernel,
             "append": append,
@@ -722,6 +725,7 @@ def _options(cleanup: ExitStack, given: MachineOptions, cwd: str | None) -> RunO
         shared = [Shared(place, host) for place, host in shared.items()]
     if cwd is None:
         cwd = os.getcwd() if root is None else "/"
+    net = _net(given.get("net"))
     return RunOptions(
         argv=(),
         memory=parse_size(memory) if isinstance(memory, str) else memory,
@@ -744,7 +748,8 @@ def _options(cleanup: ExitStack, given: MachineOptions, cwd: str | None) -> RunO
         console=given.get("console"),
         user=given.get("user"),
         hostname=given.get("hostname", "tinyvmm"),
-        net=_net(given.get("net")),
+        net=net,
+        publish=_publish(given.get("publish", ()), net),
     )
 
 
@@ -766,3 +771,12 @@ def _net(given: str | None) -> Any:
     from tinyvmm.net.options import parse_net
 
     return parse_net(given)
+
+
+def _publish(given: Sequence[str], net: Any) -> Any:
+    if not given:
+        return ()
+    from tinyvmm.net.options import check_kind, parse_publish
+
+    check_kind(net)
+    return [parse_publish(text) for text in given]

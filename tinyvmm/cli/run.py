@@ -326,8 +326,10 @@ def main(args: argparse.Namespace) -> int:
             raise ConfigError("--user: an init is root's; leave it out, or --init")
     if not argv and not image_options.given(args):
         raise ConfigError("no command: give one behind --, e.g. tinyvmm run -- uname -a")
-    if args.publish and (args.net is None or args.net.kind != "user"):
-        raise ConfigError("--publish: needs --net user: give that too")
+    if args.publish:
+        from tinyvmm.net.options import check_kind
+
+        check_kind(args.net)
     from tinyvmm.probe import missing_for_linux
 
     problem = missing_for_linux()

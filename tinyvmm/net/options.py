@@ -124,6 +124,12 @@ def parse_publish(text: str) -> Published:
     return found
 
 
+def check_kind(net: NetOptions | None) -> None:
+    """Raise ConfigError for a network that cannot have published ports."""
+    if net is None or net.kind != "user":
+        raise ConfigError("--publish: needs --net user: give that too")
+
+
 def check_published(published: Sequence[Published]) -> None:
     """Raise ConfigError for ports that cannot be had: passt would say less of why."""
     for protocol, address, host, guest in published:

@@ -115,10 +115,11 @@ class Pair:
     def transmit(self) -> None:
         """Send what frames there are; the lock is held."""
         queue, send = self._transmitq, self.backend.send
-        skipped = 0 if self.backend.vnet_header else HEADER_LEN
+        bare = not self.backend.vnet_header
         while (chain := queue.pop()) is not None:
-            length = size_of(chain.readable) - HEADER_LEN
-            if FRAME_MIN <= length <= FRAME_MAX and not send(cut(chain.readable, skipped)):
+            views = chain.readable
+            length = size_of(views) - HEADER_LEN
+            if FRAME_MIN <= length <= FRAME_MAX and not send(_bare(views) if bare else views):
                 queue.unpop()
                 return
             queue.push(chain, 0)  # also what is no frame: then it is gone
@@ -154,7 +155,7 @@ class Pair:
             if count is not None:
                 scatter(views, b"\1\0", 10)  # num_buffers
             return count
-        count = self.backend.receive(cut(views, HEADER_LEN))
+        count = self.backend.receive(_bare(views))
         if count is None:
             return None
         scatter(views, _NO_OFFLOAD)
@@ -166,6 +167,8 @@ class VirtioNet(VirtioDevice):
 
     Of several `backends`, which lead to the same place, each gets a pair of queues.
     """
+
+    ioeventfd = True
 
     def __init__(self, backends: Sequence[Backend], mac: bytes, *, mtu: int | None = None) -> None:
         pairs = len(backends)
@@ -253,3 +256,13 @@ class VirtioNet(VirtioDevice):
             self._enable(state["pairs"])
             for pair in self.pairs:
                 pair.writable()
+
+
+def _bare(views: list[memoryview]) -> list[memoryview]:
+    """Give what lies behind the header."""
+    first = views[0]
+    if len(first) == HEADER_LEN:  # as Linux has it when it receives,
+        return views[1:]
+    if len(first) > HEADER_LEN:  # and when it sends
+        return [first[HEADER_LEN:], *views[1:]]
+    return cut(views, HEADER_LEN)

@@ -1,16 +1,27 @@
 """The examples' devices, tried without a guest; tests/linux shows them to Linux."""
 
+import errno
 import json
+import os
+import subprocess
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.build_manifest import manifest
 from examples.crc_device import CrcDevice
 from examples.dice_port import Dice
+from examples.failing_root import Failing
 from examples.pattern_rng import FILL_MAX, PatternRng
+from tests.test_session import connect
 from tests.virtio_driver import NEEDS_RESET, Driver
+from tinyvmm import Access, ninep
+from tinyvmm.fileserver.union import open_tree
+from tinyvmm.fileserver.watched import WatchedTree
 
 ID, DATA, CRC, RESET, COUNT = 0x00, 0x04, 0x08, 0x0C, 0x10
 
@@ -75,3 +86,43 @@ def test_the_pattern_is_the_text_again_and_again(rooms: list[int], text: str) ->
 def test_a_pattern_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         PatternRng("")
+
+
+def test_a_failing_disk_refuses_what_it_is_to_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "read").mkdir()
+    (tmp_path / "read" / "bad").write_bytes(b"words")
+    (tmp_path / "read" / "good").write_bytes(b"words")
+    (tmp_path / "write").mkdir()
+    inner = open_tree([("/", str(tmp_path / "read"))], [("/", str(tmp_path / "write"))])
+    client = connect(WatchedTree(inner, Failing({"/bad"}, room=8)))
+    for fid, name in ((1, b"bad"), (2, b"good")):
+        client.walk(0, fid, name)
+        client.open(fid, os.O_RDWR)
+    client.fails(ninep.Tread(1, 0, 5), errno.EIO)
+    assert client.read(2, 0, 5) == b"words"
+    assert client.write(2, b"12345678") == 8
+    client.fails(ninep.Twrite(2, 0, b"9"), errno.ENOSPC)
+    client.session.close()
+    inner.close()
+
+
+def test_a_manifest_is_of_the_files_that_were_opened_to_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("read", "written"):
+        (tmp_path / name).write_bytes(b"")
+
+    def run(
+        argv: list[str], *, on_access: Callable[[Access], None], **_more: object
+    ) -> subprocess.CompletedProcess[bytes]:
+        for access in (
+            Access("open", f"{tmp_path}"),
+            Access("open", f"{tmp_path}/read"),
+            Access("open", f"{tmp_path}/written", flags=os.O_WRONLY),
+            Access("walk", f"{tmp_path}/missing"),
+        ):
+            on_access(access)
+        return subprocess.CompletedProcess(argv, 3)
+
+    monkeypatch.setattr("tinyvmm.run", run)
+    assert manifest(["cc"]) == (3, {f"{tmp_path}/read"})

@@ -93,6 +93,7 @@ def in_a_thread(vm: Any) -> list[int]:
 def alone() -> dict[str, Any]:
     """A machine for one command; one that is awaited, from a thread; what a command changes."""
     import tinyvmm
+    from examples.build_manifest import manifest
     from examples.write_diff import write_diff
     from tinyvmm import aio
 
@@ -107,6 +108,9 @@ def alone() -> dict[str, Any]:
         change = sh(f"cd {here}; echo new >> changed; rm gone; echo x > added")
         lines = write_diff(change)
         found["diff"] = sorted(line.replace(here, "") for line in lines if here in line)
+
+    status, files = manifest(["cat", "/etc/hostname"], stdout=tinyvmm.DEVNULL)
+    found["manifest"] = [status, "/etc/hostname" in files, len(files) > 2]
 
     async def main() -> list[bytes]:
         async with aio.AsyncMachine(memory="512M") as vm:

@@ -1,6 +1,7 @@
 """Machines from Python on a real kernel; the pytest plugin with a real guest."""
 
 import json
+import re
 
 import pytest
 
@@ -34,8 +35,18 @@ def test_machines_are_used_as_subprocesses_are(guest: Runner) -> None:
     assert found["alone"] == {
         "run": [4, "in\n/usr\n", "e\n"],
         "diff": ["A /added", "C /changed", "D /gone"],
+        "manifest": [0, True, True],
         "awaited": ["a\n", "b\n"],
     }
     assert found["descriptors"]["more"] <= 0
     assert found["threads"] == {"left": []}
     assert found["directories"] == {"left": []}
+
+
+def test_what_the_page_on_python_shows_is_so(guest: Runner) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks)
+    done = guest.program([interpreter(), "-I", "-S", "-c", program], timeout=240)
+    assert (done.status, done.stderr) == (0, b""), done

@@ -57,6 +57,7 @@ examples:
   tinyvmm run --memory 2G --write ./out -- make -C /usr/src/hello
   tinyvmm run --read / --read /data=/srv/set1 --write /data=./new -- ls /data
   tinyvmm run --shared . --shared /models=/srv/models,ro -- make
+  tinyvmm run --image debian:stable-slim -- cat /etc/os-release
 """
 
 

@@ -65,6 +65,10 @@ linux: $(BIN)/pytest
 bench: $(BIN)/pytest
 	$(BIN)/python -m bench
 
+# Every name of /usr in an EROFS image: compared, and checked by fsck.erofs.
+erofs-usr: $(BIN)/pytest
+	$(BIN)/python -m tests.erofs_usr
+
 # Look for inputs that do harm: FUZZ is what to fuzz: ninep, virtio or control. What an input did is told, and
 # `python -m tests.fuzz $(FUZZ) FILE` does it again; tests/fuzz/__main__.py says how to keep some.
 FUZZ ?= ninep

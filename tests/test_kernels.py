@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_rpm import cpio
+from tests.test_rpm import package as rpm_package
 from tinyvmm.cli import kernel as command
 from tinyvmm.errors import ConfigError
 from tinyvmm.images import kernel_store, kernels
@@ -456,6 +458,18 @@ def test_several_packages_can_make_one_kernel(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(whole)
     with pytest.raises(ConfigError, match="twice"):
         kernel_store.import_([str(tmp_path / name) for name in names])
+    apart = {
+        "core.rpm": {"vmlinuz": make_vmlinuz(V), "config": b"#\n"},
+        "modules.rpm": {f"kernel/{name}": make_module(need) for name, need in MODULES.items()},
+    }
+    for name, members in apart.items():
+        packed = [cpio(f"./lib/modules/{V}/{path}", data) for path, data in members.items()]
+        (tmp_path / name).write_bytes(rpm_package(*packed))
+    imported = kernel_store.import_([str(tmp_path / name) for name in apart])
+    assert imported.version == V
+    assert kernels.able(imported)["9p"] is True
+    with pytest.raises(ConfigError, match="no kernels"):
+        kernel_store.import_([str(tmp_path / "modules.rpm")])
     path = str(make_boot(tmp_path))
     with pytest.raises(ConfigError, match=r"vmlinuz-.*is no package"):
         kernel_store.import_([str(tmp_path / "core.deb"), path])

@@ -253,7 +253,11 @@ def test_what_a_killed_process_left_is_cleared_away(tools: Path, store: Path) ->
 
 def test_a_directory_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert create("x", "/nothing/there") == 125
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == (
+        "tinyvmm: pack create x: /nothing/there is not there; name a directory\n"
+    )
+    assert create("x", "/etc/passwd") == 125
+    assert "/etc/passwd is no directory" in capsys.readouterr().err
     assert packs.list_() == []
 
 

@@ -175,7 +175,9 @@ def test_names_of_one_file_all_have_its_contents(tmp_path: Path) -> None:
         assert (tmp_path / f"draft/modules/kernel/{name}.ko").read_bytes() == b"module"
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(at=st.integers(0, 400), value=st.integers(0, 255))
 def test_a_damaged_package_is_refused_or_read_but_nothing_else(
     at: int, value: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -76,8 +76,12 @@ def _create(args: argparse.Namespace) -> int:
             source = f"what {args.machine} wrote"
             _print(packs.create(args.name, files, source, args.format, _warn))
         return 0
+    from tinyvmm.errors import ConfigError
     from tinyvmm.fileserver.written import list_changes
 
+    if not os.path.isdir(args.directory):
+        why = "is no directory" if os.path.lexists(args.directory) else "is not there"
+        raise ConfigError(f"pack create {args.name}: {args.directory} {why}; name a directory")
     trees = [("/", os.path.abspath(args.directory))]
     files = packs.Files(select(list_changes([], trees), selection), trees)
     _print(packs.create(args.name, files, trees[0][1], args.format, _warn))

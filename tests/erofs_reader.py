@@ -237,15 +237,15 @@ def read_file(path: bytes) -> Entry:
     )
 
 
-def make_torture_tree(top: Path, *, many: int = 2000) -> None:
+def make_torture_tree(top: Path, *, many: int = 2000, sparse: int = 200 << 20) -> None:
     """Everything that a file can be."""
     (top / "plain").write_text("hello\n")
     (top / "empty").touch()
     for size in (1, 4095, 4096, 4097, 8192, 70_000):
         (top / f"bytes-{size}").write_bytes(os.urandom(size))
     with (top / "sparse").open("wb") as file:
-        file.truncate(200 << 20)
-        file.seek(100 << 20)
+        file.truncate(sparse)
+        file.seek(sparse // 2)
         file.write(b"in the midst")
     (top / "linked").hardlink_to(top / "plain")
     for length in (1, 3900, 3990, 4095):

@@ -244,7 +244,7 @@ class Plan:
         if st is None:
             return self._place_directory((_ROOT_ATTRIBUTES, 0, 0, 0), 1, [], point, parent.nid)
         attributes = (st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns)
-        links = st.st_nlink if point is None else 1
+        links = 1 if point and (point.below or len(layers) > 1) else st.st_nlink
         files = not is_kernels_own(st.st_dev)
         return self._place_directory(attributes, links, layers, point, parent.nid, files=files)
 

@@ -321,6 +321,10 @@ def main(args: argparse.Namespace) -> int:
         return no_root.main(args)
     no_root.check_unused(args)
     argv = args.argv + args.guest_argv
+    if args.stop_signal is not None:
+        from tinyvmm.supervisor import signal_number
+
+        signal_number(args.stop_signal)  # what is none shows here, not in a lab
     if args.init:
         argv = argv or ["/sbin/init"]
         if args.user is not None:

@@ -45,7 +45,11 @@ C /srv
 A /opt/z/new
 D /opt/z/of-zip
 """
-NAMES = "etc/ etc/of-erofs etc/.wh.passwd opt/ opt/z/ srv/ opt/z/new opt/z/.wh.of-zip"
+# Overlayfs calls every directory opaque that it makes beside what is merged.
+NAMES = (
+    "etc/ etc/of-erofs etc/.wh.passwd opt/ opt/z/ opt/z/.wh..wh..opq srv/ "
+    "opt/z/new opt/z/.wh.of-zip"
+)
 
 
 def test_packs_are_joined_with_the_root_and_written_over(guest: Runner) -> None:

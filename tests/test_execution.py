@@ -242,9 +242,10 @@ def test_a_step_that_fails_is_told(guest: Guest, tmp_path: Path) -> None:
     pid = expect(guest, protocol.EXECUTED)
     assert ended(guest)[0] == pid
     steps = execution_steps(Execution(("x",), ["x"], vsock_address(5), modules=[("m", b"ko")]))
-    assert [step.says for step in steps[:4]] == [
+    assert [step.says for step in steps[:5]] == [
         "insert the kernel module m",
         "make a socket for control",
+        "give control time to connect",
         "connect control",
         "unblock control",
     ]

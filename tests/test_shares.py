@@ -110,7 +110,8 @@ def test_a_directory_is_mounted_over_a_stream_and_served_there(
     }
     assert added.shares() == [info]
     assert [what for _, what in guest.calls] == [
-        "9pnet_fd", "/mnt", "/mnt/data", "socket", "connect", "/mnt/data", "close",
+        "9pnet_fd", "/mnt", "/mnt/data",
+        "socket", "connect timeout", "connect", "/mnt/data", "close",
     ]  # fmt: skip
     assert f"trans=fd,rfdno={FD},wfdno={FD}," in guest.mounted["/mnt/data"]
     assert "cache=mmap" in guest.mounted["/mnt/data"]

@@ -208,7 +208,7 @@ class Shares:
     def _steps(self, calls: "Guest", share: _Share) -> Iterator[str]:
         """Do one step after another; yield what the next one is."""
         from tinyvmm.guest import abi
-        from tinyvmm.guest.execution import vsock_address
+        from tinyvmm.guest.execution import PATIENCE, vsock_address
         from tinyvmm.guest.init import v9fs_options
         from tinyvmm.guest_calls import call, close, connect, make_socket, mkdirat, mount
 
@@ -222,6 +222,8 @@ class Shares:
             _unless_there(calls, mkdirat(path, 0o755))
         yield "connect to this computer"
         fd = calls.do(make_socket(abi.AF_VSOCK, abi.SOCK_STREAM)).result
+        option = (abi.AF_VSOCK, abi.SO_VM_SOCKETS_CONNECT_TIMEOUT, PATIENCE, len(PATIENCE))
+        calls.do(call(abi.SYS_SETSOCKOPT, fd, *option, what="connect timeout"))
         calls.do(connect(fd, vsock_address(share.port)))
         yield f"mount it at {share.item.guest}"
         stream = f"trans=fd,rfdno={fd},wfdno={fd}"

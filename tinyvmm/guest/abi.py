@@ -21,6 +21,7 @@ SYS_DUP2 = 33
 SYS_PAUSE = 34
 SYS_NANOSLEEP = 35
 SYS_SOCKET = 41
+SYS_SETSOCKOPT = 54
 SYS_CONNECT = 42
 SYS_FORK = 57
 SYS_VFORK = 58
@@ -130,6 +131,7 @@ TIOCGPTPEER = 0x5441
 # <sys/socket.h>, <linux/sockios.h>, <linux/if.h>
 AF_INET = 2
 AF_VSOCK = 40
+SO_VM_SOCKETS_CONNECT_TIMEOUT = 6  # a struct timeval; <linux/vm_sockets.h>
 SOCK_STREAM = 1
 SOCK_DGRAM = 2
 SOCK_CLOEXEC = O_CLOEXEC

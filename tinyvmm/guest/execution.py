@@ -22,6 +22,8 @@ from tinyvmm.guest.elf import Program
 from tinyvmm.guest.protocol import STREAMS
 from tinyvmm.guest.steps import Step, Value, birth_steps, check_command, emit_step
 
+PATIENCE = struct.pack("<qq", 60, 0)
+"""How long connecting may take: with Linux's 2 s, a busy computer is one that cannot be reached."""
 VMADDR_CID_HOST = 2  # <linux/vm_sockets.h>
 
 
@@ -67,10 +69,15 @@ def connect_steps(name: str, into: str, address: bytes) -> list[Step]:
     """Connect a stream socket to `address`, and keep it in the variable `into`."""
     (family,) = struct.unpack_from("<H", address)
     kind = abi.SOCK_STREAM | abi.SOCK_CLOEXEC
-    return [
+    steps = [
         Step(f"make a socket for {name}", abi.SYS_SOCKET, (family, kind, 0), into=into),
         Step(f"connect {name}", abi.SYS_CONNECT, (Value(into), address, len(address))),
     ]
+    if family == abi.AF_VSOCK:
+        option = (abi.AF_VSOCK, abi.SO_VM_SOCKETS_CONNECT_TIMEOUT, PATIENCE, len(PATIENCE))
+        patient = (Value(into), *option)
+        steps.insert(1, Step(f"give {name} time to connect", abi.SYS_SETSOCKOPT, patient))
+    return steps
 
 
 def execution_steps(execution: Execution) -> list[Step]:

@@ -22,6 +22,7 @@ RUNS, EXECS = 5, 15
 LIMIT = 240  # seconds for one command
 VNG = ROOT / ".cache" / "virtme-ng"
 NAME = "bench"
+BOUND = "/run/tinyvmm-bench"
 PODMAN = ["podman", "--cgroup-manager", "cgroupfs"]
 CONTAINER = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
 MAIN = (
@@ -64,9 +65,15 @@ def in_turn(subjects: dict[str, list[str]], count: int, found: dict[str, list[fl
 
 
 def prepare_lab() -> None:
-    """Have what the others look for: cgroups, and the kernel's modules in their usual place."""
+    """Have what the others look for.
+
+    Cgroups; the kernel's modules in their usual place; a root that is not the one of now, from
+    which crun can pivot.
+    """
     from tinyvmm.images import kernels
 
+    os.makedirs(BOUND, exist_ok=True)
+    subprocess.run(["mount", "--bind", "/", BOUND], check=False)
     if not os.path.ismount("/sys/fs/cgroup"):
         subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=False)
     installed = kernels.find()
@@ -76,14 +83,14 @@ def prepare_lab() -> None:
         usual.symlink_to(installed.modules)
 
 
-def measure(runs: int, execs: int) -> dict[str, list[float]]:
+def measure(runs: int, execs: int, root: str = "/") -> dict[str, list[float]]:
     """Measure here: name -> seconds."""
     from tinyvmm.images import kernels
 
     found: dict[str, list[float]] = {}
     path = f"PATH={VNG}/bin:{os.environ.get('PATH', '/usr/bin:/bin')}"
     vng = ["env", path, str(VNG / "bin" / "python"), str(VNG / "bin" / "vng")]
-    container = [*PODMAN, "run", "--rm", *CONTAINER, "--rootfs", "/"]
+    container = [*PODMAN, "run", "--rm", *CONTAINER, "--rootfs", root]
     in_turn(
         {
             "tinyvmm run": tinyvmm("run", "--no-lab", "--", "true"),
@@ -135,7 +142,7 @@ def main() -> None:
     else:
         code = (
             f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from bench import commands; "
-            f"commands.prepare_lab(); print(json.dumps(commands.measure({RUNS}, {EXECS})))"
+            f"commands.prepare_lab(); print(json.dumps(commands.measure({RUNS}, {EXECS}, {BOUND!r})))"
         )
         with Lab() as lab:
             done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (RUNS + 1))

@@ -223,7 +223,7 @@ class Shares:
         yield "connect to this computer"
         fd = calls.do(make_socket(abi.AF_VSOCK, abi.SOCK_STREAM)).result
         option = (abi.AF_VSOCK, abi.SO_VM_SOCKETS_CONNECT_TIMEOUT, PATIENCE, len(PATIENCE))
-        calls.do(call(abi.SYS_SETSOCKOPT, fd, *option, what="connect timeout"))
+        calls.all([call(abi.SYS_SETSOCKOPT, fd, *option, what="connect timeout")])
         calls.do(connect(fd, vsock_address(share.port)))
         yield f"mount it at {share.item.guest}"
         stream = f"trans=fd,rfdno={fd},wfdno={fd}"

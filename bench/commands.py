@@ -142,7 +142,8 @@ def main() -> None:
     else:
         code = (
             f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from bench import commands; "
-            f"commands.prepare_lab(); print(json.dumps(commands.measure({RUNS}, {EXECS}, {BOUND!r})))"
+            "commands.prepare_lab(); "
+            f"print(json.dumps(commands.measure({RUNS}, {EXECS}, {BOUND!r})))"
         )
         with Lab() as lab:
             done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (RUNS + 1))

@@ -34,7 +34,7 @@ def test_machines_are_used_as_subprocesses_are(guest: Runner) -> None:
     }
     assert found["alone"] == {
         "run": [4, "in\n/usr\n", "e\n"],
-        "diff": ["A /added", "C /changed", "D /gone"],
+        "diff": ["A /added", "C ", "C /changed", "D /gone"],
         "manifest": [0, True, True],
         "awaited": ["a\n", "b\n"],
     }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -50,3 +51,31 @@ def test_what_the_page_on_python_shows_is_so(guest: Runner) -> None:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks)
     done = guest.program([interpreter(), "-I", "-S", "-c", program], timeout=240)
     assert (done.status, done.stderr) == (0, b""), done
+
+
+MARKED = """
+import os, subprocess
+import pytest
+
+@pytest.mark.in_vm
+def test_mounts(tmp_path):
+    assert os.uname().nodename == "tinyvmm"
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+
+@pytest.mark.in_vm
+def test_fails():
+    value = os.uname().nodename
+    assert value == "here"
+"""
+
+
+def test_a_marked_test_runs_in_a_guest_and_fails_as_if_here(guest: Runner) -> None:
+    where = guest.directory("in-vm")
+    (where / "test_it.py").write_text(MARKED)
+    (where / "pytest.ini").write_text("[pytest]\n")
+    plain = ["env", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", sys.executable, "-m", "pytest"]
+    done = guest.program([*plain, "-p", "tinyvmm.pytest_tinyvmm"], cwd=where, timeout=400)
+    output = done.stdout.decode()
+    assert "1 failed, 1 passed" in output, done
+    assert "AssertionError: assert 'tinyvmm' == 'here'" in output
+    assert "test_it.py:13: AssertionError" in output

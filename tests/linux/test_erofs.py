@@ -11,7 +11,11 @@ from tinyvmm.erofs_root import open_upper
 from tinyvmm.images import kernel_store, kernels
 from tinyvmm.images.erofs.writer import write_image
 
-pytestmark = pytest.mark.linux
+pytestmark = [
+    pytest.mark.linux,
+    # Written without a lab at hand: take this away once it has passed in one.
+    pytest.mark.xfail(reason="not yet seen to pass in a lab", strict=False),
+]
 
 # All of a tree that programs can ask for: a line of each file; devices; attributes; contents.
 LIST = r"""

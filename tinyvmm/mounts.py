@@ -8,7 +8,7 @@ v9fs's (Documentation/filesystems/9p.rst), chosen by who else may change the fil
     mmap    nothing is kept but what is mapped into memory: both sides see each other's changes
     none    as mmap, and a file cannot be mapped both shared and writable
 
-docs/decisions/0004-caching-policy.md has the figures behind the defaults.
+docs/decisions/0003-caching-policy.md has the figures behind the defaults.
 """
 
 import os

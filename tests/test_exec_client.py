@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,25 @@ def test_nothing_is_left_of_the_sockets(machine: Machine) -> None:
         run("true")
     names = sorted(os.listdir(machine.instance.path))
     assert names == ["control", "lock", "state"]
+
+
+def test_a_port_that_another_client_has_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [b"\1\0\0\0", b"\1\0\0\0", b"\2\0\0\0"]
+    monkeypatch.setattr(os, "urandom", lambda _: numbers.pop(0))
+    path = str(tmp_path / "vsock")
+    with ExitStack() as cleanup:
+        first, _ = exec_client.listen(path, cleanup)
+        second, listener = exec_client.listen(path, cleanup)
+        assert (first, second) == (exec_client.FIRST_PORT + 1, exec_client.FIRST_PORT + 2)
+        assert listener.getsockname() == f"{path}_{second}"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_where_nobody_can_listen_is_said(tmp_path: Path) -> None:
+    with ExitStack() as cleanup, pytest.raises(ConfigError, match=r"cannot listen at .*No such"):
+        exec_client.listen(str(tmp_path / "gone" / "vsock"), cleanup)
 
 
 def test_a_machine_that_is_not_there_or_has_ended(machine: Machine) -> None:

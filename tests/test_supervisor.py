@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 import time
 from base64 import b64decode, b64encode
@@ -19,11 +20,12 @@ from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.devices.virtio.vsock import VirtioVsock
 from tinyvmm.errors import ConfigError
+from tinyvmm.exec_client import FIRST_PORT
 from tinyvmm.executor import Executor
-from tinyvmm.guest.protocol import SIGNAL, STARTED, WINSIZE
+from tinyvmm.guest.protocol import ENDED, ENDED_STATUS, EXECUTED, SIGNAL, STARTED, WINSIZE
 from tinyvmm.machine import Machine
 from tinyvmm.session import Result
-from tinyvmm.supervisor import Supervisor
+from tinyvmm.supervisor import Context, Supervisor
 from tinyvmm.vsock_host import VsockHost
 
 # mov dx, 0x3ff; again: in al, dx; inc bx; jmp again
@@ -317,3 +319,30 @@ def test_whoever_waits_and_leaves_is_waited_for_no_more(run: Run) -> None:
     while any(thread.name == "control call" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("calls", {"port": FIRST_PORT}),
+        ("exec", {"argv": ["true"], "port": FIRST_PORT}),
+        ("exec", {"argv": ["true"]}),
+    ],
+)
+def test_the_end_of_any_program_removes_what_a_killed_client_left(
+    run: Run, ask: Asker, monkeypatch: pytest.MonkeyPatch, method: str, params: dict[str, Any]
+) -> None:
+    def answer(*_: object) -> None:
+        threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
+
+    monkeypatch.setattr(run.executor, "_send", answer)
+    run.supervisor.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
+    run.executor.on_record(STARTED, 2)
+    left = Path(f"{run.vsock_host.path}_{FIRST_PORT}")
+    assert ask.call(method, **params)["pid"] == 70
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(left))
+    run.executor.on_record(ENDED, 70)
+    assert left.exists()
+    run.executor.on_record(ENDED_STATUS, 0)
+    assert not left.exists()

@@ -1,6 +1,7 @@
 """The vsock device from the driver's side, and its host's side with real sockets."""
 
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -737,6 +738,35 @@ def test_many_at_once_are_all_served(host: tuple[VsockHost, Guest]) -> None:
                 break
             sleep(0.01)
         assert guest.device.idle
+
+
+def test_what_listeners_left_that_died_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    sockets = VsockHost(str(tmp_path / "vsock"))
+    ports = range(1000, 2000)
+    dead = ["vsock_1000", "vsock_1999", "vsock_999", "vsock_2000", "vsock_x", "other_1000"]
+    for name in (*dead, "vsock_1001", "vsock_1002"):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / name))
+        if name == "vsock_1001":
+            listener.listen(1)
+            living = listener
+        elif name == "vsock_1002":
+            bound = listener  # and about to listen
+        else:
+            listener.close()
+    (tmp_path / "vsock_1003").touch()
+    sockets.tidy(ports)
+    with living, bound:
+        living.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            living.accept()  # it was not disturbed
+    kept = ["vsock_1001", "vsock_1002", "vsock_1003", *dead[2:]]
+    assert sorted(os.listdir(tmp_path)) == sorted(["vsock", *kept])
+    sockets.tidy(ports)
+    assert sorted(os.listdir(tmp_path)) == sorted(["vsock", "vsock_1003", *dead[2:]])
+    shutil.rmtree(tmp_path)
+    sockets.tidy(ports)
+    sockets.close()
 
 
 def test_a_path_in_use_is_one_clear_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ The streams come straight from the guest, over Unix sockets that its vsock devic
 the machine's own command. So a client that stalls holds up nobody but its command.
 """
 
+import errno
 import os
 import signal
 import socket
@@ -162,9 +163,9 @@ def listen(vsock: str, cleanup: ExitStack) -> tuple[int, socket.socket]:
         os.fchmod(listener.fileno(), 0o600)  # and so of the file: a umask is the whole process's
         try:
             listener.bind(path)
-        except FileExistsError:
-            continue
         except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
             raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from None
         listener.listen(len(STREAMS))
         cleanup.callback(_unlink, path)

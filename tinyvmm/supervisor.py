@@ -342,9 +342,7 @@ class Supervisor:
             if command is not None:
                 turn.streams.forget(command)
             raise
-        if command is not None:
-            started, streams = command, turn.streams
-            turn.executor.when_ended(pid, lambda: streams.ended(started))
+        self._when_ended(turn, pid, command)
         return {"pid": pid, "steps": steps}
 
     @remote(waits=True, lane="exec_stdin", lane_by="stream", client=True)
@@ -378,7 +376,9 @@ class Supervisor:
         from tinyvmm.guest.execution import vsock_address
 
         program = build_calls(vsock_address(port), self._vsock_modules(turn))
-        return {"pid": turn.executor.start(program)}
+        pid = turn.executor.start(program)
+        self._when_ended(turn, pid)
+        return {"pid": pid}
 
     @remote(waits=True, client=True)
     def exec_wait(
@@ -479,6 +479,17 @@ class Supervisor:
             user=None if account is None else account.user,
             modules=self._vsock_modules(turn),
         )
+
+    def _when_ended(self, turn: _Turn, pid: int, command: "Command | None" = None) -> None:
+        """Once a program has ended remove what clients left that died before theirs connected."""
+        from tinyvmm.exec_client import FIRST_PORT, PORTS
+
+        def act() -> None:
+            if command is not None:
+                turn.streams.ended(command)
+            turn.vsock_host.tidy(range(FIRST_PORT, FIRST_PORT + PORTS))
+
+        turn.executor.when_ended(pid, act)
 
     def _vsock_modules(self, turn: _Turn) -> Sequence[tuple[str, bytes]]:
         """Return what a program has to insert before it can connect."""

@@ -13,6 +13,7 @@ calls the device, which takes its lock. A `HostStream` is called by the device w
 import os
 import select
 import socket
+import stat
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -130,6 +131,21 @@ class VsockHost:
     def withdraw(self, port: int) -> None:
         """End an offer; harmless if there is none."""
         self._offers.pop(port, None)
+
+    def tidy(self, ports: range) -> None:
+        """Remove PATH_N, N of `ports`, of every listener that died before it could do so itself."""
+        directory, base = os.path.split(self.path)
+        try:
+            names = os.listdir(directory or ".")
+        except OSError:
+            return  # it has gone, or is not for us to look into
+        for name in names:
+            start, _, number = name.rpartition("_")
+            if start == base and number.isascii() and number.isdecimal() and int(number) in ports:
+                path = os.path.join(directory, name)
+                if _is_abandoned(path):
+                    with suppress(OSError):  # gone meanwhile, or not ours to remove
+                        os.unlink(path)
 
     # --- what the device asks for -----------------------------------------------------------
 
@@ -259,3 +275,20 @@ def _listen(path: str) -> socket.socket:
             f"--vsock {path}: cannot listen there ({error.strerror or error}); give another path"
         ) from None
     return listener
+
+
+def _is_abandoned(path: str) -> bool:
+    """Whether a socket was bound to this file, and is no more.
+
+    A socket of the other type is told so by one that is there (EPROTOTYPE), and reaches nobody.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                return False
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False

@@ -24,6 +24,7 @@ NAMES = (
     "kernels",
     "commands",
     "erofs",
+    "roots",
 )
 
 

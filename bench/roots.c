@@ -1,0 +1,119 @@
+// What bench/roots.py measures, in each of its guests: some commands, each by the monotonic clock.
+//
+//   roots                          measure: what tinyvmm runs
+//   init KIND DEVICE MODULE...     as PID 1 of QEMU's guests: insert the modules, mount the root, of
+//                                  KIND 9p or ext4, and measure in there
+//
+// Prints "begin SECONDS" (of the kernel's life), then "end WHAT NANOSECONDS STATUS" of each command
+// and "done"; what a command prints goes to /dev/null.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PYTHON "python3 -I /bench/imports.py"
+
+static const struct { const char *what, *command; } COMMANDS[] = {
+    {"find-cold", "find / -xdev -type f | wc -l"},
+    {"find-warm", "find / -xdev -type f | wc -l"},
+    {"git-cold", "git -C /bench/project status --short"},
+    {"git-warm", "git -C /bench/project status --short"},
+    {"python-cold", PYTHON},
+    {"python-warm", PYTHON},
+    {"make-cold", "make -s -C /bench/c"},
+    {"make-warm", "make -s -C /bench/c clean all"},
+};
+
+static void need(int ok, const char *what) {
+  if (ok) return;
+  printf("failed %s: %s\n", what, strerror(errno));
+  fflush(stdout);
+  if (getpid() == 1) reboot(RB_POWER_OFF);
+  exit(1);
+}
+
+static long long now(clockid_t clock) {
+  struct timespec t;
+  clock_gettime(clock, &t);
+  return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static void forget(void) {
+  sync();
+  int fd = open("/proc/sys/vm/drop_caches", O_WRONLY);
+  need(fd >= 0 && write(fd, "3", 1) == 1, "drop_caches");
+  close(fd);
+}
+
+static void measure(void) {
+  setenv("PATH", "/usr/local/bin:/usr/bin:/bin", 1);
+  setenv("HOME", "/tmp", 1);
+  unsetenv("PYTHONPATH");
+  printf("begin %.3f\n", now(CLOCK_BOOTTIME) / 1e9);
+  fflush(stdout);
+  for (size_t i = 0; i < sizeof COMMANDS / sizeof *COMMANDS; i++) {
+    if (strstr(COMMANDS[i].what, "cold")) forget();
+    long long begin = now(CLOCK_MONOTONIC);
+    pid_t child = fork();
+    need(child >= 0, "fork");
+    if (!child) {
+      int null = open("/dev/null", O_RDWR);
+      dup2(null, 0), dup2(null, 1);
+      execl("/bin/sh", "sh", "-c", COMMANDS[i].command, (char *)NULL);
+      _exit(127);
+    }
+    int status;
+    need(waitpid(child, &status, 0) == child, "wait");
+    printf("end %s %lld %d\n", COMMANDS[i].what, now(CLOCK_MONOTONIC) - begin, status);
+    fflush(stdout);
+  }
+  puts("done");
+  fflush(stdout);
+}
+
+static void insert(const char *path) {
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  need(fd >= 0, path);
+  need(!syscall(SYS_finit_module, fd, "", 0) || errno == EEXIST, path);
+  close(fd);
+}
+
+static void mount_9p(const char *tag) {
+  // What is written goes to the guest's RAM: the tree is for all.
+  mkdir("/lower", 0755), mkdir("/scratch", 0755);
+  const char *options = "trans=virtio,version=9p2000.L,msize=512000,cache=loose";
+  need(!mount(tag, "/lower", "9p", MS_RDONLY, options), "9p");
+  need(!mount("tmpfs", "/scratch", "tmpfs", 0, NULL), "tmpfs");
+  mkdir("/scratch/upper", 0755), mkdir("/scratch/work", 0755);
+  options = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work";
+  need(!mount("overlay", "/root", "overlay", 0, options), "overlay");
+}
+
+int main(int argc, char **argv) {
+  if (argc > 3) {
+    mkdir("/dev", 0755), mkdir("/root", 0755);
+    for (int i = 3; i < argc; i++) insert(argv[i]);
+    mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+    if (!strcmp(argv[1], "9p"))
+      mount_9p(argv[2]);
+    else
+      need(!mount(argv[2], "/root", "ext4", 0, NULL), "ext4");
+    need(!mount("devtmpfs", "/root/dev", "devtmpfs", 0, NULL), "/dev");
+    need(!mount("proc", "/root/proc", "proc", 0, NULL), "/proc");
+    need(!chroot("/root") && !chdir("/"), "chroot");
+  }
+  measure();
+  if (getpid() == 1) {
+    sync();
+    reboot(RB_POWER_OFF);
+  }
+}

@@ -421,6 +421,32 @@ def test_a_kernel_without_9p_is_kept_for_roots_that_need_none(tmp_path: Path) ->
         kernels.find(cloud.version)
 
 
+def test_a_root_of_erofs_has_the_usual_kernel_where_that_can(tmp_path: Path) -> None:
+    for version, has_9p in (("6.1.0-99-cloud", False), ("6.1.0-50-full", True)):
+        path = tmp_path / f"vmlinuz-{version}"
+        path.write_bytes(make_vmlinuz(version))
+        able = CLOUD | {"9P_FS": has_9p, "NET_9P_VIRTIO": has_9p}
+        lines = [f"CONFIG_{name}=y\n" for name, has in able.items() if has]
+        (tmp_path / f"config-{version}").write_text("#\n" + "".join(lines))
+        kernel_store.import_([str(path)])
+        assert kernels.find(root="erofs").version == version
+    assert kernels.find().version == "6.1.0-50-full"
+
+
+def test_an_imported_kernel_that_tells_nothing_has_to_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_store, "embedded_config", lambda _: None)
+    path = tmp_path / "bzImage"
+    path.write_bytes(make_vmlinuz("7.0-mine"))
+    mine = kernel_store.import_([str(path)])
+    assert kernels.find() == mine  # as long as there is no other
+    stock = kernel_store.import_([str(make_boot(tmp_path))])
+    assert kernels.find() == stock
+    kernel_store.use(mine.version)
+    assert kernels.find() == mine
+
+
 def test_a_configuration_inside_the_kernel_is_read(tmp_path: Path) -> None:
     inside = gzip.compress(b"#\nCONFIG_9P_FS=y\nCONFIG_VIRTIO_PCI=y\n")
     path = tmp_path / "vmlinux"

@@ -52,10 +52,11 @@ def find(
 ) -> InstalledKernel:
     """Return the kernel called `kernel`: a version in the store, or the path of a file.
 
-    With None: the one that `kernel use` chose, else the newest in the store that serves for such a
-    root (a key of ROOTS, or LAB), else this computer's own, else Debian's, fetched now. Those that
-    were built here have to be chosen, unless there is no other. ConfigError if there is none, or it
-    cannot serve.
+    With None: the one that `kernel use` chose, else the newest in the store that serves for a root
+    over 9P, if it does for such a root (a key of ROOTS, or LAB) as well, else the newest that does,
+    else this computer's own, else Debian's, fetched now. Those that were built here have to be
+    chosen, unless there is no other, and so have those that do not tell what they can do.
+    ConfigError if there is none, or it cannot serve.
     """
     found = default(root) if kernel is None else look_up(kernel)
     if found is None:
@@ -81,12 +82,19 @@ def default(root: str = "9p") -> InstalledKernel | None:
     chosen = stored_kernel(chosen_version())
     if chosen is not None and (root != LAB or not missing(chosen, root)):
         return chosen
+    if root == "erofs":
+        usual = default()  # one kernel for all roots, where that can be
+        if usual is not None and not missing(usual, root):
+            return usual
     newest_first = sorted(versions(), key=version_key, reverse=True)
+    doubtful = None
     for version in sorted(newest_first, key=lambda version: version.endswith(OWN_SUFFIX)):
         newest = stored_kernel(version)
         if newest and not missing(newest, root):
-            return newest
-    return _running(root)
+            if None not in able(newest).values():
+                return newest
+            doubtful = doubtful or newest
+    return doubtful or _running(root)
 
 
 def chosen_version() -> str:

@@ -11,7 +11,7 @@ from tinyvmm.command import RunOptions, modules_for, settle
 from tinyvmm.disks.raw import RawDisk
 from tinyvmm.erofs_root import UPPER_FILE, open_root, open_upper
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest.init import Mount
+from tinyvmm.guest.init import Mount, upper_directories
 from tinyvmm.images import kernels
 from tinyvmm.images.features import FEATURES
 
@@ -110,6 +110,7 @@ def test_the_disks_come_behind_the_users_and_the_upper_is_where_it_was_asked_for
         assert (lower.source, lower.fstype) == ("/dev/vdc", "erofs")
         expected = ("tmpfs", "tmpfs") if writes == "guest" else ("/dev/vdd", "ext4")
         assert (scratch.source, scratch.fstype) == expected
+        assert upper_directories(root.mounts()) == ["/scratch/upper"]  # which diff looks at
         made = list(tmp_path.rglob(UPPER_FILE))
         assert len(made) == (writes != "guest")
     assert list(tmp_path.rglob(UPPER_FILE)) == ([kept / UPPER_FILE] if writes == "kept" else [])

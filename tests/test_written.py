@@ -491,6 +491,21 @@ def test_what_cannot_be_committed_is_one_line(
     assert "was in its own memory, or is gone" in capsys.readouterr().err
 
 
+def test_where_what_was_written_to_a_disk_can_be_seen_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.test_instances import state
+    from tinyvmm.instances import Instance
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    Instance(state("web", keep=True, in_memory=True, upper="/kept/upper.ext4")).end(0, None)
+    assert run("diff", "web") == 125
+    said = capsys.readouterr().err
+    assert "on the disk /kept/upper.ext4" in said
+    assert "--root-mode erofs --write /kept --" in said
+    assert said.count("\n") == 1
+
+
 def test_what_is_kept_outlives_other_runs_and_goes_with_its_keeper(tmp_path: Path) -> None:
     from tinyvmm.scratch import ScratchDirectory, kept_writes, remove_kept
 

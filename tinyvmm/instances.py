@@ -58,6 +58,8 @@ class State(NamedTuple):
     """Whether what it wrote to / was in its own memory."""
     writes: Sequence[Sequence[str]] = ()
     """As `reads`: the directories that keep what it wrote."""
+    upper: str = ""
+    """The disk that keeps it, over a root of EROFS."""
 
     @property
     def running(self) -> bool:

@@ -6,6 +6,7 @@ guest first writes out what it still holds in memory (sync(2)), and is paused wh
 writes to its own memory or disk is read from there, by calls of its kernel, as long as it runs.
 """
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -79,6 +80,12 @@ def _write_trees(state: State) -> list[tuple[str, str]]:
     if kept is not None and not state.in_memory:
         writes.append(("/", kept))
     if not writes and not state.running:
+        if state.upper:
+            raise ConfigError(
+                f"machine {state.name}: what it wrote is on the disk {state.upper}, which is "
+                "looked at while a machine has it: tinyvmm run -d --root-mode erofs --write "
+                f"{os.path.dirname(state.upper)} -- sleep inf"
+            )
         raise ConfigError(
             f"machine {state.name}: what it wrote was in its own memory, or is gone from "
             "TMPDIR; leave out --private-writes guest, --root-mode erofs and --pack /=..., or keep "

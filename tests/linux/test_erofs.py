@@ -2,11 +2,13 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.erofs_reader import make_torture_tree
 from tests.linux.conftest import Runner
+from tests.linux.test_instances import cli, do, ok, run, sh
 from tinyvmm.erofs_root import open_upper
 from tinyvmm.images import kernel_store, kernels
 from tinyvmm.images.erofs.writer import write_image
@@ -79,3 +81,51 @@ def test_linux_finds_no_difference_and_what_is_written_is_kept(
     again = guest.run(*map(str, root), "--kernel", cloud.version, "--", "sh", "-c", AGAIN)
     assert again.stderr == b""
     assert again.stdout == b"kept\n300\n1\n640\n0\n"
+
+
+WRITE = "echo new > /srv/new; rm /etc/passwd /t/a; mv /t/sub /t/moved"
+CHANGES = """\
+C /etc
+D /etc/passwd
+C /srv
+A /srv/new
+C /t
+D /t/a
+A /t/moved
+A /t/moved/b
+D /t/sub
+"""
+NAMES = (
+    "etc/ etc/.wh.passwd srv/ srv/new t/ t/.wh.a t/.wh.sub t/moved/ t/moved/.wh..wh..opq t/moved/b"
+)
+
+
+def test_what_is_written_over_it_is_listed_and_committed_from_ram_and_from_a_disk(
+    guest: Runner,
+) -> None:
+    top = guest.directory("erofs-writes")
+    read, kept = top / "read", top / "kept"
+    (read / "sub").mkdir(parents=True)
+    (read / "a").write_text("a")
+    (read / "sub/b").write_text("b")
+    kept.mkdir()
+    open_upper(str(kept)).close()  # made here, where it is quick
+    script: list[tuple[dict[str, Any], Any]] = []
+    for name, more in (("ram", ()), ("disk", ("--write", str(kept)))):
+        root = ("--root-mode", "erofs", "--memory", "512M", "--read", f"/t={read}", *more)
+        script += [
+            (run("-d", "--name", name, *root, "--", "sleep", "1000"), ok(f"{name}\n")),
+            (cli("exec", name, "--", "sh", "-ec", WRITE), ok()),
+            (cli("diff", name), ok(CHANGES)),
+            (cli("commit", name, "-o", f"/tmp/{name}.tar"), 0),
+            (sh(f"tar -tf /tmp/{name}.tar | LC_ALL=C sort"), ok("\n".join(NAMES.split()) + "\n")),
+            (cli("kill", name), 0),
+            (cli("wait", name), ok("137\n")),
+            (cli("diff", name), 125),
+        ]
+    found = do(guest, [step for step, _ in script])
+    for (step, expected), got in zip(script, found, strict=True):
+        seen = got["status"] if isinstance(expected, int) else got
+        assert seen == expected, (step, got)
+    assert "was in its own memory" in found[7]["stderr"]
+    assert f"on the disk {kept}/upper.ext4" in found[15]["stderr"]

@@ -86,6 +86,7 @@ def _run(
             or over_disk
             or any(guest == "/" for guest, _ in options.packs),
             writes=() if over_disk else tuple(options.writes),
+            upper=_upper_disk(options.writes[0][1]) if over_disk and options.writes else "",
         )
     )
     options = options._replace(keep_writes=instance.file(WRITES))
@@ -123,6 +124,12 @@ def _run(
     finally:
         instance.end(result.status, result.message, supervisor.last_console)
     return result
+
+
+def _upper_disk(directory: str) -> str:
+    from tinyvmm.erofs_root import UPPER_FILE
+
+    return os.path.join(directory, UPPER_FILE)
 
 
 def _logging(log: "OutputLog", stream: str) -> Callable[[bytes], None]:

@@ -34,7 +34,7 @@ MEMORY_MIB = 1024
 SUBJECTS = ("9p", "erofs", "QEMU 9p", "QEMU ext4")
 CMDLINE = "console=ttyS0 quiet panic=-1 no_timer_check pci=noearly"
 QEMU_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_blk", "crc32c_generic?")
-FILES, SOURCES = 1000, 6  # of the repository, of the C project
+FILES, SOURCES = 1000, 3  # of the repository, of the C project
 IMPORTS = """
 abc argparse array ast base64 bisect bz2 calendar cmd codecs collections configparser contextlib
 copy csv ctypes dataclasses datetime decimal difflib email.message enum fractions functools getpass

@@ -179,6 +179,53 @@ def test_overlays_are_found_by_what_process_1_holds_open(
         uppers(guest)
 
 
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """A real overlay over `read`, its upper directory as under a root of EROFS: where it is."""
+    read, scratch, merged = (tmp_path / name for name in ("read", "scratch", "merged"))
+    for path in (read / "etc", read / "t/sub", scratch / "upper", scratch / "work", merged):
+        path.mkdir(parents=True)
+    for name in ("etc/passwd", "t/a", "t/sub/b"):
+        (read / name).write_text(name)
+    layers = f"lowerdir={read},upperdir={scratch}/upper,workdir={scratch}/work,redirect_dir=on"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(merged)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no overlay here: {done.stderr}")
+    yield merged
+    subprocess.run(["umount", "-l", merged], check=True)
+
+
+@needs_root
+def test_what_overlayfs_writes_is_found_behind_an_open_upper_directory(
+    guest: Guest, overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (overlay / "etc/new").write_text("new")
+    (overlay / "etc/passwd").unlink()
+    (overlay / "t/a").unlink()
+    (overlay / "t/sub").rename(overlay / "t/moved")
+    fd = os.open(tmp_path / "scratch/upper", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        monkeypatch.setattr(guest_writes, "_FD", f"/proc/{os.getpid()}/fd")
+        monkeypatch.setattr(
+            guest_writes, "read_file", lambda g, _, n: read_file(g, "/proc/self/mountinfo", n)
+        )
+        assert (str(overlay), f"/proc/{os.getpid()}/fd/{fd}/.") in uppers(guest)
+        found = list_guest_changes(guest, [(str(overlay), str(tmp_path / "read"))])
+        assert [line.replace(str(overlay), "") for line in lines(found)] == [
+            "C /etc",
+            "A /etc/new",
+            "D /etc/passwd",
+            "C /t",
+            "D /t/a",
+            "A /t/moved",
+            "A /t/moved/b",
+            "D /t/sub",
+        ]
+    finally:
+        os.close(fd)
+
+
 def test_process_1_holds_the_upper_directories_of_its_overlays_open() -> None:
     root = [
         *root_mounts(None, "guest"),

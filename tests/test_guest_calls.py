@@ -6,7 +6,9 @@ import socket
 import stat
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -242,6 +244,20 @@ def test_a_guests_answers_are_not_believed(answer: bytes | None, says: str) -> N
 
     with hostile(play) as guest, pytest.raises(ConfigError, match=says):
         guest.do(read(3, 100))
+    done.set()
+
+
+def test_what_is_said_unasked_does_not_pile_up() -> None:
+    """Answers to questions yet to come, far more of them than are taken."""
+    done = threading.Event()
+
+    def play(sock: socket.socket) -> None:
+        with suppress(OSError):
+            sock.sendall(ANSWER.pack(0, 0) * 1_000_000)
+        done.wait(10)
+
+    with hostile(play) as guest, pytest.raises(ConfigError, match="not asked"):
+        deque((guest.do(close(3)) for _ in range(1000)), maxlen=0)
     done.set()
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import socket
 import stat
 import struct
 import subprocess
@@ -15,13 +16,15 @@ from typing import Any, cast
 import pytest
 
 from tests.calls_here import MachineHere, start
-from tinyvmm import tree_tar
+from tinyvmm import guest_calls, tree_tar
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi
 from tinyvmm.guest.calls import REQUEST
-from tinyvmm.guest_calls import STAT, Answer, Call, Guest, openat
+from tinyvmm.guest_calls import STAT, Answer, Call, Guest, openat, parse_stat
 from tinyvmm.guest_files import DEPTH_MAX, put, walk
+from tinyvmm.guest_processes import processes
+from tinyvmm.guest_writes import uppers
 from tinyvmm.tree_entries import Entry, save, walk_host
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="owners are root's business")
@@ -302,6 +305,95 @@ def test_a_tree_without_end_is_given_up() -> None:
 
     with pytest.raises(ConfigError, match="given up"):
         list(walk(cast("Guest", Invented(wide)), "/"))
+
+
+@pytest.mark.parametrize(
+    "names", [dirent(b".") + dirent(b".."), dirent(b"a") * 4000], ids=["none", "same"]
+)
+def test_a_directory_that_has_no_end_is_given_up(
+    names: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of names that are left out, or the same ones again and again."""
+    monkeypatch.setattr(guest_calls, "ENTRIES_MAX", 10_000)
+    asked = 0
+
+    def answer(number: int, _call: Call) -> tuple[int, bytes]:
+        nonlocal asked
+        if number == abi.SYS_GETDENTS64:
+            asked += 1
+            assert asked < 20_000, "it goes on for ever"
+            return 1, names
+        return (0, status(stat.S_IFDIR)) if number == abi.SYS_NEWFSTATAT else (0, b"")
+
+    guest = cast("Guest", Invented(answer))
+    for look in (lambda: list(walk(guest, "/")), lambda: processes(guest), lambda: uppers(guest)):
+        asked = 0
+        with pytest.raises(ConfigError, match="given up"):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("passwd", "numbers"),
+    [(b"x:x:" + b"9" * 5000 + b":\n", b"1"), (b"", b"9" * 400)],
+    ids=["uid", "time"],
+)
+def test_numbers_beyond_all_measure_are_none(passwd: bytes, numbers: bytes) -> None:
+    """Python makes no number of more than 4300 digits, and no float of one of 400."""
+    answers = {"/etc/passwd": passwd, "/proc/7/stat": b"7 (x) S 1" + (b" " + numbers) * 30}
+    name, times = "", 0
+
+    def answer(number: int, call: Call) -> tuple[int, bytes]:
+        nonlocal name, times
+        if number == abi.SYS_OPENAT:
+            name, times = call.what, 0
+        times += 1
+        if number == abi.SYS_GETDENTS64:
+            return 1, dirent(b"7") if times == 2 else b""
+        if number == abi.SYS_NEWFSTATAT:
+            return 0, status(stat.S_IFDIR)
+        return 0, answers.get(name, b"") if number == abi.SYS_READ and times == 2 else b""
+
+    guest = cast("Guest", Invented(answer))
+    if passwd:
+        assert [(p.pid, p.user) for p in processes(guest)] == [(7, "0")]
+    else:
+        with pytest.raises(ConfigError, match="/proc/7/stat is none"):
+            processes(guest)
+
+
+def test_a_stat_that_no_kernel_gives_is_refused() -> None:
+    good = list(STAT.unpack(status(stat.S_IFREG)))
+    assert parse_stat(STAT.pack(*good)).size == 0
+    for index, value in ((4, 0xFFFF_FFFF), (5, 0xFFFF_FFFF), (6, 1 << 32), (7, -1), (11, 10**9)):
+        bad = good.copy()
+        bad[index] = value
+        with pytest.raises(ConfigError, match="no struct stat"):
+            parse_stat(STAT.pack(*bad))
+
+
+def test_an_archive_holds_what_a_record_can_name() -> None:
+    names = ("user.a", "user.\udcff", "user.b=c", "user.ü")
+    entry = file("f", xattrs=dict.fromkeys(names, b"\xff"))
+    out = io.BytesIO()
+    tree_tar.write([directory(), entry], "top", out)
+    out.seek(0)
+    found = [e.xattrs for e in tree_tar.read(out)][-1]
+    assert found == {"user.a": b"\xff", "user.ü": b"\xff"}
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_name_does_nothing_to_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dir").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "dir/\x1b[2J\x9b1m"))
+        assert main(["cp", f"web:{tmp_path}/dir", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (
+        "tinyvmm: \\x1b[2J\\x9b1m is a device or a socket: left out\n"
+    )
+    assert main(["cp", "web:/none\x1b[2J", str(tmp_path / "out")]) == 125
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_a_file_is_no_longer_than_it_said(tmp_path: Path) -> None:

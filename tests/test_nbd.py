@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -183,6 +184,21 @@ def test_who_says_nothing_is_hung_up_on(server: NbdServer, monkeypatch: pytest.M
     monkeypatch.setattr(nbd, "GREETING", 0.2)
     with Client(server) as client:
         assert client.ended()
+
+
+def test_who_says_little_at_a_time_is_hung_up_on_too(
+    server: NbdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd, "GREETING", 0.5)
+    with Client(server) as client:
+        client.sock.sendall(struct.pack(">8sII", b"IHAVEOPT", 3, 4000))
+        for _ in range(400):
+            try:
+                client.sock.sendall(b"x")
+            except OSError:
+                return  # it has had enough
+            time.sleep(0.05)
+        pytest.fail("it is still listening")
 
 
 def test_clients_beyond_the_limit_wait(server: NbdServer) -> None:

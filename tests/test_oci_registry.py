@@ -456,6 +456,25 @@ def test_a_registry_without_ranges_is_asked_for_all_of_it_again(
     assert ranges(seen, digest) == [None, "bytes=50000-"]
 
 
+def test_a_registry_that_will_not_go_on_is_given_up(
+    store: Store, pushed: tuple[str, str, int]
+) -> None:
+    host, digest, _ = pushed
+
+    def harm(proxy: Proxy, answer: http.client.HTTPResponse, body: bytes) -> bool:
+        if not is_layer(proxy, digest):
+            return False
+        if "Range" not in proxy.headers:
+            return cut(proxy, answer, body, 1000)
+        answer.status = 416
+        assert len(seen) < 50, "asked for ever"
+        proxy.pass_on(answer, b"", 0)
+        return True
+
+    with harmful(host, harm) as (proxy, seen), pytest.raises(ConfigError, match="416"):
+        pull(f"{proxy}/harm/app:1", store)
+
+
 def test_a_layer_that_is_not_what_its_digest_says_is_refused(
     store: Store, pushed: tuple[str, str, int]
 ) -> None:

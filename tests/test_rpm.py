@@ -3,6 +3,7 @@
 import gzip
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -162,6 +163,21 @@ def test_what_is_wrong_with_a_package_is_one_line(data: bytes, why: str, tmp_pat
     assert "\n" not in str(caught.value)
     outside = {p.name for p in tmp_path.iterdir()}
     assert outside == {"x.rpm", "draft"}
+
+
+def test_tags_that_are_all_one_long_text_take_no_room(tmp_path: Path) -> None:
+    many, text = 100, bytes([0x78]) * (4 << 20)
+    index = b"".join(struct.pack(">IIII", tag, 6, 0, 1) for tag in range(1125, 1125 + many))
+    header = struct.pack(">4s4xII", b"\x8e\xad\xe8\x01", many, len(text)) + index + text
+    path = tmp_path / "x.rpm"
+    path.write_bytes(b"\xed\xab\xee\xdb" + bytes(92) + header + bytes(-len(header) % 8) + header)
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file:
+            assert rpm.read_compressor(str(path), file) == "x" * 64
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_names_of_one_file_all_have_its_contents(tmp_path: Path) -> None:

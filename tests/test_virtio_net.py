@@ -560,6 +560,9 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.net.tap import Tap
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 tap = Tap("probe0")
+for features in range(0, 1 << 13, 2):  # of whatever a driver may accept
+    if not features & ~0x182:
+        tap.use(features)
 tap.use(0)
 for command in ("address add 192.0.2.1/24 dev probe0", "link set probe0 up",
                 "neigh add 192.0.2.2 lladdr 52:54:00:12:34:56 dev probe0"):
@@ -617,6 +620,13 @@ for name, more, several, words in (("one0", (), True, "leave queues= out"),
     else:
         raise AssertionError(name)
 Tap("many0", several=True).close()
+taken = [Tap("many0", several=True) for _ in range(2)]
+subprocess.run(["ip", "link", "del", "many0"], check=True)
+taken[0].use(0x182)
+taken[1].enable(on=False)
+taken[1].enable(on=True)
+for tap in taken:
+    tap.close()
 print("good")
 """
 

@@ -33,9 +33,12 @@ from tinyvmm.guest.calls import ANSWER, ARENA, ARENA_LEN, OUT_IS_RESULT, REQUEST
 
 PIECE = 1 << 17
 """Bytes of a file in one call; a call's data and what it returns fit the arena with it."""
+ENTRIES_MAX = 1 << 20
+"""Of one directory."""
 PATIENCE = 60.0  # seconds without a word from the guest
 _CALLS_AHEAD, _BYTES_AHEAD = 64, 1 << 20  # that are sent before their answers are there
 _ERRNO_MAX = 4095
+NO_ID = 0xFFFF_FFFF
 
 
 class Slot(int):
@@ -180,6 +183,8 @@ class Guest:
                     done = waiting.popleft()
                     ahead -= len(done.data) + done.out_max
                     yield answer
+                if self._received and not waiting:  # nothing is said unasked, or it would pile up
+                    raise ConfigError("the guest answered what was not asked")
         finally:
             if waiting:
                 self.close()
@@ -415,7 +420,9 @@ def parse_stat(data: bytes) -> Stat:
     if len(data) != STAT.size:
         raise ConfigError("the guest answered with no struct stat")
     dev, ino, nlink, mode, uid, gid, rdev, size, _, blocks, *times = STAT.unpack(data)
-    if size < 0 or not all(0 <= nanoseconds < 10**9 for nanoseconds in times[1::2]):
+    # A device's number has 32 bits (new_encode_dev(), <linux/kdev_t.h>), and nobody is -1.
+    right = size >= 0 and rdev < 1 << 32 and NO_ID not in {uid, gid}
+    if not right or not all(0 <= nanoseconds < 10**9 for nanoseconds in times[1::2]):
         raise ConfigError("the guest answered with no struct stat")
     atime, mtime = (times[n] * 10**9 + times[n + 1] for n in (0, 2))
     return Stat(dev, ino, nlink, mode, uid, gid, rdev, size, blocks, atime, mtime)
@@ -441,13 +448,18 @@ def parse_entries(data: bytes) -> list[str]:
 
 
 def entries(guest: Guest, path: str) -> Iterator[str]:
-    """Yield the names in a directory, which a guest may let go on for ever. OSError if it is none.
+    """Yield the names in a directory. OSError if it is none, ConfigError if it has no end.
 
     Whoever leaves the loop before its end leaves it open in the guest until the connection ends.
     """
     fd = guest.do(openat(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)).result
+    count = 0
     while found := guest.do(getdents64(fd)).data:
-        yield from parse_entries(found)
+        names = parse_entries(found)
+        count += len(names) or 1  # a piece may hold . and .. only
+        if count > ENTRIES_MAX:
+            raise ConfigError(f"more than {ENTRIES_MAX} files in the guest: given up at {path}")
+        yield from names
     guest.do(close(fd))
 
 

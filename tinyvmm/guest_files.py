@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest_calls import (
+    ENTRIES_MAX,
     PIECE,
     Call,
     Guest,
@@ -48,7 +49,6 @@ from tinyvmm.guest_calls import (
 )
 from tinyvmm.tree_entries import Entry, Path, Pieces, no_pieces
 
-ENTRIES_MAX = 1 << 20
 DEPTH_MAX = 200
 _XATTRS_MAX = 64  # of one file
 _FILE = Slot(1)

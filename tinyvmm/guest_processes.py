@@ -1,6 +1,7 @@
 """The processes of a guest that runs, read from its /proc (proc(5)) by calls of its kernel."""
 
 import os
+import re
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -22,6 +23,7 @@ _HERTZ = 100  # USER_HZ of x86, <asm/param.h>
 _PAGE_LEN = 4096
 _PASSWD_MAX = 1 << 20
 _COMMAND_MAX = 4096
+_UID = re.compile(r"[0-9]{1,10}")
 
 
 class Process(NamedTuple):
@@ -85,7 +87,7 @@ def _parse(pid: int, uid: int, user: str, stat: bytes, command: bytes) -> Proces
     fields = rest.split()
     try:
         state, ppid = fields[0].decode("ascii"), int(fields[1])
-        utime, stime, start, pages = (int(fields[number]) for number in (11, 12, 19, 21))
+        utime, stime, start, pages = (_count(fields[number]) for number in (11, 12, 19, 21))
     except (IndexError, ValueError):
         raise ConfigError(f"the guest's /proc/{pid}/stat is none") from None
     words = command.rstrip(b"\0").replace(b"\0", b" ") or b"[" + name + b"]"
@@ -102,6 +104,14 @@ def _parse(pid: int, uid: int, user: str, stat: bytes, command: bytes) -> Proces
     )
 
 
+def _count(field: bytes) -> int:
+    """Return a number of 64 bits at most; ValueError if it is none."""
+    number = int(field)
+    if number.bit_length() > 64:
+        raise ValueError(f"{field!r} has more than 64 bits")
+    return number
+
+
 def users(guest: Guest) -> dict[int, str]:
     """Return the names in the guest's /etc/passwd (passwd(5)), none if it has no such file."""
     try:
@@ -111,6 +121,6 @@ def users(guest: Guest) -> dict[int, str]:
     names: dict[int, str] = {}
     for line in text.splitlines():
         name, *rest = line.split(":")
-        if len(rest) > 1 and rest[1].isascii() and rest[1].isdigit():
+        if len(rest) > 1 and _UID.fullmatch(rest[1]):
             names.setdefault(int(rest[1]), name)
     return names

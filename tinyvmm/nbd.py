@@ -14,6 +14,7 @@ Threads: each connection has one; the disk is asked by all of them, one at a tim
 
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -114,12 +115,14 @@ class NbdConnection:
         self._idle = idle
         self._say = say
         self._room = bytearray()
+        self._deadline: float | None = None  # of the negotiation
 
     def serve(self) -> None:
         """Answer until the client leaves, or `end` is called."""
         try:
-            self._sock.settimeout(GREETING)
+            self._deadline = time.monotonic() + GREETING
             self._negotiate()
+            self._deadline = None
             self._sock.settimeout(self._idle or None)
             while True:
                 self._serve_request(*_request.unpack(self._receive(_request.size)))
@@ -143,6 +146,8 @@ class NbdConnection:
         data = bytearray(count)
         view, done = memoryview(data), 0
         while done < count:
+            if self._deadline is not None:  # a byte now and then is not enough
+                self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
             got = self._sock.recv_into(view[done:])
             if not got:
                 raise _Ended

@@ -1,7 +1,8 @@
 """A tar archive as a stream of entries, and the other way round (tree_entries.py); - of tinyvmm cp.
 
 Archives are read and written once, from beginning to end, so that pipes will do; written in the pax
-format (POSIX.1-2001), with what does not fit it, the holes of files, as zeros.
+format (POSIX.1-2001), with what does not fit it, the holes of files, as zeros. Extended attributes
+whose names are no text, or hold a =, are left out: no record could hold them.
 """
 
 import io
@@ -119,6 +120,7 @@ def write(entries: Iterable[Entry], top: str, file: BinaryIO) -> None:
             member.pax_headers = {
                 _XATTR + name: value.decode(errors="surrogateescape")
                 for name, value in entry.xattrs.items()
+                if is_keyword(name)
             }
             for name, when in (("mtime", entry.mtime_ns), ("atime", entry.atime_ns)):
                 member.pax_headers[name] = format(Decimal(when).scaleb(-9), "f")
@@ -128,6 +130,11 @@ def write(entries: Iterable[Entry], top: str, file: BinaryIO) -> None:
             elif kind == stat.S_IFREG:
                 member.size = entry.size
             archive.addfile(member, _Content(entry))
+
+
+def is_keyword(name: str) -> bool:
+    """Whether a pax record can be of this name: it is UTF-8, and ends where a = is."""
+    return name.isprintable() and "=" not in name
 
 
 class _Content(io.RawIOBase):

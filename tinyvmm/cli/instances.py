@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tinyvmm.cli.values import warn
 from tinyvmm.errors import ConfigError
 
 
@@ -195,7 +196,7 @@ def _each(names: list[str], work: Callable[[str], None]) -> int:
         try:
             work(name)
         except ConfigError as error:
-            print(f"tinyvmm: {error}", file=sys.stderr)
+            warn(str(error))
             failed = 125
     return failed
 

@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.own_argv, args.guest_argv = own, guests
         return cast("int", args.main(args))
     except TinyvmmError as error:
-        print(f"tinyvmm: {error}", file=sys.stderr)
+        from tinyvmm.cli.values import warn
+
+        warn(str(error))
         return STATUS_FAILED
     except KeyboardInterrupt:
         return 130

@@ -2,8 +2,9 @@
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING, Any
+
+from tinyvmm.cli.values import warn
 
 if TYPE_CHECKING:
     from tinyvmm.images.packs import Pack
@@ -71,10 +72,10 @@ def _create(args: argparse.Namespace) -> int:
     if args.machine is not None:
         from tinyvmm.writes import written
 
-        with written(args.machine, _warn) as found:
+        with written(args.machine, warn) as found:
             files = packs.Files(select(found.changes, selection), found.trees)
             source = f"what {args.machine} wrote"
-            _print(packs.create(args.name, files, source, args.format, _warn))
+            _print(packs.create(args.name, files, source, args.format, warn))
         return 0
     from tinyvmm.errors import ConfigError
     from tinyvmm.fileserver.written import list_changes
@@ -84,7 +85,7 @@ def _create(args: argparse.Namespace) -> int:
         raise ConfigError(f"pack create {args.name}: {args.directory} {why}; name a directory")
     trees = [("/", os.path.abspath(args.directory))]
     files = packs.Files(select(list_changes([], trees), selection), trees)
-    _print(packs.create(args.name, files, trees[0][1], args.format, _warn))
+    _print(packs.create(args.name, files, trees[0][1], args.format, warn))
     return 0
 
 
@@ -126,7 +127,3 @@ def _rm(args: argparse.Namespace) -> int:
 
 def _print(pack: "Pack") -> None:
     print(f"{pack.name}  {pack.path}\nsha256:{pack.digest}")
-
-
-def _warn(line: str) -> None:
-    print(f"tinyvmm: {line}", file=sys.stderr)

@@ -28,6 +28,13 @@ def parse_environment(text: str) -> str:
     return f"{name}={os.environ[name]}"
 
 
+def harmless(text: str) -> str:
+    """Return text with what would do something to a terminal spelled out, as of a guest's names."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
+    )
+
+
 def warn(line: str) -> None:
     """Tell the user one thing."""
-    print(f"tinyvmm: {line}", file=sys.stderr, flush=True)
+    print(f"tinyvmm: {harmless(line)}", file=sys.stderr, flush=True)

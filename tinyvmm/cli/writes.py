@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+from tinyvmm.cli.values import warn
 from tinyvmm.errors import ConfigError
 
 _EPILOG = """\
@@ -47,7 +48,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _diff(args: argparse.Namespace) -> int:
     from tinyvmm.writes import written
 
-    with written(args.name, _warn) as found:
+    with written(args.name, warn) as found:
         changes = found.changes
         if args.json:
             records = [{"kind": c.kind, "path": os.fsdecode(c.path)} for c in changes]
@@ -71,15 +72,15 @@ def _commit(args: argparse.Namespace) -> int:
 
     kind = args.output.rpartition(".")[2]
     if kind in packs.KINDS:
-        with written(args.name, _warn) as found:
-            packs.write(packs.Files(found.changes, found.trees), args.output, kind, _warn)
+        with written(args.name, warn) as found:
+            packs.write(packs.Files(found.changes, found.trees), args.output, kind, warn)
         print(f"{args.output}  {os.stat(args.output).st_size} bytes")
         return 0
     if args.output.endswith("/") or os.path.isdir(args.output):
         from tinyvmm.images.changed_tree import write_directory
 
-        with written(args.name, _warn) as found:
-            count = write_directory(found.changes, args.output, _warn)
+        with written(args.name, warn) as found:
+            count = write_directory(found.changes, args.output, warn)
         print(f"{args.output}  {count} entries")
         return 0
     if not args.output.endswith(_LAYERS):
@@ -87,12 +88,8 @@ def _commit(args: argparse.Namespace) -> int:
         raise ConfigError(f"commit -o {args.output}: a name that ends in {ends} says what to make")
     from tinyvmm.images.layer import write_layer
 
-    with written(args.name, _warn) as found:
+    with written(args.name, warn) as found:
         compress = not args.output.endswith(".tar")
-        layer = write_layer(found.changes, args.output, _warn, compress=compress)
+        layer = write_layer(found.changes, args.output, warn, compress=compress)
     print(f"{args.output}  {layer.entries} entries  {layer.size} bytes  {layer.digest}")
     return 0
-
-
-def _warn(line: str) -> None:
-    print(f"tinyvmm: {line}", file=sys.stderr)

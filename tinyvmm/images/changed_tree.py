@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.ownership import Owner
 from tinyvmm.fileserver.written import DELETED, Change
-from tinyvmm.images.oci.tree_writer import Attributes, TreeWriter
+from tinyvmm.images.oci.tree_writer import Attributes, TreeWriter, clamp_time
 
 _PIECE = 1 << 20
 
@@ -72,7 +72,7 @@ def _add(
         warn(f"{os.fsdecode(change.path)} is a socket, where nobody listens any more: left out")
         return 0
     owner = Owner(st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode))
-    attributes = Attributes(owner, st.st_mtime_ns, change.xattrs())
+    attributes = Attributes(owner, clamp_time(st.st_mtime_ns), change.xattrs())
     first = path
     if kind != stat.S_IFDIR and st.st_nlink > 1:
         first = linked.setdefault((st.st_dev, st.st_ino), path)

@@ -19,6 +19,7 @@ from typing import IO, NamedTuple, Protocol, cast
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.whiteout import NAME_OPAQUE, NAME_PREFIX
 from tinyvmm.fileserver.written import DELETED, Change
+from tinyvmm.tree_tar import is_keyword
 
 _TYPES = {
     stat.S_IFREG: tarfile.REGTYPE,
@@ -121,7 +122,10 @@ def _add(
     info.mode = stat.S_IMODE(st.st_mode)
     info.uid, info.gid = st.st_uid, st.st_gid
     info.mtime = st.st_mtime_ns // 10**9
-    records = {XATTR_RECORD + _shown(n): _shown(v) for n, v in sorted(change.xattrs().items())}
+    xattrs = [(_shown(name), _shown(value)) for name, value in sorted(change.xattrs().items())]
+    records = {XATTR_RECORD + name: value for name, value in xattrs if is_keyword(name)}
+    if len(records) < len(xattrs):
+        warn(f"{os.fsdecode(change.path)}: attributes whose names a layer cannot hold are left out")
     if st.st_mtime_ns % 10**9:
         records["mtime"] = f"{info.mtime}.{st.st_mtime_ns % 10**9:09}"
     info.pax_headers = records

@@ -33,7 +33,9 @@ HEADER_LEN_MAX = 64 << 20  # rpm's own limit is 256 MiB; a kernel's is below 2
 ENTRIES_MAX = 1 << 16
 RPMTAG_PAYLOADFORMAT = 1124
 RPMTAG_PAYLOADCOMPRESSOR = 1125
+_WANTED = {RPMTAG_PAYLOADFORMAT, RPMTAG_PAYLOADCOMPRESSOR}
 RPM_STRING_TYPE = 6
+STRING_LEN_MAX = 64
 CPIO_MAGICS = (b"070701", b"070702")
 CPIO_STRIPPED = b"07070X"  # sizes are in the header: files of 4 GiB and more
 CPIO_HEADER_LEN = 110
@@ -94,7 +96,7 @@ def read_compressor(path: str, file: IO[bytes]) -> str:
 
 
 def _read_header(path: str, file: IO[bytes], *, aligned: bool) -> dict[int, str]:
-    """Return the string tags of the header structure that comes next."""
+    """Return what we want of the string tags of the header structure that comes next."""
     head = file.read(HEADER.size)
     if len(head) < HEADER.size:
         raise PackageError(path, "is cut short; download it again")
@@ -107,8 +109,9 @@ def _read_header(path: str, file: IO[bytes], *, aligned: bool) -> dict[int, str]
         raise PackageError(path, "is cut short; download it again")
     strings = {}
     for tag, kind, offset, _count in ENTRY.iter_unpack(index):
-        if kind == RPM_STRING_TYPE:
-            strings[tag] = data[offset:].partition(b"\0")[0].decode("utf-8", "replace")
+        if kind == RPM_STRING_TYPE and tag in _WANTED:  # others may all be one that is endless
+            text = data[offset : offset + STRING_LEN_MAX].partition(b"\0")[0]
+            strings[tag] = text.decode("utf-8", "replace")
     return strings
 
 

@@ -102,14 +102,26 @@ class Tap:
     def use(self, features: int) -> None:
         """Let the host's kernel leave to the guest what the guest offered to do."""
         flags = sum(flag for feature, flag in _OFFLOADS if features & feature)
-        fcntl.ioctl(self.fd, TUNSETOFFLOAD, flags)
+        if not flags & TUN_F_CSUM:
+            flags = (
+                0  # a driver has to accept this for the others (5.1.3.1), and the kernel insists
+            )
+        self._set(TUNSETOFFLOAD, flags)
 
     def enable(self, *, on: bool) -> None:
         """See Backend.enable."""
         if self._several and on != self._enabled:
             self._enabled = on
             flags = IFF_ATTACH_QUEUE if on else IFF_DETACH_QUEUE
-            fcntl.ioctl(self.fd, TUNSETQUEUE, struct.pack("16sH22x", b"", flags))
+            self._set(TUNSETQUEUE, struct.pack("16sH22x", b"", flags))
+
+    def _set(self, request: int, argument: int | bytes) -> None:
+        try:
+            fcntl.ioctl(self.fd, request, argument)
+        except OSError as error:
+            if error.errno not in {errno.EBADFD, errno.EINVAL}:
+                raise
+            self.pump.want_read(False)  # it was taken away
 
     def close(self) -> None:
         """Stop, and let go of the interface."""

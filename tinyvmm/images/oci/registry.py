@@ -126,12 +126,14 @@ class RegistrySource:
 
     def _retried_while_it_comes(self, what: str, attempt: Callable[[], None], partial: str) -> None:
         """Try again as `retried` does, but count only tries that brought nothing."""
+        again = True
         while True:
             before = os.path.getsize(partial) if os.path.exists(partial) else 0
             try:
                 self._transport.retried(what, attempt)
             except AnswerError as error:
-                if error.status == 416 and before:  # a beginning that is none
+                if error.status == 416 and before and again:  # a beginning that is none
+                    again = False  # or a registry could have us begin for ever
                     os.unlink(partial)
                     continue
                 raise

@@ -17,6 +17,7 @@ HEADERS = [
     "fcntl.h",
     "sys/mman.h",
     "linux/mount.h",
+    "sys/mount.h",
     "poll.h",
     "signal.h",
     "sys/signalfd.h",
@@ -27,6 +28,8 @@ HEADERS = [
     "linux/sockios.h",
     "linux/if.h",
     "linux/route.h",
+    "linux/vm_sockets.h",
+    "netinet/tcp.h",
     "linux/reboot.h",
 ]
 

@@ -91,6 +91,7 @@ ROOT_MODES = ("9p", "erofs", "auto")
 DISK_MODULES = ("virtio_blk", "crc32c_generic?", "ext4")
 NET_MODULES = ("virtio_net",)
 GUEST_CID = 3  # where nothing else is asked for
+UNSENT_MS = 10_000  # for peers that acknowledge late what the command sent; docs/network.md
 OVERLAY_MODULES = (*MODULES, "overlay")  # with private_writes="guest"
 _TAIL_LEN = 4096  # of the kernel's console, kept for the report of a panic
 _PANIC = b"Kernel panic"
@@ -804,6 +805,8 @@ def _init_config(
         merged=options.merged,
         idle=not options.argv,
         own_init=options.own_init,
+        # An init of the root's own shuts down as it likes.
+        unsent_ms=0 if options.net is None or options.own_init else UNSENT_MS,
         # The end of the run is ours to make: on its way down Linux resets its devices, and what we
         # had not yet taken from their queues would be gone.
         await_goodbye=True,

@@ -146,6 +146,11 @@ RTF_UP = 1 << 0
 RTF_GATEWAY = 1 << 1
 SIZEOF_IFREQ = 40
 
+# <linux/tcp.h>, <netinet/tcp.h>; include/net/tcp_states.h
+TCP_FIN_WAIT1 = 4
+TCP_LAST_ACK = 9
+TCP_CLOSING = 11
+
 # <linux/reboot.h>
 LINUX_REBOOT_MAGIC1 = 0xFEE1DEAD
 LINUX_REBOOT_MAGIC2 = 0x28121969

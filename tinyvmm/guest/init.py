@@ -6,15 +6,17 @@ initramfs. That program
 1. mounts /dev, inserts the kernel modules and opens its four ports to the host;
 2. mounts the root, moves into it, and mounts there what every program expects (/proc, /dev/pts...);
 3. starts the command on pipes or on a terminal, and carries bytes between those and the ports;
-4. when the command ends, ends every other process, reports, and powers the machine off.
+4. when the command ends, ends every other process, waits for TCP to send what they wrote if there
+   is a network, reports, and powers the machine off.
 
 Where the command is the root's own init (`own_init`), that becomes PID 1 and step 3 is done by a
 child of it, for as long as it lets it live; the machine ends when that init powers it off.
 
 How to read it: parts 1 and 2 are a table, `setup_steps`: one `Step` is one system call (steps.py).
 A step that fails ends the guest and tells the host its index, which `describe_step` puts into
-words. Parts 3 and 4 are loops, in relay.py; what is said to the host is in protocol.py, and how in
-report.py. Meanwhile the host may send programs to start beside the command: programs.py.
+words. Parts 3 and 4 are loops, in relay.py, but for that wait, in unsent.py; what is said to the
+host is in protocol.py, and how in report.py. Meanwhile the host may send programs to start beside
+the command: programs.py.
 
 Strings are str (surrogateescape) as from os.fsdecode. The host's half is session.py.
 """
@@ -165,6 +167,8 @@ class InitConfig(NamedTuple):
     """Write dirty data back before reporting the end."""
     own_init: bool = False
     """Whether the command is an init of the root's own: it becomes PID 1, and we its child."""
+    unsent_ms: int = 0
+    """How long to wait, at the end, for TCP's peers to acknowledge what they were sent; 0: not."""
     await_goodbye: bool = False
     """Power off only when the host says GOODBYE or closes the control port."""
     port_prefix: str | None = None
@@ -398,6 +402,7 @@ def build_init(config: InitConfig) -> bytes:
             idle=config.idle,
             own_init=config.own_init,
             sync=config.sync,
+            unsent_ms=config.unsent_ms,
             await_goodbye=config.await_goodbye,
         ),
     )

@@ -26,7 +26,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tinyvmm.guest import abi, programs, report
+from tinyvmm.guest import abi, programs, report, unsent
 from tinyvmm.guest.asm import (
     Address,
     at,
@@ -107,6 +107,8 @@ class Command(NamedTuple):
     """Whether the guest is there for this command, and ends with it: so it is for PID 1."""
     own_init: bool = False
     """Whether the command is an init, and becomes PID 1: we go on as its child."""
+    unsent_ms: int = 0
+    """How long to wait at the end for what TCP has still to send (unsent.py); 0 for not."""
 
 
 class Relay(NamedTuple):
@@ -170,6 +172,8 @@ def emit(p: Program, command: Command) -> None:
     _read_control(p, command)
     if command.alone:
         programs.emit(p)
+    if command.unsent_ms:
+        unsent.emit(p, command.unsent_ms, terminal=command.terminal)
     report.emit(p)
 
 
@@ -339,6 +343,8 @@ def _end(p: Program, command: Command) -> None:
     p.label("end")
     if command.alone:
         p.system_call(abi.SYS_KILL, -1, abi.SIGKILL)
+        if command.unsent_ms:
+            p.call("await acknowledged")
         if command.sync:
             p.system_call(abi.SYS_SYNC)
     p.mov(edi, EXITED)

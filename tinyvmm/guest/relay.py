@@ -558,7 +558,8 @@ def _read_control(p: Program, command: Command) -> None:
 
     p.label("signal")
     p.mov(edi, dword["command"])
-    if command.own_init:  # to it alone: what a signal means is the init's to say
+    # An init alone says what a signal means; an idle process may not have a group yet.
+    if command.own_init or command.idle:
         p.system_call(abi.SYS_KILL, rdi, dword[at("incoming") + 4])
         p.ret()
         return

@@ -24,6 +24,9 @@ def manifest(argv: list[str], **machine: object) -> tuple[int, set[str]]:
 
 
 if __name__ == "__main__":
-    status, files = manifest(sys.argv[1:])
+    try:
+        status, files = manifest(sys.argv[1:])
+    except tinyvmm.TinyvmmError as error:
+        sys.exit(f"build_manifest: {error}")
     print("\n".join(sorted(files)))
     sys.exit(status)

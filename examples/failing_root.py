@@ -38,4 +38,7 @@ class Failing:
 if __name__ == "__main__":
     # Without a cache in the guest an error is that of the very read(2) or write(2).
     failing = Failing(FAILS, ROOM)
-    sys.exit(tinyvmm.run(sys.argv[1:], on_access=failing, cache="none").returncode)
+    try:
+        sys.exit(tinyvmm.run(sys.argv[1:], on_access=failing, cache="none").returncode)
+    except tinyvmm.TinyvmmError as error:
+        sys.exit(f"failing_root: {error}")

@@ -22,4 +22,7 @@ def write_diff(argv: list[str], **machine: object) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(write_diff(sys.argv[1:])))
+    try:
+        print("\n".join(write_diff(sys.argv[1:])))
+    except tinyvmm.TinyvmmError as error:
+        sys.exit(f"write_diff: {error}")

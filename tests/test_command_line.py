@@ -83,7 +83,8 @@ def test_the_command_line_comes_first() -> None:
     ("variable", "value", "says"),
     [
         ("TINYVMM_MEMORY", "much", "no size"),
-        ("TINYVMM_CPUS", "two", "no such value"),
+        ("TINYVMM_CPUS", "two", "1 or more"),
+        ("TINYVMM_CPUS", "0", "1 or more"),
         ("TINYVMM_TRANSPORT", "isa", "pci, mmio"),
         ("TINYVMM_DETACH", "perhaps", "1 or 0"),
         ("TINYVMM_READ", "'/a", "quot"),
@@ -103,6 +104,11 @@ def test_a_bad_value_names_its_variable(
     told = capsys.readouterr().err
     assert f"{variable}={value}" in told
     assert told.count("\n") == 1
+
+
+def test_a_value_that_is_no_number_names_its_variable() -> None:
+    with pytest.raises(ConfigError, match="TINYVMM_TIME=soon: no such value"):
+        arguments("stop web", TINYVMM_TIME="soon")
 
 
 def test_every_long_option_has_a_variable() -> None:

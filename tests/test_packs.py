@@ -1,5 +1,6 @@
 """Packs: made, fetched over real HTTP, kept by name, and served or mounted as what they were."""
 
+import errno
 import http.server
 import json
 import os
@@ -261,6 +262,20 @@ def test_a_directory_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]
     assert packs.list_() == []
 
 
+def test_what_cannot_be_read_is_the_directorys_fault_and_not_the_stores(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tools: Path
+) -> None:
+    def write(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", b"/proc/self/fd/5")
+
+    monkeypatch.setattr(packs, "write", write)
+    assert create("x", str(tools)) == 125
+    assert capsys.readouterr().err == (
+        f"tinyvmm: pack create x: not all of {tools} can be read (Permission denied): "
+        "--exclude what cannot\n"
+    )
+
+
 # --- fetching ------------------------------------------------------------------------------------
 
 
@@ -337,7 +352,7 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(
         ("ftp://x/y", "0" * 64, "begins with file: or http:"),
         ("tools.erofs", None, "begins with file: or http:"),
         ("http://x/y", "123", "no SHA-256"),
-        ("file:///nothing/there", None, "No such file"),
+        ("file:///nothing/there", None, "there: No such file"),
         ("http://127.0.0.1:1/x", "0" * 64, "refused"),
         ("http:///x", "0" * 64, "pack get"),
     ],

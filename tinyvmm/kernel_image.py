@@ -106,7 +106,7 @@ def open_kernel(path: str) -> tuple[int, os.stat_result]:
     """Open a kernel file and stat it; ConfigError if it cannot be read or is no regular file."""
     import stat
 
-    hint = "give --kernel a vmlinuz or vmlinux file"
+    hint = "give a vmlinuz or vmlinux file"
     try:
         # O_NONBLOCK: a FIFO is refused below, not waited for
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -374,5 +374,5 @@ def not_a_kernel(path: str) -> ConfigError:
     """Return the error for a file of another kind."""
     return ConfigError(
         f"kernel {path}: is not a Linux kernel (neither bzImage nor ELF vmlinux for x86-64); "
-        "give --kernel a vmlinuz or vmlinux file"
+        "give a vmlinuz or vmlinux file"
     )

@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--workdir", metavar="DIR", help="where the command starts (default: as the machine's)")
     add("--timeout", type=parse_seconds, metavar="S", help="give up after S seconds, status 124")
     add("name", metavar="NAME", help="of the machine")
-    add("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    add("argv", metavar="CMD", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> int:

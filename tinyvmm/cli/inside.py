@@ -65,8 +65,8 @@ def _side(text: str) -> tuple[str, str] | None:
 def _cp(args: argparse.Namespace) -> int:
     source, dest = _side(args.source), _side(args.dest)
     if (source is None) == (dest is None):
-        which = "neither" if source is None else "both"
-        raise ConfigError(f"{which} of the two is NAME:PATH; one has to be")
+        which = "neither is" if source is None else "both are"
+        raise ConfigError(f"{args.source} and {args.dest}: {which} NAME:PATH; one has to be")
     from tinyvmm.exec_client import connect
     from tinyvmm.guest_calls import open_guest
 

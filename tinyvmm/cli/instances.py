@@ -82,7 +82,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     named(control)
     control.add_argument("method", metavar="METHOD", help="see docs/control.md")
-    control.add_argument("params", metavar="KEY=VALUE", nargs="*", help="its parameters")
+    control.add_argument(
+        "params", metavar="KEY=VALUE", nargs="*", default=[], help="its parameters"
+    )
 
 
 def _ps(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from tinyvmm.cli.values import parse_count
+
 if TYPE_CHECKING:
     from tinyvmm.images.kernels import InstalledKernel
 
@@ -39,7 +41,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     fetching = action(
         "fetch", "get a kernel of Debian's through apt-get", _fetch, "--flavour cloud"
     )
-    fetching.add_argument("version", nargs="?", help="all of it or its beginning (default: newest)")
+    fetching.add_argument(
+        "version",
+        metavar="VERSION",
+        nargs="?",
+        help="all of it or its beginning (default: newest)",
+    )
     fetching.add_argument("--flavour", help="amd64 (the default), cloud or rt")
 
     importing = action(
@@ -66,19 +73,26 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a tree or tarball (default: /usr/src/linux-source-*.tar.*)",
     )
     building.add_argument("--config", metavar="FILE", help="more options, each CONFIG_NAME=value")
-    building.add_argument("--jobs", type=int, metavar="N", help="at once (default: every CPU)")
+    building.add_argument(
+        "--jobs", type=parse_count, metavar="N", help="at once (default: every CPU)"
+    )
     building.add_argument(
         "--directory", metavar="DIR", help="where to build, and keep what is made"
     )
 
     showing = action("show", "all about one kernel", _show, "6.1.0-48")
     showing.add_argument(
-        "kernel", nargs="?", help="a version or a file (default: what `run` boots)"
+        "kernel",
+        metavar="VERSION|FILE",
+        nargs="?",
+        help="a version or a file (default: what `run` boots)",
     )
     showing.add_argument("--json", action="store_true", help="for programs")
 
     using = action("use", "choose what `run` boots", _use, "6.1.0-48")
-    using.add_argument("version", help="a version of those here; newest for whatever is newest")
+    using.add_argument(
+        "version", metavar="VERSION", help="one of those here; newest for whatever is newest"
+    )
 
     removing = action("rm", "remove kernels", _rm, "6.1.0-48")
     removing.add_argument("versions", nargs="+", metavar="VERSION", help="of those here")

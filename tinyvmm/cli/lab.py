@@ -3,6 +3,7 @@
 import argparse
 
 from tinyvmm.cli.run import parse_size
+from tinyvmm.cli.values import parse_count, parse_seconds
 
 _EPILOG = """\
 The command sees this computer's files; what it writes is forgotten, except below the directories
@@ -28,7 +29,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(main=main)
     add = parser.add_argument
     add("--memory", type=parse_size, metavar="SIZE", help="RAM (default 4G, or half of ours)")
-    add("--cpus", type=int, metavar="N", help="processors (default as many as here, 2 to 4)")
+    add(
+        "--cpus", type=parse_count, metavar="N", help="processors (default as many as here, 2 to 4)"
+    )
     add(
         "--share",
         action="append",
@@ -37,7 +40,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a directory the command may change",
     )
     add("--kernel", metavar="PATH|VERSION", help="which kernel to boot (default: the newest)")
-    add("--timeout", type=float, metavar="S", help="end it after S seconds, status 124")
+    add("--timeout", type=parse_seconds, metavar="S", help="end it after S seconds, status 124")
 
 
 def main(args: argparse.Namespace) -> int:

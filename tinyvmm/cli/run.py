@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinyvmm import options as shared_options
 from tinyvmm.cli import image_options, instance, no_root, tracing
-from tinyvmm.cli.values import parse_environment, parse_seconds, warn
+from tinyvmm.cli.values import parse_count, parse_environment, parse_seconds, warn
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(main=main)
     add = parser.add_argument
     add("--memory", type=parse_size, default=1 << 30, metavar="SIZE", help="RAM (default 1G)")
-    add("--cpus", type=int, default=1, metavar="N", help="vCPUs (default 1)")
+    add("--cpus", type=parse_count, default=1, metavar="N", help="vCPUs (default 1)")
     add(
         "--read",
         type=parse_map,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinyvmm.cli import tracing
 from tinyvmm.cli.run import parse_map, parse_shared
-from tinyvmm.cli.values import warn
+from tinyvmm.cli.values import parse_count, warn
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,13 +40,6 @@ examples:
   tinyvmm serve --nbd unix:/run/user/1000/nbd --read /srv/data
   nbdcopy 'nbd+unix:///?socket=/run/user/1000/nbd' data.erofs
 """
-
-
-def parse_count(text: str) -> int:
-    """Parse a number, 1 or more."""
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number, 1 or more")
-    return int(text)
 
 
 def parse_mode(text: str) -> int:

@@ -16,6 +16,13 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def parse_count(text: str) -> int:
+    """Parse a number, 1 or more."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 20):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number, 1 or more")
+    return int(text)
+
+
 def parse_environment(text: str) -> str:
     """Parse `K=V`, or `K` to pass on the variable of this process."""
     name, equals, _ = text.partition("=")

@@ -120,7 +120,13 @@ def create(name: str, files: Files, source: str, kind: str, warn: Callable[[str]
     """Put a pack of `files` into the store; ConfigError for what cannot be."""
 
     def fill(draft: str) -> str:
-        write(files, os.path.join(draft, f"pack.{kind}"), kind, warn)
+        try:
+            write(files, os.path.join(draft, f"pack.{kind}"), kind, warn)
+        except PermissionError as error:  # of what is read: the draft is ours
+            raise ConfigError(
+                f"pack create {name}: not all of {source} can be read ({error.strerror}): "
+                "--exclude what cannot"
+            ) from None
         return kind
 
     return _install(name, fill, source)
@@ -316,7 +322,8 @@ def _fetch(url: str, path: str, progress: Progress) -> str:
     except urllib.error.URLError as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        raise ConfigError(f"pack get {url}: {error.reason or error}") from None
+        reason = getattr(error.reason, "strerror", None) or error.reason or error
+        raise ConfigError(f"pack get {url}: {reason}") from None
     except (http.client.HTTPException, ValueError, TimeoutError) as error:
         raise ConfigError(f"pack get {url}: {error or type(error).__name__}") from None
     if total and done != total:

@@ -501,3 +501,13 @@ def test_an_archive_that_lies_about_its_layers_is_refused(tmp_path: Path, store:
             tar.addfile(info, io.BytesIO(data))
     with pytest.raises(ConfigError, match="no such file in the archive"):
         pull(f"docker-archive:{path}", store)
+
+
+def test_a_list_in_a_directory_names_no_file_outside_of_it(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "secret").write_text('{"rootfs": {"diff_ids": []}}')
+    (tmp_path / "image").mkdir()
+    for name in ("../secret", f"{tmp_path}/secret", "x/../../secret"):
+        listed = [{"Config": name, "RepoTags": ["a:b"], "Layers": []}]
+        (tmp_path / "image/manifest.json").write_text(json.dumps(listed))
+        with pytest.raises(ConfigError, match="leads out of the image"):
+            pull(f"docker-archive:{tmp_path}/image", store)

@@ -118,6 +118,23 @@ def test_without_a_kvm_for_linux_all_of_them_run_in_one_lab(tmp_path: Path, runt
     assert done.stdout.count("the lab starts") == 1
 
 
+def test_a_fixture_of_that_name_that_is_the_tests_own_needs_no_machine(
+    tmp_path: Path, runtime: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/test_own.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def vm():\n"
+        "    return 7\n"
+        "def test_own(vm):\n"
+        "    assert vm == 7\n"
+    )
+    done = pytest_there(tmp_path, runtime, "-s", "own", NO_KVM="1")
+    assert "1 passed" in done.stdout, done
+    assert "the lab starts" not in done.stdout
+
+
 def test_without_a_kvm_tests_may_be_skipped_or_failed_and_say_why(
     tmp_path: Path, runtime: Path
 ) -> None:

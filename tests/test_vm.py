@@ -88,6 +88,30 @@ def test_contradictions_are_refused_as_subprocess_does(vm: Machine) -> None:
         vm.run([])
 
 
+@pytest.mark.parametrize(
+    "options", [{"stdin": STDOUT}, {"stdout": 9999}, {"encoding": "none"}, {"errors": "none"}]
+)
+def test_a_command_whose_streams_cannot_be_leaves_nothing_open(
+    local_guests: LocalGuests, options: dict[str, object]
+) -> None:
+    del local_guests
+
+    before = len(os.listdir("/proc/self/fd"))
+    closed = []
+    original = ObjectTree.close
+
+    def close(self: ObjectTree) -> None:
+        closed.append(self)
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObjectTree, "close", close)
+        with pytest.raises((ValueError, OSError, LookupError)):
+            tinyvmm.run(["true"], root={"a": b""}, **{"stdout": PIPE, **options})  # type: ignore[arg-type]
+    assert len(closed) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("script", ["echo some; exec sleep 100", "echo some; yes"])
 def test_a_timeout_kills_the_command_and_gives_what_came(
     vm: Machine, local_guests: LocalGuests, script: str

@@ -13,6 +13,7 @@ Threads: a process may be used from any, one at a time but for `kill` and `send_
 own does all the carrying, so that nobody has to read or wait for the command to go on.
 """
 
+import codecs
 import io
 import os
 import selectors
@@ -225,12 +226,15 @@ class Process:
         """Start `args` by `launch`, and return when it runs.
 
         FileNotFoundError and PermissionError if the guest has no such command, MachineError if its
-        machine ends before, ConfigError for what cannot be done, TimeoutExpired if it takes longer
-        than `timeout` seconds. `owner` is kept alive.
+        machine ends before, LookupError for no encoding, ConfigError for what cannot be done,
+        TimeoutExpired if it takes longer than `timeout` seconds. `owner` is kept alive.
         """
         self.args = args
         self._began = monotonic()
         self._owner = owner
+        if encoding is not None:
+            codecs.lookup(encoding)  # before there is anything to close
+        codecs.lookup_error(errors or "strict")
         ends = open_ends(stdin, stdout, stderr)
         self.stdin: IO[Any] | None = None
         self.stdout: IO[Any] | None = None

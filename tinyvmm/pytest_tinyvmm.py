@@ -98,8 +98,16 @@ def _machine(config: pytest.Config) -> "Iterator[Machine]":
 
 # --- where a test runs ------------------------------------------------------------------------
 def _needs_machine(item: pytest.Item) -> bool:
-    names = set(getattr(item, "fixturenames", ()))
-    return in_vm(item) or bool(names & {"vm", "fresh_vm"})
+    return in_vm(item) or any(_is_ours(item, name) for name in ("vm", "fresh_vm"))
+
+
+def _is_ours(item: pytest.Item, name: str) -> bool:
+    """Whether a test uses a fixture of that name which is this module's, and nobody else's."""
+    if name not in getattr(item, "fixturenames", ()):
+        return False
+    info: Any = getattr(item, "_fixtureinfo", None)  # what pytest itself will go by
+    found = info.name2fixturedefs.get(name) if info is not None else None
+    return not found or found[-1].func.__module__ == __name__
 
 
 def in_vm(item: pytest.Item) -> bool:

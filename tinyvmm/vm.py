@@ -170,17 +170,21 @@ def popen(
                 wanted, _log.warning, sinks=ends.sinks, files=ends.files, on_session=take
             )
 
-    return Process(
-        args,
-        launch,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        text=text,
-        encoding=encoding,
-        errors=errors,
-        timeout=timeout,
-    )
+    try:
+        return Process(
+            args,
+            launch,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            timeout=timeout,
+        )
+    except BaseException:
+        kept.close()  # if it was not even launched
+        raise
 
 
 class Machine:

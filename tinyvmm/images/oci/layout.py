@@ -34,7 +34,9 @@ class DirectoryFiles:
         self._path = path
 
     def open(self, name: str) -> IO[bytes]:
-        """Open one."""
+        """Open one; an archive's own list may name any file, but gets none of another's."""
+        if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
+            raise FileNotFoundError(2, "it leads out of the image", name)
         return open(os.path.join(self._path, name), "rb")
 
     def close(self) -> None:

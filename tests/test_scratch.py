@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.scratch import ScratchDirectory
+from tinyvmm.scratch import ScratchDirectory, kept_writes, remove_kept
 
 
 def test_it_is_private_and_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
@@ -70,3 +70,18 @@ def test_it_goes_however_deep_a_guest_has_dug(tmp_path: Path) -> None:
     scratch.close()
     assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) < limit
+
+
+def test_what_somebody_else_put_in_the_place_of_what_is_kept_is_not_ours(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    scratch = ScratchDirectory(str(tmp_path), kept_by=str(link))
+    scratch.close()
+    assert kept_writes(str(link)) == scratch.path
+    base = os.path.dirname(scratch.path)
+    try:
+        os.chown(base, 65534, -1)
+    except PermissionError:
+        pytest.skip("only root can give a directory away")
+    assert kept_writes(str(link)) is None
+    remove_kept(str(link))
+    assert os.path.isdir(scratch.path)

@@ -10,6 +10,7 @@ machine's directory and one here, `machine`, lead to each other, and while both 
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 
 from tinyvmm.errors import ConfigError
@@ -73,9 +74,12 @@ def _kept_base(kept_by: str) -> str | None:
     try:
         base = os.readlink(kept_by)
         back = os.readlink(os.path.join(base, _KEEPER))
+        found = os.lstat(base)
     except OSError:
         return None
-    return base if back == kept_by and os.path.basename(base).startswith(_PREFIX) else None
+    # What cleans /tmp may have removed ours, and somebody else made another of that name.
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return base if ours and back == kept_by and os.path.basename(base).startswith(_PREFIX) else None
 
 
 def _lock(path: str) -> int | None:

@@ -183,8 +183,9 @@ def test_nothing_is_left_when_we_are_killed(number: int) -> None:
 
 def test_an_interrupt_reaches_the_command() -> None:
     script = "trap 'echo caught; exit 5' INT; echo up; while :; do sleep 0.1; done"
-    command = [sys.executable, "-m", "tinyvmm", "lab", "--", "sh", "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+    # What runs the tests in the background may have SIGINT ignored, which is inherited.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "tinyvmm", "lab", "--"]
+    with subprocess.Popen([*command, "sh", "-c", script], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)

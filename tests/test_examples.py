@@ -17,6 +17,7 @@ from examples.crc_device import CrcDevice
 from examples.dice_port import Dice
 from examples.failing_root import Failing
 from examples.pattern_rng import FILL_MAX, PatternRng
+from examples.write_diff import write_diff
 from tests.test_session import connect
 from tests.virtio_driver import NEEDS_RESET, Driver
 from tinyvmm import Access, ninep
@@ -126,3 +127,38 @@ def test_a_manifest_is_of_the_files_that_were_opened_to_read(
 
     monkeypatch.setattr("tinyvmm.run", run)
     assert manifest(["cc"]) == (3, {f"{tmp_path}/read"})
+
+
+def test_a_diff_of_writes_is_of_what_was_added_changed_and_deleted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command is a client of the server's that the guest would be one of."""
+    for name in ("changed", "gone", "read"):
+        (tmp_path / name).write_bytes(b"old")
+    above = [os.fsencode(part) for part in tmp_path.parts[1:]]
+
+    def run(argv: list[str], *, write: str) -> subprocess.CompletedProcess[bytes]:
+        tree = open_tree([("/", "/")], [("/", write)])
+        client = connect(tree)
+        client.walk(0, 1, *above)
+        client.walk(1, 2, b"changed")
+        client.open(2, os.O_WRONLY)
+        client.write(2, b"new")
+        client.walk(1, 3, b"read")
+        client.open(3)
+        client.read(3)
+        client.ask(ninep.Tunlinkat(1, b"gone", 0), ninep.Runlinkat)
+        client.ask(ninep.Tlcreate(1, b"added", os.O_WRONLY, 0o644, 0), ninep.Rlcreate)
+        client.session.close()
+        tree.close()
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr("tinyvmm.run", run)
+    lines = [line for line in write_diff(["sh"]) if str(tmp_path) in line]
+    assert sorted(lines) == [
+        f"A {tmp_path}/added",
+        f"C {tmp_path}",
+        f"C {tmp_path}/changed",
+        f"D {tmp_path}/gone",
+    ]
+    assert (tmp_path / "changed").read_bytes() == b"old"

@@ -61,6 +61,7 @@ def test_a_trace_goes_to_a_file_as_its_name_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trace, "hook", None)
+    monkeypatch.setattr(trace, "_watchers", ())
     for name, expected in (("t.txt", LINES[3]), ("t.json", json.dumps(trace.fields(RECORDS[3])))):
         tracing.start(["9p"], str(tmp_path / name))
         assert trace.hook is not None

@@ -5,7 +5,10 @@ starts no kernel; `tinyvmm exec` beside `podman exec`. All see this computer's r
 turns, after a first round that warms caches. Where this computer's KVM cannot run Linux all of it
 happens in one lab, Python's start-up included. What is not here or fails is told, and left out.
 
-`vng` is fetched from PyPI into a virtual environment of the bench's own, in .cache.
+`vng` is fetched from PyPI into a virtual environment of the bench's own, in .cache. It asks
+modprobe which modules its initramfs needs; where depmod never was it makes none, and the kernel
+cannot reach its root. So beside a link to our kernel there is what depmod makes of its modules.
+Podman's runtime is the first that runs a container here; those that cannot are told of.
 """
 
 import json
@@ -13,8 +16,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +28,15 @@ RUNS, EXECS = 5, 15
 LIMIT = 240  # seconds for one command
 VNG = ROOT / ".cache" / "virtme-ng"
 NAME = "bench"
+PROGRAMS = [
+    ("podman", "podman"),
+    ("runc", "runc"),
+    ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
+]
 BOUND = "/run/tinyvmm-bench"
-PODMAN = ["podman", "--cgroup-manager", "cgroupfs"]
+KERNEL = ROOT / ".cache" / "vng-kernel"
+RUNTIMES = [(runtime, pivot) for pivot in (True, False) for runtime in ("crun", "runc")]
 CONTAINER = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
 MAIN = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'tinyvmm'; "
@@ -65,55 +78,65 @@ def in_turn(subjects: dict[str, list[str]], count: int, found: dict[str, list[fl
 
 
 def prepare_lab() -> None:
-    """Have what the others look for.
-
-    Cgroups; the kernel's modules in their usual place; a root that is not the one of now, from
-    which crun can pivot.
-    """
-    from tinyvmm.images import kernels
-
+    """Have what podman looks for: cgroups, and a root that is not the one of now, to pivot from."""
     os.makedirs(BOUND, exist_ok=True)
     subprocess.run(["mount", "--bind", "/", BOUND], check=False)
     if not os.path.ismount("/sys/fs/cgroup"):
         subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=False)
-    installed = kernels.find()
-    usual = Path("/lib/modules") / installed.version
-    if installed.modules is not None and not usual.exists():
-        usual.parent.mkdir(exist_ok=True)
-        usual.symlink_to(installed.modules)
+
+
+@contextmanager
+def podman(root: str) -> Iterator[list[str]]:
+    """Give podman with a runtime that can run a container of `root`; nothing if none can."""
+    with TemporaryDirectory() as state:
+        config = Path(state, "containers.conf")
+        config.write_text("[engine]\nno_pivot_root = true\n", encoding="ascii")
+        for runtime, pivot in RUNTIMES:
+            command = ["podman", "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"]
+            for option in ("root", "runroot", "tmpdir"):
+                command += [f"--{option}", os.path.join(state, option)]
+            command += ["--runtime", runtime]
+            if not pivot:
+                command = ["env", f"CONTAINERS_CONF={config}", *command]
+            how = f"podman with {runtime}{'' if pivot else ' and no pivot_root'}"
+            try:
+                once([*command, "run", "--rm", *CONTAINER, "--rootfs", root, "true"])
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                print(f"{how}: {error}", file=sys.stderr, flush=True)
+                continue
+            print(how, file=sys.stderr, flush=True)
+            yield command
+            return
+        yield []
 
 
 def measure(runs: int, execs: int, root: str = "/") -> dict[str, list[float]]:
     """Measure here: name -> seconds."""
-    from tinyvmm.images import kernels
-
     found: dict[str, list[float]] = {}
     path = f"PATH={VNG}/bin:{os.environ.get('PATH', '/usr/bin:/bin')}"
     vng = ["env", path, str(VNG / "bin" / "python"), str(VNG / "bin" / "vng")]
-    container = [*PODMAN, "run", "--rm", *CONTAINER, "--rootfs", root]
-    in_turn(
-        {
+    kernel = str(KERNEL / "vmlinuz")
+    with podman(root) as container:
+        subjects = {
             "tinyvmm run": tinyvmm("run", "--no-lab", "--", "true"),
-            "vng": [*vng, "--run", kernels.find().vmlinuz, "--force-9p", "--exec", "true"],
-            "podman run": [*container, "true"],
-        },
-        runs,
-        found,
-    )
-    subjects = {"tinyvmm exec": tinyvmm("exec", NAME, "--", "true")}
-    once(tinyvmm("run", "--no-lab", "-d", "--name", NAME, "--", "sleep", "100000"))
-    try:
-        once([*PODMAN, "run", "-d", "--name", NAME, *container[4:], "sleep", "100000"])
-        subjects["podman exec"] = [*PODMAN, "exec", NAME, "true"]
-    except (RuntimeError, OSError) as error:
-        print(f"podman exec: left out: {error}", file=sys.stderr, flush=True)
-    subjects["tinyvmm --version"] = tinyvmm("--version")
-    try:
-        in_turn(subjects, execs, found)
-    finally:
-        once(tinyvmm("rm", "-f", NAME))
-        if "podman exec" in subjects:
-            once([*PODMAN, "rm", "-f", "-t", "0", NAME])
+            "vng": [*vng, "--run", kernel, "--force-9p", "--exec", "true"],
+        }
+        rootfs = [*CONTAINER, "--rootfs", root]
+        if container:
+            subjects["podman run"] = [*container, "run", "--rm", *rootfs, "true"]
+        in_turn(subjects, runs, found)
+        subjects = {"tinyvmm exec": tinyvmm("exec", NAME, "--", "true")}
+        once(tinyvmm("run", "--no-lab", "-d", "--name", NAME, "--", "sleep", "100000"))
+        try:
+            if container:
+                once([*container, "run", "-d", "--name", NAME, *rootfs, "sleep", "100000"])
+                subjects["podman exec"] = [*container, "exec", NAME, "true"]
+            subjects["tinyvmm --version"] = tinyvmm("--version")
+            in_turn(subjects, execs, found)
+        finally:
+            once(tinyvmm("rm", "-f", NAME))
+            if container:
+                once([*container, "rm", "--ignore", "-f", "-t", "0", NAME])
     return found
 
 
@@ -124,9 +147,25 @@ def prepare() -> None:
     if not (VNG / "bin" / "vng").exists():
         venv.create(VNG, with_pip=True)
         once([str(VNG / "bin" / "pip"), "install", "--disable-pip-version-check", "virtme-ng"])
-    for program, package in (("podman", "podman"), ("busybox", "busybox-static")):
+    for program, package in PROGRAMS:
         if shutil.which(program) is None:
             print(f"no {program}: apt-get install {package} for the comparison", file=sys.stderr)
+
+
+def link_kernel() -> None:
+    """Make KERNEL: our kernel where vng looks for one with its modules, and what depmod makes."""
+    from tinyvmm.images import kernels
+
+    installed = kernels.find()
+    modules = KERNEL / "lib" / "modules" / installed.version
+    if installed.modules is None or shutil.which("depmod") is None or modules.exists():
+        return
+    shutil.rmtree(KERNEL, ignore_errors=True)  # of another kernel
+    modules.mkdir(parents=True)
+    for name in ("kernel", "modules.order", "modules.builtin", "modules.builtin.modinfo"):
+        (modules / name).symlink_to(Path(installed.modules, name))
+    once(["depmod", "-b", str(KERNEL), installed.version])
+    (KERNEL / "vmlinuz").symlink_to(installed.vmlinuz)
 
 
 def main() -> None:
@@ -137,6 +176,7 @@ def main() -> None:
 
     prepare()
     prepare_kernel(None)[0].close()
+    link_kernel()
     if missing_for_linux() is None:
         found = measure(RUNS, EXECS)
     else:
@@ -155,6 +195,8 @@ def main() -> None:
         ("tinyvmm run", ("vng", "podman run")),
         ("tinyvmm exec", ("podman exec",)),
     ):
+        if base not in found:
+            sys.exit(f"{base} failed: nothing to compare")
         own = median(found[base])
         for name in (base, *others):
             if name in found:

@@ -30,11 +30,12 @@ def check_soak(found: dict[str, Any], kills: int) -> None:
     """Every command ended as it should, and nothing is left of any."""
     assert "wrong" not in found
     assert found["statuses"] == [5]
-    assert found["survivors"] == (kills + 1) // 2
+    assert 0 < found["killed"] <= kills // 2
     before, after = found["processes"]
+    assert {"(sleep)", "(sh)"} <= set(before)
     assert before == after
     assert not [process for process in after if process.endswith(" Z")]
-    assert found["sockets"] <= kills // 2  # of clients that were killed before they could remove it
+    assert found["sockets"] == []
     assert found["removed"] == [0, []]
 
 
@@ -44,7 +45,11 @@ def test_a_machine_is_watched_changed_and_given_commands(guest: Runner) -> None:
     assert found["run"] == ["in\nerr\n", 3]
     assert found["sizes"].split() == ["11", "22", "33", "44"]
     assert found["signalled"] == 137
-    assert found["rip"] >> 63 or found["rip"]
+    assert found["rip"] >> 47 in (
+        0,
+        0x1FFFF,
+    )  # canonical, and with PG and PE below a kernel's state
+    assert found["rip"] > 0xFFFF
     assert found["cr0"] & 0x8000_0001 == 0x8000_0001  # PG and PE
     assert found["traced"] == [["9p"], True]
     assert (found["debugged"], found["log"]) == (["virtio-9p root"], True)

@@ -17,6 +17,7 @@ from tinyvmm import ninep
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.fileserver.host import HostNode, HostTree
 from tinyvmm.fileserver.hostfile import HostFile
+from tinyvmm.fileserver.pool import Pool
 from tinyvmm.fileserver.session import IN_FLIGHT_MAX, Finish, Session, Waiting
 from tinyvmm.ninep import NOFID, Message
 
@@ -338,3 +339,21 @@ def test_a_late_reply_leaves_the_memory_of_a_reset_driver_alone(
     wait_for(lambda: gate.closed == ["file"])
     assert not any(queue.filled(slow, 100))
     assert queue.used() == []
+
+
+def test_work_that_waits_is_done_though_a_bug_has_ended_every_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    pool = Pool("pool", threads_max=1)
+    gate, done = threading.Event(), threading.Event()
+
+    def buggy() -> None:
+        gate.wait(HANG)
+        raise ZeroDivisionError
+
+    pool.submit(buggy)
+    pool.submit(done.set)
+    gate.set()
+    assert done.wait(HANG)
+    pool.close()

@@ -32,14 +32,17 @@ class Pool:
             if self._idle >= len(self._work):
                 self._changed.notify()
             elif self._threads < self._threads_max:
-                self._threads += 1
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._start()
 
     def close(self) -> None:
         """Let the threads end once the work there is has been done."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _start(self) -> None:
+        self._threads += 1
+        threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
     def _run(self) -> None:
         try:
@@ -49,6 +52,8 @@ class Pool:
         finally:
             with self._changed:
                 self._threads -= 1
+                if self._work:  # it raised after all, and so may have all the others
+                    self._start()
 
     def _next(self) -> Callable[[], None] | None:
         with self._changed:

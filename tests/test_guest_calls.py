@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.calls_here import start, unix_address
+from tests.calls_here import ended, start, unix_address
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.calls import ANSWER, ARENA_LEN
 from tinyvmm.guest_calls import (
@@ -67,7 +67,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     process, sock = start(tmp_path_factory.mktemp("calls"))
     with Guest(sock, timeout=10) as guest:
         yield guest
-    assert process.wait(10) == 0  # it ends when we hang up
+    assert ended(process)  # it ends when we hang up
 
 
 def test_a_file_is_made_written_and_read_in_one_round_trip(guest: Guest, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_whoever_leaves_early_closes_it(tmp_path: Path) -> None:
         break
     with pytest.raises(ConfigError, match="closed"):
         guest.do(call(39))
-    assert process.wait(10) == 0
+    assert ended(process)
 
 
 def test_what_does_not_fit_is_refused() -> None:

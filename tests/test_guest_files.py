@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.calls_here import MachineHere, start
+from tests.calls_here import MachineHere, ended, start
 from tinyvmm import guest_calls, tree_tar
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
@@ -35,7 +35,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     process, sock = start(tmp_path_factory.mktemp("calls"))
     with Guest(sock, timeout=10) as guest:
         yield guest
-    assert process.wait(10) == 0
+    assert ended(process)
 
 
 def make_tree(top: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.calls_here import start
+from tests.calls_here import ended, start
 from tests.test_written import STEPS, Machine, do, machine
 from tinyvmm import guest_writes
 from tinyvmm.errors import ConfigError
@@ -31,7 +31,7 @@ def guest(tmp_path: Path) -> Iterator[Guest]:
     process, sock = start(tmp_path / "calls")
     with Guest(sock) as made:
         yield made
-    assert process.wait(10) == 0
+    assert ended(process)
 
 
 def listed(

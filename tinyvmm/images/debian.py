@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from tinyvmm import zstd
 from tinyvmm.errors import ConfigError
-from tinyvmm.images.package import PackageError, Unpacking, check_name
+from tinyvmm.images.package import PackageError, Unpacking, check_name, open_package
 from tinyvmm.images.progress import Progress
 
 AR_MAGIC = b"!<arch>\n"
@@ -81,11 +81,7 @@ class _MemberReader:
 
 def unpack(path: str, into: Unpacking, progress: Progress) -> None:
     """Take out of a .deb what `into` wants of it; PackageError, or OSError if writing fails."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; its errors are of another kind
-    except OSError as error:
-        raise PackageError(path, f"cannot be read ({error.strerror})") from None
-    with file:
+    with open_package(path) as file:
         data = [m for m in ar_members(path, file) if m.name.startswith("data.tar")]
         if len(data) != 1:
             raise PackageError(path, "has no data.tar; is it a Debian package?")

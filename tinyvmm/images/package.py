@@ -12,7 +12,7 @@ altogether. Several packages may make one kernel: Fedora has the modules in pack
 
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import IO, Protocol
 
 from tinyvmm.errors import ConfigError
 
@@ -26,6 +26,14 @@ class PackageError(ConfigError):
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(f"package {path}: {why}")
+
+
+def open_package(path: str) -> IO[bytes]:
+    """Open the package at `path`; PackageError if it cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise PackageError(path, f"cannot be read ({error.strerror})") from None
 
 
 class Source(Protocol):

@@ -21,7 +21,14 @@ from io import BytesIO
 from typing import IO, Any, NamedTuple
 
 from tinyvmm import zstd
-from tinyvmm.images.package import COPY_LEN, PackageError, Source, Unpacking, check_name
+from tinyvmm.images.package import (
+    COPY_LEN,
+    PackageError,
+    Source,
+    Unpacking,
+    check_name,
+    open_package,
+)
 from tinyvmm.images.progress import Progress
 
 LEAD_MAGIC = b"\xed\xab\xee\xdb"
@@ -61,11 +68,7 @@ def unpack(path: str, into: Unpacking, progress: Progress) -> None:
     import lzma
     import zlib
 
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; its errors are of another kind
-    except OSError as error:
-        raise PackageError(path, f"cannot be read ({error.strerror})") from None
-    with file:
+    with open_package(path) as file:
         compressor = read_compressor(path, file)
         told = _Told(file, f"unpacking {os.path.basename(path)}", progress)
         payload = _decompressed(path, told, compressor)

@@ -44,7 +44,7 @@ def initramfs() -> bytes:
     from tinyvmm.guest.archive import module_archive
     from tinyvmm.guest.initramfs import Archive
     from tinyvmm.images import kernels
-    from tinyvmm.kernel_cache import default_dir
+    from tinyvmm.kernel_files.kernel_cache import default_dir
 
     installed = kernels.find()
     if installed.modules is None:
@@ -119,7 +119,7 @@ def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
     import tempfile
 
     from tinyvmm.images import kernels
-    from tinyvmm.qemu import kernel_file
+    from tinyvmm.lab.qemu import kernel_file
 
     vmlinuz = kernels.find().vmlinuz
     with tempfile.NamedTemporaryFile() as initrd, tempfile.NamedTemporaryFile() as vmlinux:
@@ -142,8 +142,8 @@ def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
 def main() -> None:
     """Measure, here or in the lab, and print."""
     from tinyvmm.command import prepare_kernel
-    from tinyvmm.lab import Lab, python_command
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.probe import missing_for_linux
 
     prepare_kernel(None)[0].close()
     if missing_for_linux() is None:

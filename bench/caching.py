@@ -229,8 +229,8 @@ def show(found: list[Entry]) -> None:
 def main() -> None:
     """Measure, here or in the lab, and print."""
     from tinyvmm.command import OVERLAY_MODULES, prepare_kernel
-    from tinyvmm.lab import Lab, python_command
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.probe import missing_for_linux
 
     prepare_kernel(None, OVERLAY_MODULES)[0].close()
     with tempfile.TemporaryDirectory() as directory:

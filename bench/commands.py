@@ -171,8 +171,8 @@ def link_kernel() -> None:
 def main() -> None:
     """Measure, here or in the lab, and print."""
     from tinyvmm.command import prepare_kernel
-    from tinyvmm.lab import Lab, python_command
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.probe import missing_for_linux
 
     prepare()
     prepare_kernel(None)[0].close()

@@ -154,8 +154,8 @@ def show(found: list[Entry]) -> None:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.lab import Lab, python_command
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.probe import missing_for_linux
 
     rounds = int(os.environ.get("ROUNDS", ROUNDS))
     with tempfile.TemporaryDirectory() as directory:

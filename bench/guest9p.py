@@ -226,8 +226,8 @@ def show(found: list[Entry]) -> None:
 
 def where_linux_runs(function: str) -> list[Entry]:
     """Call bench.`function` with a tree, the program and ROUNDS, here or in the lab."""
-    from tinyvmm.lab import Lab, python_command
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.probe import missing_for_linux
 
     module, _, name = function.rpartition(".")
     with tempfile.TemporaryDirectory() as directory:

@@ -64,8 +64,8 @@ def rounds(names: list[str], count: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.lab import Lab, python_command
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.probe import missing_for_linux
 
     names = versions()
     if not names:

@@ -31,7 +31,7 @@ def report(self):
     os._exit(0)
 
 machine.Machine.start = report
-from tinyvmm import probe
+from tinyvmm.lab import probe
 checked = probe.missing_for_linux
 probe.missing_for_linux = lambda: checked() and None  # go on where Linux could not run
 from tinyvmm.cli.main import main

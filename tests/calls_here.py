@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyvmm.control import ControlServer
 from tinyvmm.guest.calls import build_calls
-from tinyvmm.instances import Instance, State
+from tinyvmm.instances.control import ControlServer
+from tinyvmm.instances.registry import Instance, State
 
 
 def unix_address(path: str) -> bytes:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinyvmm.supervisor import Supervisor
+from tinyvmm.methods.supervisor import Supervisor
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- methods: python -m tests.control_docs -->\n", "<!-- end of methods -->"

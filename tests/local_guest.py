@@ -20,8 +20,8 @@ import pytest
 
 from tinyvmm import vm
 from tinyvmm.command import RunOptions
+from tinyvmm.methods.supervisor import Context, Supervisor
 from tinyvmm.session import HostFiles, Result
-from tinyvmm.supervisor import Context, Supervisor
 
 
 class LocalSession:

@@ -207,7 +207,7 @@ def linux(count: int, at_once: int) -> None:
 
 def linux_runs_here() -> bool:
     """Whether this KVM can run Linux."""
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.probe import missing_for_linux
 
     return missing_for_linux() is None
 

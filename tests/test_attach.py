@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvmm import instances
-from tinyvmm.attach import DetachKeys, parse_keys
-from tinyvmm.control import ControlServer
 from tinyvmm.errors import ConfigError
-from tinyvmm.instances import Instance, State
-from tinyvmm.output_log import OutputLog
+from tinyvmm.instances import registry
+from tinyvmm.instances.attach import DetachKeys, parse_keys
+from tinyvmm.instances.control import ControlServer
+from tinyvmm.instances.output_log import OutputLog
+from tinyvmm.instances.registry import Instance, State
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,7 +133,7 @@ def test_a_terminal_is_lent_and_taken_back(attachable: Attachable) -> None:
         process.wait()
         os.close(master)
         os.close(slave)
-    running = instances.read("web")
+    running = registry.read("web")
     assert running is not None
     assert running.running
 

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import bare_kernel, elf_image
+from tinyvmm import bare_kernel
 from tinyvmm.bare_kernel import Module
 from tinyvmm.devices.virtio.pci import NOTIFY
 from tinyvmm.errors import ConfigError
+from tinyvmm.kernel_files import elf_image
 from tinyvmm.layout import HIGH_RAM_GPA, PCI_SLOT_STRIDE, PCI_WINDOW_GPA
 from tinyvmm.memory import GuestMemory
 

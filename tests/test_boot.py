@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tinyvmm import boot, layout
 from tinyvmm.boot import load, load_kernel, memory_map
-from tinyvmm.bootparam import E820_ACPI, E820_RAM, BootParams
 from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_image import Kernel, Segment
-from tinyvmm.kernel_image import Layout as KernelLayout
+from tinyvmm.kernel_files.bootparam import E820_ACPI, E820_RAM, BootParams
+from tinyvmm.kernel_files.kernel_image import Kernel, Segment
+from tinyvmm.kernel_files.kernel_image import Layout as KernelLayout
 from tinyvmm.memory import GuestMemory
 
 MIB = 1 << 20

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvmm import bootparam
-from tinyvmm.bootparam import FIELDS, BootParams
+from tinyvmm.kernel_files import bootparam
+from tinyvmm.kernel_files.bootparam import FIELDS, BootParams
 
 BOOTPARAM_H = Path("/usr/include/x86_64-linux-gnu/asm/bootparam.h")
 OUTSIDE_SETUP_HEADER = {n for n, (offset, _) in FIELDS.items() if offset < bootparam.SETUP_HEADER}

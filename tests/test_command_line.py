@@ -20,7 +20,7 @@ from tinyvmm.cli.environment import variable, with_environment
 from tinyvmm.cli.main import all_modules, build_parser, main
 from tinyvmm.cli.manual import manual
 from tinyvmm.errors import ConfigError
-from tinyvmm.instances import Instance, State
+from tinyvmm.instances.registry import Instance, State
 
 PARSER = build_parser(all_modules())
 WHOLE = describe(PARSER)

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import control
-from tinyvmm.control import ControlClient, ControlServer
-from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError
+from tinyvmm.instances import control
+from tinyvmm.instances.control import ControlClient, ControlServer
+from tinyvmm.instances.control_schema import limits
 
 
 class Served:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, TypedDict
 import pytest
 
 from tests.control_docs import DOCS, described, page, schema_text
-from tinyvmm.control_schema import check, limits, params_of, problem_of, schema_of
-from tinyvmm.supervisor import Supervisor
+from tinyvmm.instances.control_schema import check, limits, params_of, problem_of, schema_of
+from tinyvmm.methods.supervisor import Supervisor
 
 
 class Point(TypedDict):

@@ -9,11 +9,11 @@ import pytest
 
 from tinyvmm.command import RunOptions, modules_for, settle
 from tinyvmm.disks.raw import RawDisk
-from tinyvmm.erofs_root import UPPER_FILE, open_root, open_upper
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.init import Mount, upper_directories
 from tinyvmm.images import kernels
 from tinyvmm.images.features import FEATURES
+from tinyvmm.roots.erofs_root import UPPER_FILE, open_root, open_upper
 
 COMMAND = ("true",)
 
@@ -82,7 +82,7 @@ def test_what_does_not_go_with_a_root_of_erofs_is_refused(
 
 
 def test_shared_directories_need_9p(kernel_has: set[str]) -> None:
-    from tinyvmm.mounts import Shared
+    from tinyvmm.roots.mounts import Shared
 
     options = RunOptions(COMMAND, root_mode="erofs", shared=[Shared("/s", "/tmp")])
     assert "9p" in modules_for(settle(options))

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tinyvmm import exec_client
-from tinyvmm.control import ControlServer
 from tinyvmm.errors import ConfigError
-from tinyvmm.exec_client import execute
 from tinyvmm.guest.execution import Execution, build_execution, execution_steps
 from tinyvmm.guest.init import search_path
-from tinyvmm.instances import Instance, State
+from tinyvmm.instances import exec_client
+from tinyvmm.instances.control import ControlServer
+from tinyvmm.instances.exec_client import execute
+from tinyvmm.instances.registry import Instance, State
 from tinyvmm.session import HostFiles
 
 PATH = os.environ["PATH"]

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from tests.control_docs import described
-from tinyvmm import control
-from tinyvmm.control import Client, ControlClient, ControlServer, remote
-from tinyvmm.control_schema import check
 from tinyvmm.errors import ConfigError
-from tinyvmm.exec_streams import ExecStreams
 from tinyvmm.guest.execution import Execution
 from tinyvmm.guest.init import search_path
-from tinyvmm.supervisor import Supervisor, _Turn
+from tinyvmm.instances import control
+from tinyvmm.instances.control import Client, ControlClient, ControlServer, remote
+from tinyvmm.instances.control_schema import check
+from tinyvmm.methods.exec_streams import ExecStreams
+from tinyvmm.methods.supervisor import Supervisor, _Turn
 from tinyvmm.vsock_host import HostStream, VsockHost
 
 PATH = os.environ["PATH"]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import executor
 from tinyvmm.errors import ConfigError
-from tinyvmm.executor import KEPT, Executor
 from tinyvmm.guest.protocol import ENDED, ENDED_STATUS, EXECUTE, EXECUTED, STARTED
+from tinyvmm.inside import executor
+from tinyvmm.inside.executor import KEPT, Executor
 
 
 class Guest:

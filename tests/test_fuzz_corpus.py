@@ -12,7 +12,7 @@ from tests.fuzz import control_client, ninep_session, virtio_device
 from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.fileserver import host, hostfile
-from tinyvmm.supervisor import Supervisor
+from tinyvmm.methods.supervisor import Supervisor
 
 HERE = Path(__file__).parent / "fuzz"
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.calls_here import ended, start, unix_address
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.calls import ANSWER, ARENA_LEN
-from tinyvmm.guest_calls import (
+from tinyvmm.inside.guest_calls import (
     PIECE,
     Guest,
     Out,

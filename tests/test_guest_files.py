@@ -16,15 +16,16 @@ from typing import Any, cast
 import pytest
 
 from tests.calls_here import MachineHere, ended, start
-from tinyvmm import guest_calls, tree_tar
+from tinyvmm import tree_tar
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi
 from tinyvmm.guest.calls import REQUEST
-from tinyvmm.guest_calls import STAT, Answer, Call, Guest, openat, parse_stat
-from tinyvmm.guest_files import DEPTH_MAX, put, walk
-from tinyvmm.guest_processes import processes
-from tinyvmm.guest_writes import uppers
+from tinyvmm.inside import guest_calls
+from tinyvmm.inside.guest_calls import STAT, Answer, Call, Guest, openat, parse_stat
+from tinyvmm.inside.guest_files import DEPTH_MAX, put, walk
+from tinyvmm.inside.guest_processes import processes
+from tinyvmm.inside.guest_writes import uppers
 from tinyvmm.tree_entries import Entry, save, walk_host
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="owners are root's business")

@@ -7,7 +7,7 @@ import pytest
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.guest.relay import User
-from tinyvmm.guest_users import Account, resolve
+from tinyvmm.inside.guest_users import Account, resolve
 
 USERS = """root:x:0:0:root:/root:/bin/sh
 web:x:33:34:web:/srv:/bin/false

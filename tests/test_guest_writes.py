@@ -11,16 +11,16 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.calls_here import ended, start
 from tests.test_written import STEPS, Machine, do, machine
-from tinyvmm import guest_writes
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.tree import AT_REMOVEDIR
 from tinyvmm.fileserver.written import Change
 from tinyvmm.guest.init import InitConfig, Mount, setup_steps, upper_directories
-from tinyvmm.guest_calls import Guest, read_file
-from tinyvmm.guest_writes import list_guest_changes, uppers
 from tinyvmm.images import packs
 from tinyvmm.images.layer import write_layer
-from tinyvmm.mounts import root_mounts
+from tinyvmm.inside import guest_writes
+from tinyvmm.inside.guest_calls import Guest, read_file
+from tinyvmm.inside.guest_writes import list_guest_changes, uppers
+from tinyvmm.roots.mounts import root_mounts
 
 __all__ = ["machine"]
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tinyvmm.boot import load, load_kernel
 from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_image import kernel_version
-from tinyvmm.kernel_payload import PayloadError, unpack
+from tinyvmm.kernel_files.kernel_image import kernel_version
+from tinyvmm.kernel_files.kernel_payload import PayloadError, unpack
 from tinyvmm.memory import GuestMemory
 
 MIB = 1 << 20

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tinyvmm import instances
-from tinyvmm.control import ControlClient, ControlServer
 from tinyvmm.errors import ConfigError
-from tinyvmm.instances import Instance, State
+from tinyvmm.instances import registry
+from tinyvmm.instances.control import ControlClient, ControlServer
+from tinyvmm.instances.registry import Instance, State
 
 
 def state(name: str = "", **more: Any) -> State:
@@ -35,7 +35,7 @@ NOBODY = 65534
 
 HOLDER = """
 import os, sys
-from tinyvmm.instances import Instance, State
+from tinyvmm.instances.registry import Instance, State
 instance = Instance(State(sys.argv[1], os.getpid(), ["x"], 1, 1, 1.0, keep=sys.argv[2] == "keep"))
 print(instance.state.name, flush=True)
 if sys.stdin.readline() == "end\\n":
@@ -72,18 +72,18 @@ def hold() -> Iterator[Hold]:
 
 def test_a_machine_is_seen_while_it_runs_and_after(base: Path) -> None:
     instance = Instance(state("web", command=["sleep", "9"]))
-    (found,) = instances.list_()
+    (found,) = registry.list_()
     assert found == instance.state
     assert found.running
     assert os.stat(instance.path).st_mode & 0o777 == 0o700
     instance.update(kernel="6.1")
-    assert instances.find("web").kernel == "6.1"
+    assert registry.find("web").kernel == "6.1"
     instance.end(5, "why", b"last words")
-    (found,) = instances.list_()
+    (found,) = registry.list_()
     assert (found.status, found.message, found.running) == (5, "why", False)
     assert (base / "web" / "console").read_bytes() == b"last words"
-    instances.remove("web")
-    assert instances.list_() == []
+    registry.remove("web")
+    assert registry.list_() == []
     assert list(base.iterdir()) == []
 
 
@@ -99,17 +99,17 @@ def test_a_name_is_taken_until_it_is_removed(hold: Hold) -> None:
     with pytest.raises(ConfigError, match="a machine named web runs"):
         Instance(state("web"))
     with pytest.raises(ConfigError, match="machine web runs"):
-        instances.remove("web")
+        registry.remove("web")
     process.communicate("end\n")
     with pytest.raises(ConfigError, match="tinyvmm rm web"):
         Instance(state("web"))
-    instances.remove("web")
+    registry.remove("web")
     Instance(state("web")).end(0, None)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", "-x", "n" * 65, "ü"])
 def test_what_is_no_name_is_refused(name: str) -> None:
-    assert instances.read(name) is None
+    assert registry.read(name) is None
     if name:
         with pytest.raises(ConfigError, match="is no name"):
             Instance(state(name))
@@ -117,22 +117,22 @@ def test_what_is_no_name_is_refused(name: str) -> None:
 
 def test_a_killed_process_is_told_apart_and_forgotten_unless_kept(hold: Hold, base: Path) -> None:
     kept, forgotten = hold("kept"), hold("forgotten", "no")
-    assert [found.running for found in instances.list_()] == [True, True]
+    assert [found.running for found in registry.list_()] == [True, True]
     for process in (kept, forgotten):
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (found,) = instances.list_()
+    (found,) = registry.list_()
     assert (found.name, found.status) == ("kept", 255)
     assert "killed" in (found.message or "")
     assert [path.name for path in base.iterdir()] == ["kept"]
     with pytest.raises(ConfigError, match="no machine is named forgotten"):
-        instances.find("forgotten")
+        registry.find("forgotten")
 
 
 def test_waiting_lasts_as_long_as_the_machine(hold: Hold) -> None:
     process = hold("web")
     found: list[State | None] = []
-    waiter = threading.Thread(target=lambda: found.append(instances.wait("web")))
+    waiter = threading.Thread(target=lambda: found.append(registry.wait("web")))
     waiter.start()
     waiter.join(0.2)
     assert waiter.is_alive()
@@ -164,14 +164,14 @@ def test_of_many_who_want_a_name_one_gets_it() -> None:
 def test_a_directory_that_others_can_reach_is_refused(base: Path) -> None:
     base.mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="others can reach"):
-        instances.directory()
+        registry.directory()
 
 
 def test_without_a_runtime_directory_there_is_one_for_each_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert instances.directory() == f"/tmp/tinyvmm-{os.geteuid()}"
+    assert registry.directory() == f"/tmp/tinyvmm-{os.geteuid()}"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
@@ -192,13 +192,13 @@ def test_other_users_have_machines_of_their_own(
 
     def look() -> dict[str, str]:
         found = {}
-        found["ours"] = said(lambda: str(instances.list_()))
+        found["ours"] = said(lambda: str(registry.list_()))
         found["state"] = said((base / "web" / "state").read_text)
         found["control"] = said(lambda: call(instance.file("control")))
         os.environ["XDG_RUNTIME_DIR"] = str(theirs)
-        found["theirs"] = said(lambda: str([one.name for one in instances.list_()]))
+        found["theirs"] = said(lambda: str([one.name for one in registry.list_()]))
         mine = Instance(state("web"))  # the name is free there
-        found["named"] = said(lambda: instances.find("web").name)
+        found["named"] = said(lambda: registry.find("web").name)
         found["mode"] = oct(os.stat(mine.path).st_mode & 0o777)
         mine.end(0, None)
         return found
@@ -259,5 +259,5 @@ def test_a_damaged_state_is_named(base: Path) -> None:
     instance = Instance(state("web"))
     (base / "web" / "state").write_text("{")
     with pytest.raises(ConfigError, match="web"):
-        instances.list_()
+        registry.list_()
     instance.end(0, None)

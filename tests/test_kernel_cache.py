@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import kernel_cache, kernel_payload
 from tinyvmm.boot import load, load_kernel
 from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_cache import KernelCache
-from tinyvmm.kernel_payload import unpack
+from tinyvmm.kernel_files import kernel_cache, kernel_payload
+from tinyvmm.kernel_files.kernel_cache import KernelCache
+from tinyvmm.kernel_files.kernel_payload import unpack
 from tinyvmm.memory import GuestMemory
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinyvmm.boot import load, load_kernel
 from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_image import Segment, kernel_version, skip_zeros
+from tinyvmm.kernel_files.kernel_image import Segment, kernel_version, skip_zeros
 from tinyvmm.memory import GuestMemory
 
 MIB = 1 << 20

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvmm import lab, lab_agent, qemu
 from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_image import Kernel, Layout, Segment
+from tinyvmm.kernel_files.kernel_image import Kernel, Layout, Segment
+from tinyvmm.lab import lab, lab_agent, qemu
 
 NOTE = struct.pack("<III4sQ", 4, 8, 18, b"Xen", 0x100_0070)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.linux import conftest
-from tinyvmm.lab import Completed, Lab, LabError
+from tinyvmm.lab.lab import Completed, Lab, LabError
 
 OK = Completed(0, b"", b"", timed_out=False)
 CRASHED = Completed(255, b"", b"tinyvmm: " + conftest.TRIPLE_FAULT + b"\n", timed_out=False)

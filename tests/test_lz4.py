@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm.lz4 import LEGACY_BLOCK_SIZE, Lz4Error, decompress_block, decompress_legacy
+from tinyvmm.kernel_files.lz4 import (
+    LEGACY_BLOCK_SIZE,
+    Lz4Error,
+    decompress_block,
+    decompress_legacy,
+)
 
 MAGIC = b"\x02\x21\x4c\x18"
 needs_lz4 = pytest.mark.skipif(not shutil.which("lz4"), reason="needs the lz4 program")

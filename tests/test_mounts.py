@@ -14,7 +14,7 @@ from tinyvmm.cli.run import parse_shared
 from tinyvmm.command import RunOptions, check_options
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.init import InitConfig, Mkdir, Mount, build_init
-from tinyvmm.mounts import (
+from tinyvmm.roots.mounts import (
     CACHES,
     Shared,
     arrange,

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
-from tinyvmm import zstd
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci.config import ImageConfig, combine, parse_config, parse_entrypoint
@@ -25,6 +24,7 @@ from tinyvmm.images.oci.pull import pull
 from tinyvmm.images.oci.reference import Elsewhere, Reference, parse
 from tinyvmm.images.oci.spec import Descriptor, choose
 from tinyvmm.images.oci.store import Store, store_dir
+from tinyvmm.kernel_files import zstd
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm.output_log import STREAMS, OutputLog, read_pieces
+from tinyvmm.instances.output_log import STREAMS, OutputLog, read_pieces
 
 PIECES = st.lists(st.tuples(st.sampled_from(STREAMS), st.binary(max_size=300)), max_size=20)
 

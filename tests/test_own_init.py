@@ -94,7 +94,7 @@ def test_which_init_it_is_shows_where_the_path_leads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["37", "RTMIN+4", "SIGRTMIN+3", "TERM"])
 def test_a_signal_has_many_names(text: str) -> None:
-    from tinyvmm.supervisor import signal_number
+    from tinyvmm.methods.supervisor import signal_number
 
     expected = {"37": 37, "RTMIN+4": signal.SIGRTMIN + 4, "SIGRTMIN+3": signal.SIGRTMIN + 3}
     assert signal_number(text) == expected.get(text, signal.SIGTERM)

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from tests.test_written import Machine, ended, machine
-from tinyvmm import pack_mounts
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.objects import ObjectTree
@@ -27,7 +26,8 @@ from tinyvmm.guest.init import Mkdir, Mount
 from tinyvmm.images import packs
 from tinyvmm.images.packs import Pack
 from tinyvmm.images.selection import Selection, select
-from tinyvmm.pack_mounts import PackMap
+from tinyvmm.roots import pack_mounts
+from tinyvmm.roots.pack_mounts import PackMap
 
 __all__ = ["ended", "machine"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinyvmm import kvm
-from tinyvmm.probe import TRIALS, missing_for_linux, offered_trials
+from tinyvmm.lab.probe import TRIALS, missing_for_linux, offered_trials
 
 
 def test_every_trial_is_the_instruction_it_names(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import os, pathlib, subprocess, sys
 import pytest
 from tests import local_guest
 from tinyvmm.errors import ConfigError
-from tinyvmm.lab import Completed
+from tinyvmm.lab.lab import Completed
 
 patch = pytest.MonkeyPatch()
 
@@ -37,7 +37,7 @@ def pytest_configure(config):
         def refuse():
             raise ConfigError("this KVM is none")
         patch.setattr("tinyvmm.vm.check_runs_linux", refuse)
-        patch.setattr("tinyvmm.lab.Lab", Lab)
+        patch.setattr("tinyvmm.lab.lab.Lab", Lab)
         patch.setattr("tinyvmm.command.prepare_kernel", lambda _: [open(os.devnull)])
 """
 

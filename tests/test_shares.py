@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tinyvmm import guest_calls, shares
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.client import Client
 from tinyvmm.guest import abi
-from tinyvmm.guest_calls import Answer, Call
-from tinyvmm.shares import Shares
+from tinyvmm.inside import guest_calls
+from tinyvmm.inside.guest_calls import Answer, Call
+from tinyvmm.methods import shares
+from tinyvmm.methods.shares import Shares
 
 FD = 77
 

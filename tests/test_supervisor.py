@@ -14,18 +14,18 @@ import pytest
 
 from tests.control_docs import described
 from tinyvmm import layout, trace
-from tinyvmm.control import ControlClient, ControlServer
-from tinyvmm.control_schema import check
 from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.devices.virtio.vsock import VirtioVsock
 from tinyvmm.errors import ConfigError
-from tinyvmm.exec_client import FIRST_PORT
-from tinyvmm.executor import Executor
 from tinyvmm.guest.protocol import ENDED, ENDED_STATUS, EXECUTED, SIGNAL, STARTED, WINSIZE
+from tinyvmm.inside.executor import Executor
+from tinyvmm.instances.control import ControlClient, ControlServer
+from tinyvmm.instances.control_schema import check
+from tinyvmm.instances.exec_client import FIRST_PORT
 from tinyvmm.machine import Machine
+from tinyvmm.methods.supervisor import Context, Supervisor
 from tinyvmm.session import Result
-from tinyvmm.supervisor import Context, Supervisor
 from tinyvmm.vsock_host import VsockHost
 
 # mov dx, 0x3ff; again: in al, dx; inc bx; jmp again

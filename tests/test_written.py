@@ -435,7 +435,7 @@ def test_a_directory_of_the_changes_has_all_that_a_file_is(
 def ended(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine named web, which has ended and was kept."""
     from tests.test_instances import state
-    from tinyvmm.instances import WRITES, Instance
+    from tinyvmm.instances.registry import WRITES, Instance
     from tinyvmm.scratch import ScratchDirectory
 
     (tmp_path / "run").mkdir(mode=0o700)
@@ -497,7 +497,7 @@ def test_where_what_was_written_to_a_disk_can_be_seen_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tests.test_instances import state
-    from tinyvmm.instances import Instance
+    from tinyvmm.instances.registry import Instance
 
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     Instance(state("web", keep=True, in_memory=True, upper="/kept/upper.ext4")).end(0, None)

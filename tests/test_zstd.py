@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyvmm import zstd
 from tinyvmm.errors import ConfigError
+from tinyvmm.kernel_files import zstd
 
 DATA = os.urandom(1 << 16) + bytes(3 << 20)
 

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from struct import Struct, pack, unpack_from
 from typing import NamedTuple
 
-from tinyvmm import elf_image
 from tinyvmm.boot import Ram, memory_map
 from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_image import Segment, open_kernel
+from tinyvmm.kernel_files import elf_image
+from tinyvmm.kernel_files.kernel_image import Segment, open_kernel
 from tinyvmm.layout import (
     ACPI_GPA,
     BOOT_PARAMS_GPA,

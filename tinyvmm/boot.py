@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from struct import pack
 from typing import NamedTuple, Protocol
 
-from tinyvmm.bootparam import (
+from tinyvmm.errors import ConfigError
+from tinyvmm.kernel_files.bootparam import (
     BOOT_FLAG,
     CAN_USE_HEAP,
     E820_ACPI,
@@ -27,9 +28,8 @@ from tinyvmm.bootparam import (
     TYPE_OF_LOADER_UNDEFINED,
     BootParams,
 )
-from tinyvmm.errors import ConfigError
-from tinyvmm.kernel_cache import KernelCache, default_dir
-from tinyvmm.kernel_image import (
+from tinyvmm.kernel_files.kernel_cache import KernelCache, default_dir
+from tinyvmm.kernel_files.kernel_image import (
     Image,
     Kernel,
     Segment,
@@ -211,7 +211,7 @@ def identity_page_tables(gpa: int) -> bytes:
 
 def _unpacked(path: str, status: os.stat_result, image: Image, cache: KernelCache) -> Kernel:
     """Return the kernel in a bzImage's payload, through the cache."""
-    from tinyvmm.kernel_cache import SEGMENTS_MAX, digest_of
+    from tinyvmm.kernel_files.kernel_cache import SEGMENTS_MAX, digest_of
 
     digest = digest_of(image.payload, image.setup_header, image.version)
     kernel = cache.find(path, digest)

@@ -41,9 +41,9 @@ from tinyvmm.guest.init import (
 )
 from tinyvmm.guest.relay import User
 from tinyvmm.images import kernels
-from tinyvmm.kernel_cache import default_dir
+from tinyvmm.kernel_files.kernel_cache import default_dir
 from tinyvmm.machine import Machine
-from tinyvmm.mounts import (
+from tinyvmm.roots.mounts import (
     Shared,
     arrange,
     open_shared,
@@ -71,15 +71,15 @@ if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
     from tinyvmm.disks.qcow2 import Qcow2Image
     from tinyvmm.disks.raw import RawDisk
-    from tinyvmm.erofs_root import RootDisks
-    from tinyvmm.executor import Executor
     from tinyvmm.fileserver.watched import Access
-    from tinyvmm.kernel_image import Kernel
+    from tinyvmm.inside.executor import Executor
+    from tinyvmm.kernel_files.kernel_image import Kernel
+    from tinyvmm.methods.supervisor import Context, Supervisor
     from tinyvmm.net.options import NetOptions, Published
     from tinyvmm.net.pump import Pump
     from tinyvmm.own_device import OwnDevice
-    from tinyvmm.pack_mounts import PackMap
-    from tinyvmm.supervisor import Context, Supervisor
+    from tinyvmm.roots.erofs_root import RootDisks
+    from tinyvmm.roots.pack_mounts import PackMap
     from tinyvmm.terminal import Terminal
     from tinyvmm.vsock_host import VsockHost
 
@@ -374,7 +374,7 @@ class _Turn:
         host = self._vsock_host
         if self._supervisor is None or vsock is None or host is None:
             return
-        from tinyvmm.executor import Executor
+        from tinyvmm.inside.executor import Executor
 
         self._executor = Executor(session.send)
         self._supervisor.attach(machine, session, self._executor, self._tail.last, vsock, host)
@@ -441,7 +441,7 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     """Return the names of the kernel modules that the guest needs."""
     names: Sequence[str] = MODULES
     if options.root_mode == "erofs":
-        from tinyvmm.erofs_root import MODULES as EROFS_MODULES
+        from tinyvmm.roots.erofs_root import MODULES as EROFS_MODULES
 
         files = FILE_MODULES if options.shared else ()
         upper = DISK_MODULES if options.writes or options.private_writes == "server" else ()
@@ -455,7 +455,7 @@ def modules_for(options: RunOptions) -> Sequence[str]:
     vsock = () if options.vsock is None else VSOCK_MODULES
     packs: Sequence[str] = ()
     if options.packs:
-        from tinyvmm import pack_mounts
+        from tinyvmm.roots import pack_mounts
 
         packs = pack_mounts.modules(options.packs)
     wanted = (f"virtio_{options.transport}", *names[1:], *balloon, *disks, *net, *vsock, *packs)
@@ -474,7 +474,7 @@ def settle(options: RunOptions) -> RunOptions:
         if found and kernels.missing(found, "9p") and not kernels.missing(found, "erofs"):
             mode = "erofs"
     if mode == "erofs":
-        from tinyvmm.erofs_root import check_shared, upper_directory
+        from tinyvmm.roots.erofs_root import check_shared, upper_directory
 
         upper_directory(options.writes)
         if options.cache is not None:
@@ -509,7 +509,7 @@ def _with_packs(options: RunOptions) -> RunOptions:
     """Add the disks that packs are; ConfigError for packs that cannot be where they are to be."""
     if not options.packs:
         return options
-    from tinyvmm import pack_mounts
+    from tinyvmm.roots import pack_mounts
 
     pack_mounts.check(options.packs, options.writes)
     return options._replace(disks=(*options.disks, *pack_mounts.disks(options.packs)))
@@ -519,7 +519,7 @@ def _pack_trees(options: RunOptions, cleanup: ExitStack) -> "Sequence[tuple[str,
     """Open the packs that are served, with their mount tags, until `cleanup`."""
     if not options.packs:
         return ()
-    from tinyvmm import pack_mounts
+    from tinyvmm.roots import pack_mounts
 
     return pack_mounts.open_trees(options.packs, cleanup)
 
@@ -528,7 +528,7 @@ def _pack_mounts(options: RunOptions) -> "Sequence[Filesystem]":
     """How PID 1 joins packs with the root."""
     if not options.packs:
         return ()
-    from tinyvmm import pack_mounts
+    from tinyvmm.roots import pack_mounts
 
     own = len(options.disks) - len(pack_mounts.disks(options.packs))
     return pack_mounts.mounts(options.packs, own)
@@ -601,7 +601,7 @@ def _open_root_disks(
     """Open the disks of a root of EROFS, until `cleanup`; None if it is another."""
     if options.root_mode != "erofs":
         return None
-    from tinyvmm.erofs_root import open_root
+    from tinyvmm.roots.erofs_root import open_root
 
     return open_root(
         options.reads,
@@ -618,7 +618,7 @@ def _add_root_disks(machine: Machine, root: "RootDisks | None") -> None:
     if root is None:
         return
     from tinyvmm.devices.virtio.blk import VirtioBlk
-    from tinyvmm.erofs_root import SERIAL, UPPER_SERIAL
+    from tinyvmm.roots.erofs_root import SERIAL, UPPER_SERIAL
 
     machine.add_virtio(VirtioBlk(root.image, serial=SERIAL))
     if root.upper is not None:
@@ -727,7 +727,7 @@ def _with_user(options: RunOptions, root: Tree) -> RunOptions:
     """Look up whom the command runs as; ConfigError if there is no such user."""
     if options.user is None:
         return options
-    from tinyvmm.guest_users import resolve
+    from tinyvmm.inside.guest_users import resolve
 
     account = resolve(options.user, root)
     env = list(options.env)
@@ -739,7 +739,7 @@ def _with_user(options: RunOptions, root: Tree) -> RunOptions:
 def _with_stop_signal(options: RunOptions, root: Tree) -> RunOptions:
     """Find out the number of what asks the command to end; ConfigError if it is no signal."""
     if options.stop_signal is not None:
-        from tinyvmm.supervisor import signal_number
+        from tinyvmm.methods.supervisor import signal_number
 
         return options._replace(stop_signal=signal_number(options.stop_signal))
     number = int(signal.SIGTERM)
@@ -761,7 +761,7 @@ def _stops(options: RunOptions) -> Mapping[int, int]:
 
 def _context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Context":
     """Return what a command of `exec` has in common with ours."""
-    from tinyvmm.supervisor import Context
+    from tinyvmm.methods.supervisor import Context
 
     def modules(names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure

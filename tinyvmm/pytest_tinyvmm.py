@@ -12,7 +12,7 @@ fixtures, in a pytest of the guest's, which sees the same files: this computer's
 writes is forgotten. Its reports come back, so that it fails here as it failed there.
 
 Where this computer's KVM cannot run Linux, the tests that need a machine run in the lab
-(tinyvmm/lab.py), all in one pytest there, and are reported here; unless the ini option
+(tinyvmm/lab/lab.py), all in one pytest there, and are reported here; unless the ini option
 `tinyvmm_without_kvm` is `skip` or `fail`. In the lab a `-s` or a debugger is of no use.
 
 How: a *worker* is another pytest, of the same tests, that reads which to run and writes their
@@ -280,7 +280,7 @@ def run_in_lab(
     """Run tests in a lab; the reports of each. _Failed if the lab or its pytest failed."""
     from tinyvmm.command import prepare_kernel
     from tinyvmm.errors import TinyvmmError
-    from tinyvmm.lab import Lab
+    from tinyvmm.lab.lab import Lab
 
     names = [item.nodeid for item in items]
     script = "".join(map(_order, names, [*names[1:], None]))

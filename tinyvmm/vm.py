@@ -34,20 +34,20 @@ from typing import (
     overload,
 )
 
-from tinyvmm import exec_client
 from tinyvmm.command import GUEST_CID, RunOptions, run_command
 from tinyvmm.errors import ConfigError, MachineError
-from tinyvmm.mounts import Shared
+from tinyvmm.instances import exec_client
+from tinyvmm.methods.supervisor import Supervisor
 from tinyvmm.options import environment, parse_size
 from tinyvmm.process import Ends, Given, Process, Task, complete
-from tinyvmm.roots import Root, open_root
+from tinyvmm.roots.contents import Root, open_root
+from tinyvmm.roots.mounts import Shared
 from tinyvmm.scratch import ScratchDirectory
 from tinyvmm.session import HostFiles, Result, Session
-from tinyvmm.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from tinyvmm.fileserver.watched import Access
-    from tinyvmm.guest_calls import Guest
+    from tinyvmm.inside.guest_calls import Guest
     from tinyvmm.machine import Machine as Board
     from tinyvmm.recording import Recording
     from tinyvmm.vcpu import Vcpu
@@ -417,20 +417,20 @@ class Machine:
 
         It needs nothing of the guest's root. ConfigError names what could not be copied.
         """
-        from tinyvmm.guest_copy import copy_in
+        from tinyvmm.inside.guest_copy import copy_in
 
         with self._calls() as guest:
             copy_in(guest, os.fspath(source), _absolute_path(dest))
 
     def get(self, source: str, dest: "str | os.PathLike[str]") -> None:
         """Copy a file or a directory out of the guest to `dest` here, as `tinyvmm cp` does."""
-        from tinyvmm.guest_copy import copy_out
+        from tinyvmm.inside.guest_copy import copy_out
 
         with self._calls() as guest:
             copy_out(guest, _absolute_path(source), os.fspath(dest), _log.warning)
 
     def _calls(self) -> "Guest":
-        from tinyvmm.guest_calls import open_guest
+        from tinyvmm.inside.guest_calls import open_guest
 
         return open_guest(self._up())
 
@@ -704,7 +704,7 @@ _problem: list[str | None] = []
 def check_runs_linux() -> None:
     """ConfigError if this computer's KVM cannot run Linux, saying what can."""
     if not _problem:
-        from tinyvmm.probe import missing_for_linux
+        from tinyvmm.lab.probe import missing_for_linux
 
         _problem.append(missing_for_linux())
     if _problem[0] is not None:

@@ -16,7 +16,11 @@ from types import FrameType
 # Imported only once atheris is there to instrument it.
 TARGETS = {
     "ninep": ("tests.fuzz.ninep_session", "tinyvmm.fileserver", "tinyvmm.ninep"),
-    "control": ("tests.fuzz.control_client", "tinyvmm.control", "tinyvmm.supervisor"),
+    "control": (
+        "tests.fuzz.control_client",
+        "tinyvmm.instances.control",
+        "tinyvmm.methods.supervisor",
+    ),
     "virtio": ("tests.fuzz.virtio_device", "tinyvmm.devices", "tinyvmm.devices"),
 }
 

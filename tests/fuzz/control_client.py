@@ -17,16 +17,17 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
-from tinyvmm import control, trace
+from tinyvmm import trace
 from tinyvmm.bus import Bus
-from tinyvmm.control import ControlServer
-from tinyvmm.control_schema import check
 from tinyvmm.devices.rtc import Rtc
 from tinyvmm.devices.virtio.rng import VirtioRng
-from tinyvmm.exec_streams import ExecStreams
+from tinyvmm.instances import control
+from tinyvmm.instances.control import ControlServer
+from tinyvmm.instances.control_schema import check
 from tinyvmm.memory import GuestMemory
+from tinyvmm.methods.exec_streams import ExecStreams
+from tinyvmm.methods.supervisor import Context, Supervisor, _Turn
 from tinyvmm.session import Result
-from tinyvmm.supervisor import Context, Supervisor, _Turn
 
 STEPS_MAX = 40
 PATIENCE = 30.0  # seconds for what must come

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.lab import Completed, Lab, LabError, python_command
+from tinyvmm.lab.lab import Completed, Lab, LabError, python_command
 
 ROOT = Path(__file__).parent.parent.parent
 MAIN = (
@@ -30,7 +30,7 @@ REBOOT_BY_TRIPLE_FAULT = "reboot=t"  # of the kernel's command line
 
 
 def linux_runs_here() -> bool:
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.probe import missing_for_linux
 
     try:
         return missing_for_linux() is None

@@ -25,17 +25,17 @@ import tinyvmm.cli.instance  # noqa: E402
 import tinyvmm.cli.instances  # noqa: E402
 import tinyvmm.cli.run  # noqa: E402
 import tinyvmm.command  # noqa: E402
-import tinyvmm.control_schema  # noqa: E402
-import tinyvmm.exec_streams  # noqa: E402
 import tinyvmm.fileserver.connection  # noqa: E402
 import tinyvmm.guest.calls  # noqa: E402
 import tinyvmm.guest.execution  # noqa: E402
-import tinyvmm.guest_calls  # noqa: E402
-import tinyvmm.shares  # noqa: E402, F401
+import tinyvmm.inside.guest_calls  # noqa: E402
+import tinyvmm.instances.control_schema  # noqa: E402
+import tinyvmm.methods.exec_streams  # noqa: E402
+import tinyvmm.methods.shares  # noqa: E402, F401
 from tinyvmm.cli.main import main  # noqa: E402
-from tinyvmm.control import ControlClient  # noqa: E402
 from tinyvmm.errors import ConfigError  # noqa: E402
-from tinyvmm.exec_client import connect, execute  # noqa: E402
+from tinyvmm.instances.control import ControlClient  # noqa: E402
+from tinyvmm.instances.exec_client import connect, execute  # noqa: E402
 from tinyvmm.session import HostFiles  # noqa: E402
 
 found: dict[str, Any] = {}

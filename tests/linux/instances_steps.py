@@ -59,17 +59,17 @@ class Step:
 def main() -> None:
     """Do as the arguments say."""
     sys.path.insert(0, sys.argv[1])
-    import tinyvmm.attach
     import tinyvmm.cli.inside
     import tinyvmm.cli.instance
     import tinyvmm.cli.instances
     import tinyvmm.cli.run
     import tinyvmm.command
-    import tinyvmm.control
-    import tinyvmm.exec_client
-    import tinyvmm.guest_files
-    import tinyvmm.guest_processes
-    import tinyvmm.supervisor  # noqa: F401 (what each step needs)
+    import tinyvmm.inside.guest_files
+    import tinyvmm.inside.guest_processes
+    import tinyvmm.instances.attach
+    import tinyvmm.instances.control
+    import tinyvmm.instances.exec_client
+    import tinyvmm.methods.supervisor  # noqa: F401 (what each step needs)
 
     found: list[Any] = []
     running: dict[int, Step] = {}

@@ -20,7 +20,7 @@ from tinyvmm.devices import power
 from tinyvmm.guest.elf import Program
 from tinyvmm.guest.initramfs import Archive
 from tinyvmm.images import kernels
-from tinyvmm.qemu import kernel_file, memory_file
+from tinyvmm.lab.qemu import kernel_file, memory_file
 
 pytestmark = [
     pytest.mark.linux,

@@ -4,7 +4,7 @@ import pytest
 
 from tests.linux.conftest import ROOT, Runner
 from tinyvmm.images import kernels
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.linux.conftest import MAIN, Runner, interpreter
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 

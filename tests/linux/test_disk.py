@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.linux.conftest import MAIN, Runner, interpreter
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 

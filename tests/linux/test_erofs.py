@@ -9,9 +9,9 @@ import pytest
 from tests.erofs_reader import make_torture_tree
 from tests.linux.conftest import Runner
 from tests.linux.test_instances import cli, do, ok, run, sh
-from tinyvmm.erofs_root import open_upper
 from tinyvmm.images import kernel_store, kernels
 from tinyvmm.images.erofs.writer import write_image
+from tinyvmm.roots.erofs_root import open_upper
 
 pytestmark = pytest.mark.linux
 

@@ -12,7 +12,7 @@ from tests.oci import Entry, directory, entry, image, layer, symlink
 from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.oci.pull import pull
 from tinyvmm.images.oci.store import Store
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 

@@ -12,7 +12,7 @@ import pytest
 from tests.linux.conftest import MAIN, Runner
 from tinyvmm.guest.modules import closure
 from tinyvmm.images import kernels
-from tinyvmm.lab import Lab, python_command
+from tinyvmm.lab.lab import Lab, python_command
 
 pytestmark = pytest.mark.linux
 

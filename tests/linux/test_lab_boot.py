@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvmm.lab import Lab, LabError, python_command
+from tinyvmm.lab.lab import Lab, LabError, python_command
 
 pytestmark = [
     pytest.mark.linux,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.linux.conftest import MAIN, Runner, interpreter
 from tinyvmm.images import kernels
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 

@@ -24,7 +24,7 @@ from tinyvmm.guest.init import NEW_ROOT, ROOT_9P_OPTIONS, InitConfig, Mkdir, Mou
 from tinyvmm.guest.initramfs import Archive
 from tinyvmm.guest.modules import closure
 from tinyvmm.images import kernels
-from tinyvmm.qemu import MIB, Hardware, Qemu, kernel_file
+from tinyvmm.lab.qemu import MIB, Hardware, Qemu, kernel_file
 
 pytestmark = [
     pytest.mark.linux,

@@ -15,7 +15,7 @@ import pytest
 from tests.linux.conftest import MAIN, ROOT, Runner, interpreter
 from tinyvmm.devices.virtio.pci import NOTIFY
 from tinyvmm.images import kernels
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 from tinyvmm.layout import PCI_SLOT_STRIDE, VIRTIO_MMIO_STRIDE
 
 pytestmark = pytest.mark.linux

@@ -11,7 +11,7 @@ import pytest
 
 from tests.linux.conftest import MAIN, Runner
 from tinyvmm.images import kernels
-from tinyvmm.lab import Lab, python_command
+from tinyvmm.lab.lab import Lab, python_command
 
 pytestmark = pytest.mark.linux
 

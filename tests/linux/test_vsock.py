@@ -7,7 +7,7 @@ import pytest
 
 from tests.linux.conftest import MAIN, Runner, interpreter
 from tests.own_hvc import COLS, ROWS
-from tinyvmm.lab import python_command
+from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 

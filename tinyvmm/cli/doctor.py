@@ -43,7 +43,7 @@ def check_kvm() -> Finding:
 
 def check_linux() -> Finding:
     """This KVM executes what Linux needs."""
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.probe import missing_for_linux
 
     try:
         missing = missing_for_linux()
@@ -105,7 +105,7 @@ def check_descriptors() -> Finding:
 def check_directories() -> Finding:
     """The places for kernels, caches and the guests' private writes can be written."""
     from tinyvmm.images import kernels
-    from tinyvmm.kernel_cache import default_dir
+    from tinyvmm.kernel_files.kernel_cache import default_dir
 
     for path in (kernels.store_dir(), default_dir(), os.environ.get("TMPDIR") or "/tmp"):
         existing = path

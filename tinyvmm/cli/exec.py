@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     argv = args.argv + args.guest_argv
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm exec web -- ps")
-    from tinyvmm.exec_client import execute
+    from tinyvmm.instances.exec_client import execute
 
     terminal = None
     if os.isatty(0) and os.isatty(1):  # what is of no use otherwise is not imported: each exec pays

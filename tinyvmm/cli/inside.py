@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tinyvmm.guest_calls import Guest
+    from tinyvmm.inside.guest_calls import Guest
 
 _CP_EPILOG = """\
 One side is NAME:PATH, a path in machine NAME, from its root; the other is a path here, or - for a
@@ -67,12 +67,12 @@ def _cp(args: argparse.Namespace) -> int:
     if (source is None) == (dest is None):
         which = "neither is" if source is None else "both are"
         raise ConfigError(f"{args.source} and {args.dest}: {which} NAME:PATH; one has to be")
-    from tinyvmm.exec_client import connect
-    from tinyvmm.guest_calls import open_guest
+    from tinyvmm.inside.guest_calls import open_guest
+    from tinyvmm.instances.exec_client import connect
 
     name = (source or dest or ("",))[0]
     if dest is not None and args.source != "-":
-        from tinyvmm.guest_copy import check_source
+        from tinyvmm.inside.guest_copy import check_source
 
         check_source(args.source)
     with connect(name) as client, open_guest(client) as guest:
@@ -84,13 +84,13 @@ def _cp(args: argparse.Namespace) -> int:
 
 
 def _in(guest: "Guest", source: str, dest: str) -> None:
-    from tinyvmm.guest_copy import copy_in
+    from tinyvmm.inside.guest_copy import copy_in
 
     if source != "-":
         copy_in(guest, source, dest)
         return
     from tinyvmm import tree_tar
-    from tinyvmm.guest_files import look, put
+    from tinyvmm.inside.guest_files import look, put
 
     found = look(guest, dest)
     if found is None or not found.is_directory:
@@ -100,13 +100,13 @@ def _in(guest: "Guest", source: str, dest: str) -> None:
 
 def _out(guest: "Guest", source: str, dest: str) -> None:
     from tinyvmm.cli.values import warn
-    from tinyvmm.guest_copy import copy_out
+    from tinyvmm.inside.guest_copy import copy_out
 
     if dest != "-":
         copy_out(guest, source, dest, warn)
         return
     from tinyvmm import tree_tar
-    from tinyvmm.guest_files import walk
+    from tinyvmm.inside.guest_files import walk
 
     if sys.stdout.isatty():
         raise ConfigError("a tar archive is not for a terminal: send it to a file or a pipe")
@@ -117,9 +117,9 @@ def _out(guest: "Guest", source: str, dest: str) -> None:
 
 def _top(args: argparse.Namespace) -> int:
     from tinyvmm.cli.table import duration, print_table, printable
-    from tinyvmm.exec_client import connect
-    from tinyvmm.guest_calls import open_guest
-    from tinyvmm.guest_processes import processes
+    from tinyvmm.inside.guest_calls import open_guest
+    from tinyvmm.inside.guest_processes import processes
+    from tinyvmm.instances.exec_client import connect
 
     with connect(args.name) as client, open_guest(client) as guest:
         found = processes(guest)

@@ -11,7 +11,7 @@ from tinyvmm.errors import ConfigError, TinyvmmError
 
 if TYPE_CHECKING:
     from tinyvmm.command import RunOptions
-    from tinyvmm.output_log import OutputLog
+    from tinyvmm.instances.output_log import OutputLog
     from tinyvmm.session import Result
 
 STATUS_FAILED = 125
@@ -64,10 +64,10 @@ def _run(
 ) -> "Result":
     """Run it, while others can reach it; `ready` is told its name when the command runs."""
     from tinyvmm.command import run_command, settle
-    from tinyvmm.control import ControlServer
-    from tinyvmm.instances import WRITES, Instance, State
+    from tinyvmm.instances.control import ControlServer
+    from tinyvmm.instances.registry import WRITES, Instance, State
+    from tinyvmm.methods.supervisor import Supervisor
     from tinyvmm.session import Result
-    from tinyvmm.supervisor import Supervisor
 
     options = settle(options)
     over_disk = options.root_mode == "erofs"  # then what is written is in memory, or in a disk
@@ -105,7 +105,7 @@ def _run(
         supervisor.on_started = on_started
         sinks = {}
         if args.detach:
-            from tinyvmm.output_log import STREAMS, OutputLog
+            from tinyvmm.instances.output_log import STREAMS, OutputLog
 
             log = OutputLog(instance.file("output"))
             sinks = {stream: _logging(log, stream) for stream in STREAMS}
@@ -127,7 +127,7 @@ def _run(
 
 
 def _upper_disk(directory: str) -> str:
-    from tinyvmm.erofs_root import UPPER_FILE
+    from tinyvmm.roots.erofs_root import UPPER_FILE
 
     return os.path.join(directory, UPPER_FILE)
 

@@ -88,10 +88,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _ps(args: argparse.Namespace) -> int:
-    from tinyvmm import instances
     from tinyvmm.cli.table import duration, print_table, printable
+    from tinyvmm.instances import registry
 
-    states = [state for state in instances.list_() if args.all or state.running]
+    states = [state for state in registry.list_() if args.all or state.running]
     if args.quiet:
         for state in states:
             print(state.name)
@@ -122,15 +122,15 @@ def _ps(args: argparse.Namespace) -> int:
 
 def _known(name: str) -> dict[str, Any]:
     """Return all that is known of a machine, and what can be seen of one that runs."""
-    from tinyvmm import instances
+    from tinyvmm.instances import registry
 
-    state = instances.find(name)
+    state = registry.find(name)
     known: dict[str, Any] = {**state._asdict(), "state": "ended", "resident": None}
     end = time.time() if state.ended is None else state.ended
     known["uptime"] = max(0.0, end - state.created)
     if state.running:
         known["resident"] = _resident(state.pid)
-        known["control"] = instances.path_of(name, "control")
+        known["control"] = registry.path_of(name, "control")
         try:
             known |= _ask(name, "status")
         except ConfigError:
@@ -148,23 +148,23 @@ def _resident(pid: int) -> int | None:
 
 
 def _ask(name: str, method: str, **params: Any) -> Any:
-    from tinyvmm.exec_client import connect
+    from tinyvmm.instances.exec_client import connect
 
     with connect(name) as client:
         return client.call(method, **params)
 
 
 def _logs(args: argparse.Namespace) -> int:
-    from tinyvmm import instances
-    from tinyvmm.output_log import read_pieces
+    from tinyvmm.instances import registry
+    from tinyvmm.instances.output_log import read_pieces
     from tinyvmm.session import write_all
 
-    state = instances.find(args.name)
+    state = registry.find(args.name)
     if args.console:
         if state.running:
             text = _ask(args.name, "console")
         else:
-            with open(instances.path_of(args.name, "console"), encoding="utf-8") as file:
+            with open(registry.path_of(args.name, "console"), encoding="utf-8") as file:
                 text = file.read()
         sys.stdout.write(text)
         return 0
@@ -172,11 +172,11 @@ def _logs(args: argparse.Namespace) -> int:
         raise ConfigError(f"machine {args.name} is not detached: its output went to its terminal")
 
     def running() -> bool:
-        found = instances.read(args.name)
+        found = registry.read(args.name)
         return found is not None and found.running
 
     follow = running if args.follow else None
-    for piece in read_pieces(instances.path_of(args.name, "output"), follow=follow):
+    for piece in read_pieces(registry.path_of(args.name, "output"), follow=follow):
         data = piece.data
         if args.timestamps:
             when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(piece.when // 10**9))
@@ -186,7 +186,7 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from tinyvmm.attach import attach, parse_keys
+    from tinyvmm.instances.attach import attach, parse_keys
 
     return attach(args.name, stdin=not args.no_stdin, keys=parse_keys(args.detach_keys))
 
@@ -204,23 +204,23 @@ def _each(names: list[str], work: Callable[[str], None]) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    from tinyvmm import instances
+    from tinyvmm.instances import registry
 
-    names = [state.name for state in instances.list_() if state.running] if args.all else args.names
+    names = [state.name for state in registry.list_() if state.running] if args.all else args.names
     if not names and not args.all:
         raise ConfigError("name the machines to stop, or give --all")
 
     def stop(name: str) -> None:
-        if instances.find(name).running:
+        if registry.find(name).running:
             _ask(name, "stop", time=args.time)
-            instances.wait(name)
+            registry.wait(name)
         print(name)
 
     return _each(names, stop)
 
 
 def _kill(args: argparse.Namespace) -> int:
-    from tinyvmm.supervisor import signal_number
+    from tinyvmm.methods.supervisor import signal_number
 
     number = signal_number(args.signal)
 
@@ -232,24 +232,24 @@ def _kill(args: argparse.Namespace) -> int:
 
 
 def _wait(args: argparse.Namespace) -> int:
-    from tinyvmm import instances
+    from tinyvmm.instances import registry
 
     def wait(name: str) -> None:
-        state = instances.wait(name)
+        state = registry.wait(name)
         print("-" if state is None else state.status)
 
     return _each(args.names, wait)
 
 
 def _rm(args: argparse.Namespace) -> int:
-    from tinyvmm import instances
+    from tinyvmm.instances import registry
 
     def rm(name: str) -> None:
-        if args.force and instances.find(name).running:
+        if args.force and registry.find(name).running:
             _ask(name, "kill")
-            instances.wait(name)
-        if instances.read(name) is not None or not args.force:
-            instances.remove(name)
+            registry.wait(name)
+        if registry.read(name) is not None or not args.force:
+            registry.remove(name)
         print(name)
 
     return _each(args.names, rm)
@@ -281,7 +281,7 @@ def _control(args: argparse.Namespace) -> int:
             params[key] = json.loads(value)
         except ValueError:
             params[key] = value  # a string without its quotes: what it should be is checked there
-    from tinyvmm.exec_client import connect
+    from tinyvmm.instances.exec_client import connect
 
     with connect(args.name) as client:
         result = client.call(args.method, **params)

@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(args: argparse.Namespace) -> int:
     """Run it and return its exit status; ConfigError for what cannot be done."""
-    from tinyvmm.lab import run_in_lab
+    from tinyvmm.lab.lab import run_in_lab
 
     return run_in_lab(
         args.guest_argv,

@@ -70,7 +70,7 @@ def _create(args: argparse.Namespace) -> int:
 
     selection = Selection(args.include, args.exclude)
     if args.machine is not None:
-        from tinyvmm.writes import written
+        from tinyvmm.methods.writes import written
 
         with written(args.machine, warn) as found:
             files = packs.Files(select(found.changes, selection), found.trees)

@@ -14,9 +14,9 @@ from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyvmm.disks.opening import DiskOptions
-    from tinyvmm.mounts import Shared
     from tinyvmm.net.options import NetOptions, Published
-    from tinyvmm.pack_mounts import PackMap
+    from tinyvmm.roots.mounts import Shared
+    from tinyvmm.roots.pack_mounts import PackMap
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
 
@@ -87,7 +87,7 @@ def parse_map(text: str) -> tuple[str, str]:
 
 def parse_shared(text: str) -> "Shared":
     """Parse `[GUEST=]HOST[,ro][,cache=POLICY]`. Other commas are part of the directory's name."""
-    from tinyvmm.mounts import Shared
+    from tinyvmm.roots.mounts import Shared
 
     rest, readonly, cache = text, False, None
     while True:
@@ -122,7 +122,7 @@ def parse_disk(text: str) -> "DiskOptions":
 
 def parse_pack(text: str) -> "PackMap":
     """Parse `[GUEST=]NAME`, a pack of the store or of a file."""
-    from tinyvmm import pack_mounts
+    from tinyvmm.roots import pack_mounts
 
     try:
         return pack_mounts.parse_pack(text)
@@ -322,7 +322,7 @@ def main(args: argparse.Namespace) -> int:
     no_root.check_unused(args)
     argv = args.argv + args.guest_argv
     if args.stop_signal is not None:
-        from tinyvmm.supervisor import signal_number
+        from tinyvmm.methods.supervisor import signal_number
 
         signal_number(args.stop_signal)  # what is none shows here, not in a lab
     if args.init:
@@ -335,7 +335,7 @@ def main(args: argparse.Namespace) -> int:
         from tinyvmm.net.options import check_kind
 
         check_kind(args.net)
-    from tinyvmm.probe import missing_for_linux
+    from tinyvmm.lab.probe import missing_for_linux
 
     problem = missing_for_linux()
     with ExitStack() as cleanup:
@@ -417,8 +417,8 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
             f"--vsock: this KVM cannot run Linux ({problem}), and sockets of the lab cannot be "
             "reached from here; use a computer with a KVM of its own"
         )
-    from tinyvmm.lab import reexec
-    from tinyvmm.qemu import find_program
+    from tinyvmm.lab.lab import reexec
+    from tinyvmm.lab.qemu import find_program
 
     try:
         find_program()
@@ -451,7 +451,7 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
     options = settle(options)
     prepare_kernel(args.kernel, modules_for(options), options.root_mode)[0].close()
     if options.root_mode == "erofs" and options.writes:
-        from tinyvmm.erofs_root import open_upper
+        from tinyvmm.roots.erofs_root import open_upper
 
         open_upper(options.writes[0][1]).close()  # made here, where it is quick
     shares = [host for _, host in args.write]

@@ -208,7 +208,7 @@ def say_where(server: "Listener") -> None:
 def open_served(args: argparse.Namespace) -> "Tree":
     """Open what is to be served; ConfigError if it cannot be."""
     from tinyvmm.fileserver.union import open_tree
-    from tinyvmm.mounts import open_shared
+    from tinyvmm.roots.mounts import open_shared
 
     if not args.shared:
         if not args.read and not args.write:

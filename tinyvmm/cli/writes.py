@@ -46,7 +46,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from tinyvmm.writes import written
+    from tinyvmm.methods.writes import written
 
     with written(args.name, warn) as found:
         changes = found.changes
@@ -68,7 +68,7 @@ def _one_line(path: bytes) -> bytes:
 
 def _commit(args: argparse.Namespace) -> int:
     from tinyvmm.images import packs
-    from tinyvmm.writes import written
+    from tinyvmm.methods.writes import written
 
     kind = args.output.rpartition(".")[2]
     if kind in packs.KINDS:

@@ -194,7 +194,7 @@ def _modinfo(module: bytes | memoryview) -> bytes | memoryview:
     raise ValueError("it has no .modinfo section")
 
 
-DECOMPRESSORS = {".xz": "lzma", ".gz": "gzip", ".zst": "tinyvmm.zstd"}
+DECOMPRESSORS = {".xz": "lzma", ".gz": "gzip", ".zst": "tinyvmm.kernel_files.zstd"}
 
 
 def _decompress(path: str, data: bytes) -> bytes:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any, NamedTuple
 
-from tinyvmm import zstd
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.package import PackageError, Unpacking, check_name, open_package
 from tinyvmm.images.progress import Progress
+from tinyvmm.kernel_files import zstd
 
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER_LEN = 60

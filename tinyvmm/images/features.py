@@ -87,8 +87,8 @@ def embedded_config(vmlinuz: str) -> bytes | None:
     """
     import zlib
 
-    from tinyvmm.kernel_image import open_image, open_kernel
-    from tinyvmm.kernel_payload import PayloadError, unpack
+    from tinyvmm.kernel_files.kernel_image import open_image, open_kernel
+    from tinyvmm.kernel_files.kernel_payload import PayloadError, unpack
 
     fd, status = open_kernel(vmlinuz)
     try:

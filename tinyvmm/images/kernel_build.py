@@ -18,7 +18,7 @@ from typing import NamedTuple
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.kernels import InstalledKernel, Progress
 from tinyvmm.images.version import version_key
-from tinyvmm.kernel_cache import default_dir
+from tinyvmm.kernel_files.kernel_cache import default_dir
 
 CONFIG = os.path.join(os.path.dirname(__file__), "kernel.config")
 SOURCES = "/usr/src/linux-source-*.tar.*"

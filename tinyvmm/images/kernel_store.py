@@ -12,7 +12,7 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.images import kernels
 from tinyvmm.images.features import Files, embedded_config, note
 from tinyvmm.images.kernels import InstalledKernel, Progress, stored_kernel
-from tinyvmm.kernel_image import kernel_version
+from tinyvmm.kernel_files.kernel_image import kernel_version
 
 DRAFT_PREFIX = ".draft-"
 NEWEST = "newest"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.features import Features, Files, features, read_all
 from tinyvmm.images.version import version_key
-from tinyvmm.kernel_image import kernel_version
+from tinyvmm.kernel_files.kernel_image import kernel_version
 
 Progress = Callable[[str, int, int], None]
 

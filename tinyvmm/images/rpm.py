@@ -20,7 +20,6 @@ from functools import partial
 from io import BytesIO
 from typing import IO, Any, NamedTuple
 
-from tinyvmm import zstd
 from tinyvmm.images.package import (
     COPY_LEN,
     PackageError,
@@ -30,6 +29,7 @@ from tinyvmm.images.package import (
     open_package,
 )
 from tinyvmm.images.progress import Progress
+from tinyvmm.kernel_files import zstd
 
 LEAD_MAGIC = b"\xed\xab\xee\xdb"
 LEAD_LEN = 96

@@ -314,7 +314,7 @@ def open_compressed(file: IO[bytes]) -> Stream:
     if magic[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=file)
     if magic == b"\x28\xb5\x2f\xfd":
-        from tinyvmm import zstd
+        from tinyvmm.kernel_files import zstd
 
         return zstd.Reader(file)
     return file

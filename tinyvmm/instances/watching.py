@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from tinyvmm import trace
-from tinyvmm.control import Client, remote
-from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError
+from tinyvmm.instances.control import Client, remote
+from tinyvmm.instances.control_schema import limits
 
 if TYPE_CHECKING:
     from tinyvmm.machine import Machine

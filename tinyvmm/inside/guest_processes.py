@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest_calls import (
+from tinyvmm.inside.guest_calls import (
     Call,
     Guest,
     Slot,

@@ -1,4 +1,4 @@
-r"""Runs commands for `tinyvmm.lab.Lab`, inside its machine, one after the other, until input ends.
+r"""Runs commands for `Lab` (lab.py), inside its machine, one after the other, until input ends.
 
 Executed as a file by a bare interpreter, so it imports nothing of ours. A request is a line of
 JSON followed by the command's stdin; an answer is a line of JSON followed by its output:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest_calls import (
+from tinyvmm.inside.guest_calls import (
     ENTRIES_MAX,
     PIECE,
     Call,

@@ -24,8 +24,8 @@ from tinyvmm.fileserver.tree import Node
 from tinyvmm.fileserver.union import open_tree
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.fileserver.written import ADDED, CHANGED, Change, Deleted, find_below, names_below
-from tinyvmm.guest_calls import Guest, entries, read_file, readlinkat
-from tinyvmm.guest_files import walk
+from tinyvmm.inside.guest_calls import Guest, entries, read_file, readlinkat
+from tinyvmm.inside.guest_files import walk
 from tinyvmm.tree_entries import Entry
 
 OPAQUE, REDIRECT = "trusted.overlay.opaque", "trusted.overlay.redirect"

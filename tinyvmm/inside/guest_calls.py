@@ -27,9 +27,9 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.exec_client import Caller, accept, listen
 from tinyvmm.guest import abi
 from tinyvmm.guest.calls import ANSWER, ARENA, ARENA_LEN, OUT_IS_RESULT, REQUEST, SLOTS
+from tinyvmm.instances.exec_client import Caller, accept, listen
 
 PIECE = 1 << 17
 """Bytes of a file in one call; a call's data and what it returns fit the arena with it."""

@@ -18,7 +18,7 @@ from tinyvmm.guest import abi
 from tinyvmm.guest.init import SCRATCH, SCRATCH_IN_RAM, Filesystem, Mount, overlay_root
 from tinyvmm.images import kernels
 from tinyvmm.images.erofs.image import ErofsImage
-from tinyvmm.pack_mounts import disk_name
+from tinyvmm.roots.pack_mounts import disk_name
 from tinyvmm.scratch import ScratchDirectory
 
 # What EROFS computes checksums with does not start without the algorithm, which it asks a modprobe

@@ -12,7 +12,7 @@ cannot be read or written makes a start slower, and nothing else.
 import os
 import struct
 
-from tinyvmm.kernel_image import Kernel, Layout, Segment
+from tinyvmm.kernel_files.kernel_image import Kernel, Layout, Segment
 from tinyvmm.layout import PAGE_SIZE
 
 MAGIC = b"TVMMKRN1"

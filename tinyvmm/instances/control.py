@@ -383,7 +383,7 @@ class ControlServer:
 
     def check(self, name: str, params: Mapping[str, Any]) -> None:
         """Raise InvalidParamsError if a method cannot be called so."""
-        from tinyvmm.control_schema import problem_of
+        from tinyvmm.instances.control_schema import problem_of
 
         problem = problem_of(self.methods[name], params)
         if problem is not None:

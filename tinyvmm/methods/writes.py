@@ -11,11 +11,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from tinyvmm import instances
-from tinyvmm.control import ControlClient
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.written import Change, list_changes
-from tinyvmm.instances import WRITES, State
+from tinyvmm.instances import registry
+from tinyvmm.instances.control import ControlClient
+from tinyvmm.instances.registry import WRITES, State
 from tinyvmm.scratch import kept_writes
 
 
@@ -33,7 +33,7 @@ def written(name: str, warn: Callable[[str], None]) -> Iterator[Written]:
 
     ConfigError if there is no such machine, or what it wrote is not to be had.
     """
-    state = instances.find(name)
+    state = registry.find(name)
     writes = _write_trees(state)
     with ExitStack() as cleanup:
         changes = _changes(state, writes, warn, cleanup)
@@ -50,10 +50,10 @@ def _changes(
     """List what is in the guest, which runs for that, and then what is here, while it does not."""
     reads = [_pair(tree) for tree in state.reads]
     if state.running:
-        from tinyvmm.guest_calls import open_guest, sync
-        from tinyvmm.guest_writes import list_guest_changes
+        from tinyvmm.inside.guest_calls import open_guest, sync
+        from tinyvmm.inside.guest_writes import list_guest_changes
 
-        client = cleanup.enter_context(ControlClient(instances.path_of(state.name, "control")))
+        client = cleanup.enter_context(ControlClient(registry.path_of(state.name, "control")))
         if client.call("status")["state"] == "paused":
             if not writes:
                 raise ConfigError(f"machine {state.name} is paused: tinyvmm resume {state.name}")
@@ -76,7 +76,7 @@ def _changes(
 
 def _write_trees(state: State) -> list[tuple[str, str]]:
     writes = [_pair(tree) for tree in state.writes]
-    kept = kept_writes(instances.path_of(state.name, WRITES))
+    kept = kept_writes(registry.path_of(state.name, WRITES))
     if kept is not None and not state.in_memory:
         writes.append(("/", kept))
     if not writes and not state.running:

@@ -9,10 +9,10 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from tinyvmm.control import remote
-from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError, KvmError
-from tinyvmm.watching import Names, Pattern, Watching
+from tinyvmm.instances.control import remote
+from tinyvmm.instances.control_schema import limits
+from tinyvmm.instances.watching import Names, Pattern, Watching
 
 if TYPE_CHECKING:
     from tinyvmm.machine import Machine

@@ -42,7 +42,7 @@ def _unlzma(data: bytes, size: int) -> bytes:
 
 
 def _unlz4(data: bytes, size: int) -> bytes:
-    from tinyvmm import lz4
+    from tinyvmm.kernel_files import lz4
 
     return lz4.decompress_legacy(data[:-4], size)
 

@@ -14,7 +14,8 @@ import os
 from struct import unpack_from
 from typing import NamedTuple
 
-from tinyvmm.bootparam import (
+from tinyvmm.errors import ConfigError
+from tinyvmm.kernel_files.bootparam import (
     BOOT_FLAG,
     HDRS_MAGIC,
     SETUP_HEADER,
@@ -22,7 +23,6 @@ from tinyvmm.bootparam import (
     XLF_KERNEL_64,
     BootParams,
 )
-from tinyvmm.errors import ConfigError
 from tinyvmm.layout import HIGH_RAM_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
 
 ZERO_GAP = 1 << 16  # shorter runs of zeros cost less to copy than another system call
@@ -135,7 +135,7 @@ def open_kernel(path: str) -> tuple[int, os.stat_result]:
 
 def open_image(path: str, fd: int, file_len: int) -> Image:
     """Understand the open kernel file `fd`; ConfigError for anything we could not boot."""
-    from tinyvmm.kernel_payload import VMLINUX_SIZE_MAX, find_decoder
+    from tinyvmm.kernel_files.kernel_payload import VMLINUX_SIZE_MAX, find_decoder
 
     head = _pread(path, fd, min(PAGE_SIZE, file_len), 0)
     if head[:4] == ELF_MAGIC:
@@ -248,7 +248,7 @@ def parse_vmlinux(path: str, head: bytes, file_len: int) -> Layout:
 
 def unpack_image(path: str, image: Image, count_max: int) -> Kernel:
     """Return the kernel in a bzImage's payload, in at most `count_max` segments."""
-    from tinyvmm.kernel_payload import PayloadError, unpack
+    from tinyvmm.kernel_files.kernel_payload import PayloadError, unpack
 
     try:
         vmlinux = unpack(image.payload)

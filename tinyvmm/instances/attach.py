@@ -13,11 +13,11 @@ import threading
 from base64 import b64encode
 from types import FrameType
 
-from tinyvmm import instances
-from tinyvmm.control import ControlClient
 from tinyvmm.errors import ConfigError
-from tinyvmm.exec_client import connect
-from tinyvmm.output_log import read_pieces
+from tinyvmm.instances import registry
+from tinyvmm.instances.control import ControlClient
+from tinyvmm.instances.exec_client import connect
+from tinyvmm.instances.output_log import read_pieces
 from tinyvmm.session import write_all
 from tinyvmm.terminal import Terminal, is_terminal_session
 
@@ -71,11 +71,11 @@ def attach(name: str, *, stdin: bool = True, keys: bytes = DETACH_KEYS) -> int:
 
     That of its command when it ends, 0 once detached. ConfigError if there is nothing to attach to.
     """
-    state = instances.find(name)
+    state = registry.find(name)
     if not state.detached:
         raise ConfigError(f"machine {name} is not detached: it has a terminal of its own")
     with connect(name) as client:
-        log = instances.path_of(name, "output")
+        log = registry.path_of(name, "output")
         reader = _Reader(name, log, os.path.getsize(log))
         terminal = Terminal() if stdin and is_terminal_session() else None
         wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -94,7 +94,7 @@ def attach(name: str, *, stdin: bool = True, keys: bytes = DETACH_KEYS) -> int:
             os.close(woken)
     if detached:
         return 0
-    ended = instances.wait(name) if instances.read(name) is not None else None
+    ended = registry.wait(name) if registry.read(name) is not None else None
     return 0 if ended is None or ended.status is None else ended.status
 
 
@@ -125,7 +125,7 @@ class _Reader:
     def _going(self) -> bool:
         if self._stopping:
             return False
-        state = instances.read(self._name)
+        state = registry.read(self._name)
         return state is not None and state.running
 
 

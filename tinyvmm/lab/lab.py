@@ -32,7 +32,7 @@ from tinyvmm.guest.init import (
 from tinyvmm.guest.initramfs import Archive
 from tinyvmm.guest.modules import closure
 from tinyvmm.guest.protocol import EXEC_FAILED, GOODBYE, RECORD, SETUP_FAILED, STARTED
-from tinyvmm.qemu import MIB, ROOT_TAG, Hardware, Qemu, find_program, kernel_file
+from tinyvmm.lab.qemu import MIB, ROOT_TAG, Hardware, Qemu, find_program, kernel_file
 from tinyvmm.session import HostFiles, Result, Session, host_files, write_all
 from tinyvmm.streams import SocketOutput
 

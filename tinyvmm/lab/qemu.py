@@ -23,7 +23,7 @@ from tinyvmm.session import Ports
 from tinyvmm.streams import SocketInput, SocketOutput
 
 if TYPE_CHECKING:
-    from tinyvmm.kernel_image import Kernel
+    from tinyvmm.kernel_files.kernel_image import Kernel
 
 PROGRAM = "qemu-system-x86_64"
 FIRMWARE = "qboot.rom"  # starts a PVH kernel in milliseconds; part of QEMU's own data

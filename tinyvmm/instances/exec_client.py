@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tinyvmm import instances
-from tinyvmm.control import ControlClient
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.protocol import STREAMS
+from tinyvmm.instances import registry
+from tinyvmm.instances.control import ControlClient
 from tinyvmm.session import STATUS_MACHINE_FAILED, HostFiles, Ports, Result, Session
 from tinyvmm.streams import SocketInput, SocketOutput
 
@@ -48,10 +48,10 @@ class Caller(Protocol):
 
 def connect(name: str) -> ControlClient:
     """Connect to a machine's control socket; ConfigError if it does not run."""
-    state = instances.find(name)
+    state = registry.find(name)
     if not state.running:
         raise ConfigError(f"machine {name} has ended, with status {state.status}")
-    return ControlClient(instances.path_of(name, "control"))
+    return ControlClient(registry.path_of(name, "control"))
 
 
 def execute(

@@ -31,7 +31,7 @@ from tinyvmm.guest.protocol import RECORD, STREAMS
 from tinyvmm.session import STATUS_MACHINE_FAILED, Result, result_of
 
 if TYPE_CHECKING:
-    from tinyvmm.control import Client
+    from tinyvmm.instances.control import Client
     from tinyvmm.vsock_host import VsockHost
 
 CHUNK = 32 << 10

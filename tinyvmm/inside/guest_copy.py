@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.guest_calls import Guest
-from tinyvmm.guest_files import look, put, walk
+from tinyvmm.inside.guest_calls import Guest
+from tinyvmm.inside.guest_files import look, put, walk
 from tinyvmm.tree_entries import save, walk_host
 
 

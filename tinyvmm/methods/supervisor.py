@@ -14,22 +14,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
-from tinyvmm.control import Client, remote
-from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError
-from tinyvmm.executor import Executor
 from tinyvmm.guest.protocol import SIGNAL, STARTED, WINSIZE
-from tinyvmm.inspection import Inspection, decode
+from tinyvmm.inside.executor import Executor
+from tinyvmm.instances.control import Client, remote
+from tinyvmm.instances.control_schema import limits
+from tinyvmm.instances.watching import Watching
+from tinyvmm.methods.inspection import Inspection, decode
+from tinyvmm.methods.shares import Shares
 from tinyvmm.session import STATUS_SIGNAL, Result
-from tinyvmm.shares import Shares
-from tinyvmm.watching import Watching
 
 if TYPE_CHECKING:
     from tinyvmm.devices.virtio.device import VirtioDevice
-    from tinyvmm.exec_streams import Command, ExecStreams
     from tinyvmm.fileserver.tree import Tree
     from tinyvmm.guest.execution import Execution
     from tinyvmm.machine import Machine
+    from tinyvmm.methods.exec_streams import Command, ExecStreams
     from tinyvmm.session import Session
     from tinyvmm.vsock_host import VsockHost
 
@@ -141,7 +141,7 @@ class Supervisor:
         vsock_host: "VsockHost",
     ) -> None:
         """Answer for this machine from now on."""
-        from tinyvmm.exec_streams import ExecStreams
+        from tinyvmm.methods.exec_streams import ExecStreams
 
         streams = ExecStreams(vsock_host)
         with self._changed:
@@ -218,9 +218,9 @@ class Supervisor:
 
     def discover(self) -> dict[str, Any]:
         """Describe every method and notification, in JSON Schema."""
-        from tinyvmm.control_schema import describe
-        from tinyvmm.exec_streams import ExecExited, ExecOutput
-        from tinyvmm.watching import TraceRecord
+        from tinyvmm.instances.control_schema import describe
+        from tinyvmm.instances.watching import TraceRecord
+        from tinyvmm.methods.exec_streams import ExecExited, ExecOutput
 
         notifications = {
             "trace_record": TraceRecord,
@@ -461,7 +461,7 @@ class Supervisor:
         variables = dict(entry.split("=", 1) for entry in context.env)
         account = None
         if user is not None:
-            from tinyvmm.guest_users import resolve
+            from tinyvmm.inside.guest_users import resolve
 
             account = resolve(user, context.root)
             variables["HOME"] = account.home
@@ -482,7 +482,7 @@ class Supervisor:
 
     def _when_ended(self, turn: _Turn, pid: int, command: "Command | None" = None) -> None:
         """Once a program has ended remove what clients left that died before theirs connected."""
-        from tinyvmm.exec_client import FIRST_PORT, PORTS
+        from tinyvmm.instances.exec_client import FIRST_PORT, PORTS
 
         def act() -> None:
             if command is not None:

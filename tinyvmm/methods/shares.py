@@ -19,17 +19,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from tinyvmm.control import remote
-from tinyvmm.control_schema import limits
 from tinyvmm.errors import ConfigError
-from tinyvmm.mounts import CACHES, Shared, arrange, open_shared
+from tinyvmm.instances.control import remote
+from tinyvmm.instances.control_schema import limits
+from tinyvmm.roots.mounts import CACHES, Shared, arrange, open_shared
 
 if TYPE_CHECKING:
-    from tinyvmm.exec_client import Caller
     from tinyvmm.fileserver.connection import Connection
     from tinyvmm.fileserver.host import HostTree
     from tinyvmm.fileserver.union import UnionTree
-    from tinyvmm.guest_calls import Call, Guest
+    from tinyvmm.inside.guest_calls import Call, Guest
+    from tinyvmm.instances.exec_client import Caller
     from tinyvmm.vsock_host import VsockHost
 
 MODULES = ("9p", "9pnet_fd?")  # before Linux 5.17 the latter was a part of 9pnet
@@ -144,7 +144,7 @@ class Shares:
     def share_remove(self, *, guest: Path, lazy: bool = False) -> None:
         """Take back what `share_add` gave; with `lazy` also from programs that use it."""
         from tinyvmm.guest import abi
-        from tinyvmm.guest_calls import open_guest, umount2
+        from tinyvmm.inside.guest_calls import open_guest, umount2
 
         guest = os.path.normpath(guest).replace("//", "/")
         with self._lock:
@@ -192,7 +192,7 @@ class Shares:
 
     def _mount(self, share: _Share) -> None:
         """Have the guest's kernel connect and mount; ConfigError if it cannot."""
-        from tinyvmm.guest_calls import open_guest
+        from tinyvmm.inside.guest_calls import open_guest
 
         with open_guest(self._caller) as calls:
             begun: list[str] = []
@@ -210,7 +210,7 @@ class Shares:
         from tinyvmm.guest import abi
         from tinyvmm.guest.execution import PATIENCE, vsock_address
         from tinyvmm.guest.init import v9fs_options
-        from tinyvmm.guest_calls import call, close, connect, make_socket, mkdirat, mount
+        from tinyvmm.inside.guest_calls import call, close, connect, make_socket, mkdirat, mount
 
         for name, module in self._modules(MODULES):
             yield f"insert the kernel module {name}"

@@ -1,0 +1,1 @@
+"""What can be asked of a machine that runs: the methods of its control socket."""

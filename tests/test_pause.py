@@ -3,9 +3,11 @@
 import os
 import random
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from time import sleep
+from types import FrameType
 
 import pytest
 
@@ -221,6 +223,76 @@ def test_a_step_of_a_vcpu_that_sleeps_gives_up() -> None:
         assert not machine.vcpus[0].step(timeout=0.05)
         machine.resume()
         assert machine.wait(0.05) is None
+
+
+@pytest.mark.parametrize("end", ["resume", "stop"])
+def test_a_step_whose_turn_never_comes_is_told_so(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    machine.boot_real_mode(COUNT)
+    machine.start()
+    machine.pause()
+    vcpu = machine.vcpus[0]
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def step() -> str:
+        begun.set()
+        assert may_go_on.wait(30)
+        return StopCause.STEP
+
+    monkeypatch.setattr(vcpu, "_step", step)
+    answers: list[bool] = []
+    first, second = (
+        threading.Thread(target=lambda: answers.append(vcpu.step()), daemon=True) for _ in range(2)
+    )
+    first.start()
+    assert begun.wait(30)
+    vcpu._mail.put(None)  # as a resume that came before leaves one
+    second.start()
+    while vcpu._mail.qsize() < 2:
+        sleep(0.001)
+    if end == "resume":
+        machine.resume()
+    else:
+        machine.stop(StopCause.STOPPED)
+    may_go_on.set()
+    for thread in (first, second):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert sorted(answers) == [False, True]
+
+
+def test_a_signal_handler_may_stop_a_machine_at_any_moment_of_its_wait() -> None:
+    class Interrupted:
+        """Stops the machine at each line that Python executes, as a handler could run there."""
+
+        def __init__(self, machine: Machine, line: int) -> None:
+            self.machine, self.left = machine, line
+
+        def __call__(self, frame: FrameType, event: str, _: object) -> "Interrupted":
+            if event in {"line", "return"}:
+                self.left -= 1
+                if self.left == 0:
+                    sys.settrace(before)
+                    self.machine.stop(StopCause.STOPPED)
+            return self
+
+    before = sys.gettrace()
+    reached = True
+    line = 0
+    while reached:
+        line += 1
+        with Machine(memory=1 << 20, irqchip=False) as machine:
+            handler = Interrupted(machine, line)
+            sys.settrace(handler)
+            try:
+                machine.wait(0)
+                machine.stop(StopCause.POWEROFF)
+            finally:
+                sys.settrace(before)
+            reached = handler.left <= 0
+            assert machine.wait(30) in {StopCause.STOPPED, StopCause.POWEROFF}
+    assert line > 10
 
 
 def test_whoever_pauses_resumes_and_stops_when_they_like_nothing_hangs_or_is_lost() -> None:

@@ -13,8 +13,9 @@ This is the board. `tinyvmm.Machine`, the package's front door (tinyvmm/vm.py), 
 one, made to run commands in.
 
 Threads: one for each vCPU and for each device with ioeventfds, started by `start`. `stop` may be
-called from any thread, vCPU threads and signal handlers included; the first caller's cause is the
-one that counts (`_stop_lock`). `close` ends whatever still runs and releases every descriptor.
+called from any thread, vCPU threads and signal handlers included, so it takes no lock that a thread
+may hold when a signal comes; the first caller's cause is the one that counts. `close` ends whatever
+still runs and releases every descriptor.
 """
 
 import sys
@@ -104,8 +105,10 @@ class Machine:
         self.paused = False
         self._pause_lock = threading.Lock()
         self._pauses = 0
-        self._stop_lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._ends: dict[str, tuple[str, BaseException | None]] = {}  # the first: how it ended
+        self._over = False
+        self._running = threading.Lock()  # held by nobody in particular, until the run has ended
+        self._running.acquire()
         self._irqchip = irqchip
         self._hurried = False
         self._vm: kvm.VM | None = None
@@ -434,15 +437,16 @@ class Machine:
 
     def stop(self, cause: str, error: BaseException | None = None) -> None:
         """End the run for `cause` (StopCause); the first call counts. From any thread."""
-        with self._stop_lock:
-            if self.cause:
-                return
-            self.cause, self._error = cause, error
+        end = cause, error
+        if self._ends.setdefault("first", end) is not end:  # which is atomic
+            return
+        self.cause, self._error = end
         for device in self._virtio_devices:
             device.halt()
         for vcpu in self.vcpus:
             vcpu.stop()
-        self._stopped.set()
+        self._over = True
+        self._running.release()
 
     def end(self, value: int) -> None:
         """End the run as a device asks, leaving `value` in `exit_value`; from any thread."""
@@ -455,8 +459,10 @@ class Machine:
 
         An error on a vCPU thread is raised here: VcpuError, or a bug of ours as it was.
         """
-        if not self._stopped.wait(timeout):
-            return None
+        if not self._over:  # not an Event, whose lock a signal handler could not take here
+            if not self._running.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+                return None
+            self._running.release()  # for whoever else waits
         for vcpu in self.vcpus:
             vcpu.join()
         if self._error is not None:

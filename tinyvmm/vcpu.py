@@ -13,8 +13,8 @@ read from a device has reached its register (api.rst, KVM_RUN, the note on KVM_E
 
 To stop takes no lock, so that signal handlers may: `_stopping` is set first and `immediate_exit`
 after, and the vCPU clears the latter first and looks at the former after. To pause does: `_gate`
-guards `_pausing` and whether the vCPU is `_parked`. A parked vCPU does what arrives in `_mail`,
-whose `put` anybody may call, a signal handler too.
+guards `_pausing` and whether the vCPU is `_parked`. A parked vCPU makes the steps that arrive in
+`_mail`, whose `put` anybody may call, a signal handler too; what arrives too late is told so.
 """
 
 import ctypes
@@ -37,6 +37,10 @@ KICK_SIGNAL = signal.SIGRTMIN
 
 _MAX_HANDLERS = 1024  # a guest that touches every port in every width must not fill our memory
 _PR_SET_TIMERSLACK = 29
+_SYS_TGKILL = 234  # <asm/unistd_64.h>
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_Answers = SimpleQueue[str | BaseException]
 
 
 class _sigaction(ctypes.Structure):
@@ -56,9 +60,8 @@ def handle_kicks() -> None:
     Python's own handlers can only be set on the main thread, and are run there. The handler here is
     a function of the C library that takes an int and has no effect: abs(3).
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    action = _sigaction(sa_handler=ctypes.cast(libc.abs, ctypes.c_void_p))
-    if libc.sigaction(int(KICK_SIGNAL), ctypes.byref(action), None):
+    action = _sigaction(sa_handler=ctypes.cast(_libc.abs, ctypes.c_void_p))
+    if _libc.sigaction(int(KICK_SIGNAL), ctypes.byref(action), None):
         number = ctypes.get_errno()
         raise OSError(number, f"sigaction: {os.strerror(number)}")
 
@@ -102,7 +105,7 @@ class Vcpu:
         self._gate = threading.Lock()
         self._pausing = False
         self._parked = threading.Event()
-        self._mail: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._mail: SimpleQueue[_Answers | None] = SimpleQueue()  # steps to make; None: look again
         self._thread: threading.Thread | None = None
         self._run = kvm.kvm_run.from_buffer(handle.run_area)
         self._views = Views(handle.run_area)
@@ -124,9 +127,10 @@ class Vcpu:
     def _kick(self) -> None:
         """Get the vCPU out of KVM_RUN."""
         self._run.immediate_exit = 1
-        thread = self._thread
-        if thread is not None and thread.ident is not None and thread.is_alive():
-            signal.pthread_kill(thread.ident, KICK_SIGNAL)
+        thread = self.thread_id
+        if thread is not None:
+            # Not pthread_kill(3): the thread may be ending, and then that reads freed memory.
+            _libc.syscall(_SYS_TGKILL, os.getpid(), thread, int(KICK_SIGNAL))
 
     @property
     def pausing(self) -> bool:
@@ -160,22 +164,16 @@ class Vcpu:
     def step(self, timeout: float = 1.0) -> bool:
         """Execute one instruction of a paused vCPU; False if the guest waits at it for something.
 
-        Not on the vCPU's own thread. What the instruction asks of devices is done. An interrupt
-        that is due comes first, and then its handler's first instruction is not executed. `timeout`
-        is in seconds. KvmError where this KVM cannot step.
+        Also if the vCPU goes on, or ends, before its turn comes. Not on the vCPU's own thread. What
+        the instruction asks of devices is done. An interrupt that is due comes first, and then its
+        handler's first instruction is not executed. `timeout` is in seconds. KvmError where this
+        KVM cannot step.
         """
+        done: _Answers = SimpleQueue()
         with self._gate:
             if not self._pausing or not self._parked.is_set() or self._stopping:
                 raise RuntimeError(f"vCPU {self.handle.vcpu_id} is not paused")
-        done: SimpleQueue[str | BaseException] = SimpleQueue()
-
-        def work() -> None:
-            try:
-                done.put(self._step())
-            except BaseException as error:  # noqa: BLE001 (belongs to who asked)
-                done.put(error)
-
-        self._mail.put(work)
+            self._mail.put(done)
         try:
             result = done.get(timeout=timeout)
         except Empty:
@@ -230,12 +228,23 @@ class Vcpu:
             with self._gate:
                 if not self._pausing:
                     self._parked.clear()
+                    self._refuse_steps()
                     return None
                 self._parked.set()
-            work = self._mail.get()
-            if work is not None:
-                work()
+            done = self._mail.get()
+            if done is not None:
+                try:
+                    done.put(self._step())
+                except BaseException as error:  # noqa: BLE001 (belongs to who asked)
+                    done.put(error)
         return StopCause.STOPPED
+
+    def _refuse_steps(self) -> None:
+        """Answer whoever asked for a step too late; the gate is held, so nobody asks any more."""
+        while not self._mail.empty():
+            done = self._mail.get()
+            if done is not None:
+                done.put(StopCause.INTERRUPTED)
 
     def join(self) -> None:
         """Wait until the thread has ended, unless this is that thread."""
@@ -253,7 +262,7 @@ class Vcpu:
     def _main(self) -> None:
         # Waiting for the interpreter lock is a timed wait, and by default Linux lets timers slip
         # by 50 us: five exits' worth.
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        _libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
         try:
             self._owner.stop(self._loop())
         except BaseException as error:  # noqa: BLE001 (a thread's end must reach the machine)
@@ -263,7 +272,10 @@ class Vcpu:
             clear_frames(error.__traceback__)
             self._owner.stop(StopCause.ERROR, error)
         finally:
-            self._parked.set()
+            with self._gate:
+                self._stopping = True
+                self._refuse_steps()
+                self._parked.set()
 
     def _loop(self) -> str:
         """Run the guest until it ends or `stop` is called; a StopCause."""

@@ -40,7 +40,7 @@ def initramfs() -> bytes:
     """Return the archive: modules as a run has them, /dev/console, and the program above."""
     import stat
 
-    from tinyvmm.command import MODULES
+    from tinyvmm.command.options import MODULES
     from tinyvmm.guest.archive import module_archive
     from tinyvmm.guest.initramfs import Archive
     from tinyvmm.images import kernels
@@ -141,7 +141,7 @@ def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 

@@ -128,7 +128,10 @@ def run_guest(
     argv: list[str], root: str, devices: "list[Virtio9P]", mounts: "list[init.Filesystem]"
 ) -> list[Entry]:
     """Boot, answer the program whenever it waits, and return what it has said."""
-    from tinyvmm import command, trace
+    from tinyvmm import trace
+    from tinyvmm.command.init import CMDLINE
+    from tinyvmm.command.options import OVERLAY_MODULES
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
     from tinyvmm.devices.virtio.p9 import Virtio9P
     from tinyvmm.fileserver.session import Session as FileSession
@@ -163,7 +166,7 @@ def run_guest(
                     found.append(Entry(name, int(turn), what, int(often), int(ns), sent))
                 os.write(asks, b"\n")
 
-    kernel, modules = command.prepare_kernel(None, command.OVERLAY_MODULES)
+    kernel, modules = prepare_kernel(None, OVERLAY_MODULES)
     config = init.InitConfig(
         argv[:1],
         argv,
@@ -181,7 +184,7 @@ def run_guest(
         for device in devices:
             machine.add_virtio(device)
         archives = [modules.archive, init_archive(config)]
-        machine.boot_linux(kernel, initrd=archives, cmdline=f"{command.CMDLINE} pci=noearly quiet")
+        machine.boot_linux(kernel, initrd=archives, cmdline=f"{CMDLINE} pci=noearly quiet")
         stdin, stdout, stderr, control = ports
         session = Session(
             Ports(
@@ -228,7 +231,8 @@ def show(found: list[Entry]) -> None:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.command import OVERLAY_MODULES, prepare_kernel
+    from tinyvmm.command.options import OVERLAY_MODULES
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 

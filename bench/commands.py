@@ -170,7 +170,7 @@ def link_kernel() -> None:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 

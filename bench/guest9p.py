@@ -68,7 +68,7 @@ def initramfs(program: str, names: Sequence[str] = MODULES) -> tuple[bytes, list
     """Return the archive with the modules and `program` as PID 1, and the modules' paths in it."""
     import stat
 
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.guest.initramfs import Archive
 
     kernel, modules = prepare_kernel(None, names)

@@ -31,7 +31,7 @@ def versions() -> list[str]:
 
 def sizes(version: str) -> str:
     """Say how large a kernel is: its file, what of it is loaded, the modules of a run."""
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.images import kernels
 
     file_len = kernels.size(kernels.look_up(version))

@@ -62,7 +62,7 @@ class Entry(NamedTuple):
 
 def initramfs(program: str, what: Sequence[str]) -> tuple[bytes, list[str]]:
     """Return the archive: modules, `program` as PID 1 and iperf3; and the modules' paths in it."""
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.guest.initramfs import Archive
 
     names = dict.fromkeys(MODULES[link] for link in what)

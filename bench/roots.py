@@ -288,7 +288,9 @@ def show(found: list[Entry]) -> None:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.command import RunOptions, modules_for, prepare_kernel, settle
+    from tinyvmm.command.checks import settle
+    from tinyvmm.command.options import RunOptions, modules_for
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 

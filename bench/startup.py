@@ -53,7 +53,7 @@ def run(code: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
 
     prepare_kernel(None)[0].close()
     subjects = {"bare Python": BARE, "import tinyvmm": PACKAGE, "to the first KVM_RUN": RUN}

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tinyvmm import vm
-from tinyvmm.command import RunOptions
+from tinyvmm.command.options import RunOptions
 from tinyvmm.methods.supervisor import Context, Supervisor
 from tinyvmm.session import HostFiles, Result
 

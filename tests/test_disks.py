@@ -108,7 +108,7 @@ def test_the_command_line_says_so_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyvmm.lab.probe.missing_for_linux", lambda: None)
-    monkeypatch.setattr("tinyvmm.command.prepare_kernel", pytest.fail)
+    monkeypatch.setattr("tinyvmm.command.run.prepare_kernel", pytest.fail)
     assert main(["run", "--disk", str(tmp_path / "none"), "--", "true"]) != 0
     told = capsys.readouterr().err
     assert told.startswith("tinyvmm: cannot open the disk")

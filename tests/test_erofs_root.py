@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyvmm.command import RunOptions, modules_for, settle
+from tinyvmm.command.checks import settle
+from tinyvmm.command.options import RunOptions, modules_for
 from tinyvmm.disks.raw import RawDisk
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.init import Mount, upper_directories

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvmm.cli.run import parse_shared
-from tinyvmm.command import RunOptions, check_options
+from tinyvmm.command.checks import check_options
+from tinyvmm.command.options import RunOptions
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.init import InitConfig, Mkdir, Mount, build_init
 from tinyvmm.roots.mounts import (

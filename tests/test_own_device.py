@@ -12,7 +12,8 @@ import pytest
 from tinyvmm import layout, own_device, placement
 from tinyvmm.acpi import DeviceNode
 from tinyvmm.cli.main import main
-from tinyvmm.command import RunOptions, check_options
+from tinyvmm.command.checks import check_options
+from tinyvmm.command.options import RunOptions
 from tinyvmm.devices.device import Device, GuestMemory, IrqLine
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.errors import ConfigError

@@ -38,7 +38,7 @@ def pytest_configure(config):
             raise ConfigError("this KVM is none")
         patch.setattr("tinyvmm.vm.check_runs_linux", refuse)
         patch.setattr("tinyvmm.lab.lab.Lab", Lab)
-        patch.setattr("tinyvmm.command.prepare_kernel", lambda _: [open(os.devnull)])
+        patch.setattr("tinyvmm.command.run.prepare_kernel", lambda _: [open(os.devnull)])
 """
 
 TESTS = """

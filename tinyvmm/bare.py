@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tinyvmm import bare_kernel, boot, layout
 from tinyvmm.bare_kernel import Module
-from tinyvmm.command import add_devices, add_disks, load_devices, open_disks
+from tinyvmm.command.parts import add_devices, add_disks, load_devices, open_disks
 from tinyvmm.devices.debug_exit import DebugExit
 from tinyvmm.devices.fw_cfg import FwCfg
 from tinyvmm.devices.virtio.rng import VirtioRng

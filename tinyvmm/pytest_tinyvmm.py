@@ -278,7 +278,7 @@ def run_in_lab(
     config: pytest.Config, items: Sequence[pytest.Item]
 ) -> Iterator[tuple[str, list[Any]]]:
     """Run tests in a lab; the reports of each. _Failed if the lab or its pytest failed."""
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
     from tinyvmm.errors import TinyvmmError
     from tinyvmm.lab.lab import Lab
 

@@ -34,7 +34,8 @@ from typing import (
     overload,
 )
 
-from tinyvmm.command import GUEST_CID, RunOptions, run_command
+from tinyvmm.command.options import GUEST_CID, RunOptions
+from tinyvmm.command.run import run_command
 from tinyvmm.errors import ConfigError, MachineError
 from tinyvmm.instances import exec_client
 from tinyvmm.methods.supervisor import Supervisor

@@ -137,7 +137,7 @@ class Runner:
 @pytest.fixture(scope="session")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """Where `tinyvmm run` works."""
-    from tinyvmm.command import prepare_kernel
+    from tinyvmm.command.run import prepare_kernel
 
     shared = tmp_path_factory.mktemp("shared")
     prepare_kernel(None)[0].close()  # fetched, unpacked and cached here, where it is quick

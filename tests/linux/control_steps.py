@@ -24,7 +24,7 @@ sys.path.insert(0, ROOT)
 import tinyvmm.cli.instance  # noqa: E402
 import tinyvmm.cli.instances  # noqa: E402
 import tinyvmm.cli.run  # noqa: E402
-import tinyvmm.command  # noqa: E402
+import tinyvmm.command.run  # noqa: E402
 import tinyvmm.fileserver.connection  # noqa: E402
 import tinyvmm.guest.calls  # noqa: E402
 import tinyvmm.guest.execution  # noqa: E402

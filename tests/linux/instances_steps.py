@@ -63,7 +63,7 @@ def main() -> None:
     import tinyvmm.cli.instance
     import tinyvmm.cli.instances
     import tinyvmm.cli.run
-    import tinyvmm.command
+    import tinyvmm.command.run
     import tinyvmm.inside.guest_files
     import tinyvmm.inside.guest_processes
     import tinyvmm.instances.attach

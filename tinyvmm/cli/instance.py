@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinyvmm.errors import ConfigError, TinyvmmError
 
 if TYPE_CHECKING:
-    from tinyvmm.command import RunOptions
+    from tinyvmm.command.options import RunOptions
     from tinyvmm.instances.output_log import OutputLog
     from tinyvmm.session import Result
 
@@ -63,7 +63,8 @@ def _run(
     ready: Callable[[str], None] | None = None,
 ) -> "Result":
     """Run it, while others can reach it; `ready` is told its name when the command runs."""
-    from tinyvmm.command import run_command, settle
+    from tinyvmm.command.checks import settle
+    from tinyvmm.command.run import run_command
     from tinyvmm.instances.control import ControlServer
     from tinyvmm.instances.registry import WRITES, Instance, State
     from tinyvmm.methods.supervisor import Supervisor

@@ -345,7 +345,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, root: image_options.Root) -> int:
     """Run it here."""
-    from tinyvmm.command import RunOptions
+    from tinyvmm.command.options import RunOptions
     from tinyvmm.terminal import is_terminal_session
 
     tracing.start(args.trace, args.trace_file)
@@ -393,14 +393,10 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
         raise ConfigError(
             f"this KVM cannot run Linux: {problem}; leave out --no-lab to use the lab"
         )
-    from tinyvmm.command import (
-        RunOptions,
-        check_options,
-        modules_for,
-        open_disks,
-        prepare_kernel,
-        settle,
-    )
+    from tinyvmm.command.checks import check_options, settle
+    from tinyvmm.command.options import RunOptions, modules_for
+    from tinyvmm.command.parts import open_disks
+    from tinyvmm.command.run import prepare_kernel
 
     if args.net is not None:
         raise ConfigError(

@@ -1,0 +1,1 @@
+"""One command in one virtual machine: `run.py` has the whole story."""

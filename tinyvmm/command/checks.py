@@ -1,0 +1,69 @@
+"""Options before anything is made: what they leave open is decided, what cannot be is refused."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tinyvmm.command.options import ROOT_MODES, RunOptions
+from tinyvmm.command.parts import load_devices
+from tinyvmm.command.trees import open_root
+from tinyvmm.errors import ConfigError
+from tinyvmm.images import kernels
+from tinyvmm.roots.mounts import Shared, arrange, root_mounts
+
+# What most runs have none of is imported where it is made: the lab pays dearly for each module.
+if TYPE_CHECKING:
+    pass
+
+
+def settle(options: RunOptions) -> RunOptions:
+    """Decide what was left open of the root; ConfigError for what does not go together."""
+    mode = options.root_mode
+    if mode not in ROOT_MODES:
+        raise ConfigError(f"{mode!r} is no kind of root: give {' or '.join(ROOT_MODES)}")
+    if mode == "auto":
+        mode = "9p"
+        given = options.kernel
+        found = kernels.default() if given is None else kernels.look_up(given)
+        if found and kernels.missing(found, "9p") and not kernels.missing(found, "erofs"):
+            mode = "erofs"
+    if mode == "erofs":
+        from tinyvmm.roots.erofs_root import check_shared, upper_directory
+
+        upper_directory(options.writes)
+        if options.cache is not None:
+            raise ConfigError("--cache is about 9P, and the root is none: leave out --cache")
+        if options.shared:
+            check_shared(kernels.find(options.kernel, root="erofs"))
+    usual = "guest" if mode == "erofs" and not options.writes else "server"
+    return options._replace(root_mode=mode, private_writes=options.private_writes or usual)
+
+
+def check_options(options: RunOptions) -> Sequence[Shared]:
+    """Raise ConfigError for directories and policies that cannot be; return what is shared."""
+    shared = arrange(options.shared)
+    options = settle(options)
+    root_mounts(options.cache, options.private_writes)
+    check_balloon(options)
+    load_devices(options.devices)
+    with_packs(options)
+    open_root(options, None).close()
+    return shared
+
+
+def check_balloon(options: RunOptions) -> None:
+    """Raise ConfigError for a balloon that leaves the guest no memory."""
+    if options.balloon is not None and options.balloon >= options.memory:
+        raise ConfigError(
+            f"--balloon {options.balloon >> 20}M takes all of --memory {options.memory >> 20}M: "
+            "give it less"
+        )
+
+
+def with_packs(options: RunOptions) -> RunOptions:
+    """Add the disks that packs are; ConfigError for packs that cannot be where they are to be."""
+    if not options.packs:
+        return options
+    from tinyvmm.roots import pack_mounts
+
+    pack_mounts.check(options.packs, options.writes)
+    return options._replace(disks=(*options.disks, *pack_mounts.disks(options.packs)))

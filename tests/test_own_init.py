@@ -1,6 +1,7 @@
 """An init of the root's own is PID 1, and ours beside it: in a process namespace here."""
 
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -15,8 +16,8 @@ from tinyvmm.guest import protocol
 from tinyvmm.own_init import resolve, stop_signal
 
 INIT = """
-echo $$ $#; read line; echo got $line
 trap 'echo going; exec 1>&-; sleep 0.5; exit 0' USR2
+echo $$ $#; read line; echo got $line
 while :; do sleep 0.1; done
 """
 
@@ -24,6 +25,7 @@ while :; do sleep 0.1; done
 def read_until(fd: int, end: bytes) -> bytes:
     seen = b""
     while not seen.endswith(end):
+        assert select.select([fd], [], [], 60)[0], f"nothing after {seen!r}"
         data = os.read(fd, 1 << 16)
         assert data, seen
         seen += data

@@ -1,12 +1,14 @@
 """The vsock device from the driver's side, and its host's side with real sockets."""
 
 import os
+import resource
 import shutil
 import socket
 import struct
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 from typing import NamedTuple
@@ -632,6 +634,52 @@ def test_a_guest_that_refuses_closes_the_socket(host: tuple[VsockHost, Guest]) -
         with guest.device.lock:
             guest.say(7, request.host_port, RST)
         assert client.recv(100) == b""
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_guest_that_connects_when_no_descriptors_are_left_is_refused(
+    host: tuple[VsockHost, Guest],
+) -> None:
+    sockets, guest = host
+    taken: list[socket.socket] = []
+    sockets.offer(81, taken.append)
+    with no_descriptors_left(), guest.device.lock:
+        for number in (80, 81):
+            guest.say(7, number, REQUEST)
+            assert until(guest, RST).host_port == number
+    guest.say(7, 81, REQUEST)
+    assert until(guest, RESPONSE).host_port == 81
+    taken.pop().close()
+
+
+def test_a_program_that_comes_when_no_descriptors_are_left_waits_and_keeps_nobody_busy(
+    host: tuple[VsockHost, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sockets, guest = host
+    accept, tries = sockets._accept, 0
+
+    def counted() -> None:
+        nonlocal tries
+        tries += 1
+        accept()
+
+    monkeypatch.setattr(sockets, "_accept", counted)
+    with socket.socket(socket.AF_UNIX) as client:
+        with no_descriptors_left():
+            client.connect(sockets.path)
+            client.sendall(b"CONNECT 7\n")
+            sleep(0.5)
+            assert 0 < tries < 20
+        assert until(guest, REQUEST).guest_port == 7
 
 
 def test_the_guest_reaches_sockets_by_port(host: tuple[VsockHost, Guest]) -> None:

@@ -24,6 +24,7 @@ from tinyvmm.errors import ConfigError
 _REQUEST_MAX = 32  # of a line "CONNECT port\n"
 _STREAMS_MAX = 2048  # accepted or connected, the device's limit and as many that have not asked yet
 _BACKLOG = 128
+_LOOK_AGAIN = 0.1  # seconds, for descriptors where there were none left
 
 
 class Device(Protocol):
@@ -96,6 +97,7 @@ class VsockHost:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._listener = _listen(path)
+        self._deaf = False  # the listener is not looked at for a moment
         self._epoll = select.epoll()
         self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._end, select.EPOLLIN)
@@ -152,8 +154,14 @@ class VsockHost:
     def dial(self, port: int) -> HostStream | None:
         """Connect to PATH_port, or take up what is offered there."""
         take = self._offers.get(port)
+        try:
+            if take is not None:
+                theirs, ours = socket.socketpair()
+            else:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError:  # the guest may have taken our last descriptor
+            return None
         if take is not None:
-            theirs, ours = socket.socketpair()
             ours.setblocking(False)
             stream = self._add(ours, asks=False)
             if stream is None:
@@ -161,7 +169,6 @@ class VsockHost:
             else:
                 take(theirs)
             return stream
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.connect(f"{self.path}_{port}")
         except OSError:  # nobody, or nobody who has time
@@ -208,7 +215,9 @@ class VsockHost:
     def _main(self) -> None:
         try:
             while True:
-                for fd, events in self._epoll.poll():
+                ready = self._epoll.poll(_LOOK_AGAIN if self._deaf else None)
+                self._hear(True)
+                for fd, events in ready:
                     if fd == self._end:
                         return
                     if fd == self._listener.fileno():
@@ -221,12 +230,21 @@ class VsockHost:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # it has gone
         except OSError:
-            return  # it has gone, or there are no descriptors left for it
+            self._hear(False)  # no descriptors are left: it waits, and must not wake us again
+            return
         sock.setblocking(False)
         stream = self._add(sock, asks=True)
         if stream is not None:
             self.watch(stream, select.EPOLLIN | select.EPOLLET)  # once for each piece that comes
+
+    def _hear(self, wanted: bool) -> None:
+        """Have epoll tell of programs that connect, or not."""
+        if wanted == self._deaf:
+            self._epoll.modify(self._listener, select.EPOLLIN if wanted else 0)
+            self._deaf = not wanted
 
     def _serve(self, fd: int, events: int) -> None:
         with self._lock:

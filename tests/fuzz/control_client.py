@@ -80,7 +80,7 @@ class Place:
         """A new one, as a run that has just ended."""
         ports, mmio = Bus("port"), Bus("mmio")
         ports.add(0x70, 2, Rtc())
-        host = SimpleNamespace(offer=lambda *_: None, withdraw=lambda _: None)
+        host = SimpleNamespace(offer=lambda *_: None, withdraw=lambda _: None, tidy=lambda _: None)
         streams = ExecStreams(cast("Any", host))
         machine = SimpleNamespace(
             memory=self.memory, ports=ports, mmio=mmio, virtio_devices=(VirtioRng(),), vcpus=[],

@@ -9,6 +9,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from errno import EBADF, EIO, ENOENT
@@ -549,6 +550,27 @@ def test_who_never_says_what_it_wants_is_hung_up_on(
     try:
         with service.socket() as silent:
             assert receive_all(silent) == b""
+    finally:
+        service.close()
+    assert "too long" in records[0]
+
+
+def test_who_says_it_a_byte_now_and_then_is_hung_up_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[str]
+) -> None:
+    monkeypatch.setattr(connection, "GREETING", 1)
+    service = Service(tmp_path)
+    try:
+        with service.socket() as slow:
+            slow.sendall(struct.pack("<I", 8000))
+            for _ in range(400):
+                try:
+                    slow.sendall(b"x")
+                except OSError:
+                    break  # it has had enough
+                time.sleep(0.05)
+            else:
+                pytest.fail("it is still listening")
     finally:
         service.close()
     assert "too long" in records[0]

@@ -24,6 +24,7 @@ from collections import deque
 from contextlib import suppress
 from errno import EAGAIN
 from threading import Condition, RLock
+from time import monotonic
 
 from tinyvmm import ninep, trace
 from tinyvmm.fileserver.session import Finish, Session, Waiting
@@ -34,6 +35,8 @@ FIRST_MAX = 8192  # bytes of a message before any size was agreed
 READ_AHEAD = 64 * 1024  # bytes read beyond a largest message, and replies sent at once
 GREETING = 10  # seconds a client has to say Tversion
 LINGER = 30.0  # seconds to wait for the last replies of a client that asks no more
+
+_AT_ONCE = 1e-3  # seconds: 0 would be for ever
 
 _SIZE = struct.Struct("<I")
 
@@ -91,6 +94,7 @@ class Connection:
         start = end = 0
         limit = FIRST_MAX
         greeted = False
+        deadline = monotonic() + GREETING
         _time_out(sock, GREETING)
         while count := self._receive(buffer[end:]):
             end += count
@@ -117,6 +121,8 @@ class Connection:
                     else:
                         raise ninep.ProtocolError(f"a message of type {request[4]} first")
                 self._send_replies()
+            if not greeted:  # a byte now and then is not enough
+                _time_out(sock, max(deadline - monotonic(), _AT_ONCE))
             if start == end:
                 start = end = 0
             elif len(buffer) - start < limit:
@@ -223,9 +229,10 @@ class Connection:
             trace.hook(trace.Message(f"9P {self._session.name}", what))
 
 
-def _time_out(sock: socket.socket, seconds: int) -> None:
+def _time_out(sock: socket.socket, seconds: float) -> None:
     """Fail with EAGAIN after so many seconds of silence, 0 for never.
 
     By the kernel's own timer: Python's would cost one more system call a message.
     """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
+    timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)

@@ -1,14 +1,18 @@
 """The state of machines on disk: names, locks, ends, and processes that died."""
 
+import fcntl
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +144,105 @@ def test_waiting_lasts_as_long_as_the_machine(hold: Hold) -> None:
     waiter.join()
     assert found[0] is not None
     assert (found[0].status, found[0].message) == (3, "so it was")
+
+
+@pytest.mark.parametrize("act", [registry.read, registry.remove, lambda _: registry.list_()])
+def test_who_looks_at_a_dead_machine_does_no_harm_to_the_next_of_its_name(
+    hold: Hold, monkeypatch: pytest.MonkeyPatch, act: Callable[[str], object]
+) -> None:
+    kept = hold("web")
+    kept.kill()
+    kept.wait()
+    unlocked = registry._unlocked
+    made: list[Instance] = []
+
+    @contextmanager
+    def late(here: str) -> Iterator[bool]:
+        """As `_unlocked`, and between its look at the lock and at the state others are quicker."""
+        with ExitStack() as held:
+            answer = held.enter_context(unlocked(here))
+            if not made:
+                monkeypatch.setattr(registry, "_unlocked", unlocked)
+                held.close()
+                shutil.rmtree(registry.path_of("web"))
+                made.append(Instance(state("web")))
+            yield answer
+
+    monkeypatch.setattr(registry, "_unlocked", late)
+    with suppress(ConfigError):  # there is nothing to remove any more
+        act("web")
+    assert sorted(os.listdir(made[0].path)) == ["lock", "state"]
+    assert registry.find("web").running
+    made[0].end(0, None)
+
+
+def test_who_forgets_a_machine_leaves_the_next_of_its_name_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Instance(state("web")).end(0, None)
+    unlink = os.unlink
+    made: list[Instance] = []
+
+    def late(path: str) -> None:
+        if not made:
+            monkeypatch.setattr(os, "unlink", unlink)
+            registry.remove("web")  # somebody else is quicker
+            made.append(Instance(state("web")))
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", late)
+    registry.remove("web")
+    assert registry.find("web").running
+    made[0].end(0, None)
+
+
+@pytest.mark.parametrize("left", [["lock"], ["lock", "console"], []])
+def test_a_name_is_free_whose_machine_was_only_half_removed(base: Path, left: list[str]) -> None:
+    Instance(state("web")).end(0, None)
+    for path in (base / "web").iterdir():
+        if path.name not in left:
+            path.unlink()
+    assert registry.read("web") is None
+    Instance(state("web")).end(0, None)
+
+
+def test_who_waits_beside_another_is_told_that_the_machine_was_killed(
+    hold: Hold, base: Path
+) -> None:
+    process = hold("web")
+    found: list[State | None] = []
+    waiter = threading.Thread(target=lambda: found.append(registry.wait("web")))
+    with open(base / "web" / "lock", "rb") as another:
+        waiter.start()
+        process.kill()
+        process.wait()
+        fcntl.flock(another, fcntl.LOCK_SH)  # as one who waits too, and is told first
+        waiter.join(0.2)
+    waiter.join(30)
+    assert [state and state.status for state in found] == [255]
+
+
+def test_an_end_that_cannot_be_kept_is_said_and_counts_as_killed() -> None:
+    instance = Instance(state("web"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # a full disk, but for the error
+    try:
+        with pytest.raises(ConfigError, match="cannot keep how web ended: File too large"):
+            instance.end(0, None, b"last words")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert registry.find("web").status == 255
+
+
+def test_a_machine_that_cannot_be_made_leaves_nothing(base: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot make a machine in .*: File too large"):
+            Instance(state("web"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(base.iterdir()) == []
 
 
 def test_of_many_who_want_a_name_one_gets_it() -> None:

@@ -63,16 +63,16 @@ def kept_writes(kept_by: str) -> str | None:
     return None if base is None else os.path.join(base, _WRITES)
 
 
-def remove_kept(kept_by: str) -> None:
-    """Remove what the link `kept_by` keeps, if there is any."""
-    base = _kept_base(kept_by)
+def remove_kept(kept_by: str, link: str | None = None) -> None:
+    """Remove what the link `kept_by` keeps, if there is any; `link` is where it is found by now."""
+    base = _kept_base(kept_by, link)
     if base is not None:
         _remove(base)
 
 
-def _kept_base(kept_by: str) -> str | None:
+def _kept_base(kept_by: str, link: str | None = None) -> str | None:
     try:
-        base = os.readlink(kept_by)
+        base = os.readlink(link or kept_by)
         back = os.readlink(os.path.join(base, _KEEPER))
         found = os.lstat(base)
     except OSError:

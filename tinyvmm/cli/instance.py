@@ -123,7 +123,10 @@ def _run(
         result = Result(STATUS_FAILED, "machine", str(error))
         raise
     finally:
-        instance.end(result.status, result.message, supervisor.last_console)
+        try:
+            instance.end(result.status, result.message, supervisor.last_console)
+        except ConfigError as error:  # which makes no difference to the command's status
+            warn(str(error))
     return result
 
 

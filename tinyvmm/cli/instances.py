@@ -164,8 +164,15 @@ def _logs(args: argparse.Namespace) -> int:
         if state.running:
             text = _ask(args.name, "console")
         else:
-            with open(registry.path_of(args.name, "console"), encoding="utf-8") as file:
-                text = file.read()
+            try:
+                with open(
+                    registry.path_of(args.name, "console"), encoding="utf-8", errors="replace"
+                ) as file:
+                    text = file.read()
+            except FileNotFoundError:
+                raise ConfigError(
+                    f"what machine {args.name}'s kernel printed was not kept: {state.message}"
+                ) from None
         sys.stdout.write(text)
         return 0
     if not state.detached:

@@ -9,6 +9,7 @@ command's.
 import os
 import select
 import signal
+import sys
 import threading
 from base64 import b64encode
 from types import FrameType
@@ -142,7 +143,7 @@ def _pass_on(
     """Send what is typed until the machine's end (False) or the detach keys (True)."""
     poller = select.poll()
     poller.register(wake, select.POLLIN)
-    if stdin:
+    if stdin and sys.__stdin__ is not None:  # else 0 was closed, and may be any file by now
         poller.register(0, select.POLLIN)
 
     def resized(_number: int, _frame: FrameType | None) -> None:
@@ -159,7 +160,10 @@ def _pass_on(
                 if fd == wake:
                     os.read(wake, CHUNK)
                     continue
-                data = os.read(0, CHUNK)
+                try:
+                    data = os.read(0, CHUNK)
+                except OSError:  # a terminal that hung up, or what cannot be read
+                    data = b""
                 typed = data if terminal is None else keys.filter(data)
                 if typed:
                     client.call("stdin", data=b64encode(typed).decode())

@@ -56,6 +56,10 @@ def read_pieces(
     path: str, *, follow: Callable[[], bool] | None = None, start: int = 0
 ) -> Iterator[Piece]:
     """Give the pieces from byte `start` on; with `follow` also those to come, while it says so."""
+    while not os.path.exists(path):  # it is just being started, or forgotten
+        if follow is None or not follow():
+            return
+        time.sleep(0.05)
     with open(path, "rb") as file:
         file.seek(start)
         going = True

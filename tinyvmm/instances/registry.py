@@ -23,6 +23,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from errno import EEXIST, ENOTEMPTY
 from typing import Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -30,6 +31,8 @@ from tinyvmm.errors import ConfigError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAKING = ".making-"
 WRITES = "writes"
+_BRIEFLY = 0.01  # seconds
+_TRIES = 100
 STATUS_LOST = 255  # of a machine whose process was killed
 
 
@@ -103,6 +106,7 @@ class Instance:
             )
         base = directory()
         making = os.path.join(base, _MAKING + os.urandom(6).hex())
+        self._lock = -1
         try:
             os.mkdir(making, 0o700)
             self._lock = os.open(
@@ -113,23 +117,33 @@ class Instance:
             self.path = os.path.join(base, self.state.name)
             _write_state(making, self.state)
             self._claim(making)
-        except OSError as error:
-            _remove(making)
-            raise ConfigError(f"cannot make a machine in {base}: {error.strerror}") from None
+        except BaseException as error:
+            _forget(making)
+            if self._lock >= 0:
+                os.close(self._lock)
+            if isinstance(error, OSError):
+                why = error.strerror
+                raise ConfigError(f"cannot make a machine in {base}: {why}") from None
+            raise
 
     def _claim(self, making: str) -> None:
         list_()  # forgets what dead processes left behind and nobody asked to keep
-        try:
-            os.rename(making, self.path)
-        except OSError as error:
-            _remove(making)
+        for _ in range(_TRIES):
+            try:
+                os.rename(making, self.path)
+            except OSError as error:
+                if error.errno not in {ENOTEMPTY, EEXIST}:
+                    raise
+            else:
+                return
             found = read(self.state.name)
-            if found is None:
-                raise ConfigError(
-                    f"cannot use the name {self.state.name}: {error.strerror}"
-                ) from None
-            what = "runs" if found.running else "has ended, but is kept: tinyvmm rm " + found.name
-            raise ConfigError(f"a machine named {found.name} {what}") from None
+            if found is not None:
+                what = (
+                    "runs" if found.running else "has ended, but is kept: tinyvmm rm " + found.name
+                )
+                raise ConfigError(f"a machine named {found.name} {what}")
+            time.sleep(_BRIEFLY)  # it is just being removed
+        raise ConfigError(f"cannot use the name {self.state.name}: remove {self.path}")
 
     def file(self, name: str) -> str:
         """Return the path of one of its files."""
@@ -141,17 +155,29 @@ class Instance:
         _write_state(self.path, self.state)
 
     def end(self, status: int, message: str | None, console: bytes = b"") -> None:
-        """Tell how it ended, and forget it if nobody asked to keep it."""
-        if self.state.keep:
+        """Tell how it ended, and forget it if nobody asked to keep it.
+
+        ConfigError if that cannot be kept: then it counts as killed.
+        """
+        try:
+            if self.state.keep:
+                self._keep(status, message, console)
+            else:
+                _forget(self.path)
+        finally:
+            os.close(self._lock)
+
+    def _keep(self, status: int, message: str | None, console: bytes) -> None:
+        for name in ("control", "vsock"):
+            with suppress(FileNotFoundError):
+                os.unlink(self.file(name))
+        try:
             with open(self.file("console"), "wb") as file:
                 file.write(console)
             self.update(status=status, message=message, ended=time.time())
-            for name in ("control", "vsock"):
-                with suppress(FileNotFoundError):
-                    os.unlink(self.file(name))
-        else:
-            _remove(self.path)
-        os.close(self._lock)
+        except OSError as error:
+            name = self.state.name
+            raise ConfigError(f"cannot keep how {name} ended: {error.strerror}") from None
 
 
 def list_() -> list[State]:
@@ -170,24 +196,29 @@ def read(name: str) -> State | None:
     """Return what is known of a machine, None if there is none of that name."""
     if not _NAME.fullmatch(name):
         return None
-    path = os.path.join(directory(), name)
-    state = _read_state(path)
-    if state is None or not state.running:
+    path = path_of(name)
+    with _pinned(path) as here:
+        return None if here is None else _look(here, path)
+
+
+def _look(here: str, path: str) -> State | None:
+    """Read the state of the machine in `here`, and if its process has died, tell or remove it."""
+    state = _read_state(here, path)
+    if state is not None and not state.running:
         return state
-    with _unlocked(path) as unlocked:
+    with _unlocked(here) as unlocked:
         if not unlocked:
             return state
-        state = _read_state(path)  # it may have told its end meanwhile
-        if state is None or not state.running:
+        state = _read_state(here, path)  # it may have told its end meanwhile
+        if state is not None and not state.running:
             return state
-        lost = "the process that ran it was killed"
-        state = state._replace(status=STATUS_LOST, ended=time.time(), message=lost)
-        if state.keep:
-            _write_state(path, state)
-        else:
-            _remove(path)
-            return None
-    return state
+        if state is not None and state.keep:
+            lost = "the process that ran it was killed"
+            state = state._replace(status=STATUS_LOST, ended=time.time(), message=lost)
+            _write_state(here, state)
+            return state
+        _remove(here, path)  # perhaps for somebody who died over it
+    return None
 
 
 def find(name: str) -> State:
@@ -198,30 +229,55 @@ def find(name: str) -> State:
     return state
 
 
-def path_of(name: str, file: str) -> str:
-    """Return the path of a file of a machine."""
-    return os.path.join(directory(), name, file)
+def path_of(name: str, *file: str) -> str:
+    """Return the path of a machine's directory, or of a file in it."""
+    return os.path.join(directory(), name, *file)
 
 
 def remove(name: str) -> None:
     """Forget a machine that has ended; ConfigError if it runs."""
-    if find(name).running:
-        raise ConfigError(f"machine {name} runs: tinyvmm stop {name}, or rm --force")
-    _remove(path_of(name, ""))
+    path = path_of(find(name).name)
+    with _pinned(path) as here:
+        state = None if here is None else _look(here, path)
+        if here is None or state is None:
+            return  # somebody else was quicker
+        if state.running:
+            raise ConfigError(f"machine {name} runs: tinyvmm stop {name}, or rm --force")
+        _remove(here, path)
 
 
 def wait(name: str) -> State | None:
     """Wait for the end of a machine; None if it was not kept."""
-    find(name)
+    state: State | None = find(name)
+    while state is not None and state.running:
+        try:
+            fd = os.open(path_of(name, "lock"), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        finally:
+            os.close(fd)
+        state = read(name)
+        time.sleep(_BRIEFLY)  # others who wait may just hold the lock of one that was killed
+    return state
+
+
+@contextmanager
+def _pinned(path: str) -> Iterator[str | None]:
+    """Give a path that stays with this directory, whoever removes it and takes its name.
+
+    None if there is none.
+    """
     try:
-        fd = os.open(path_of(name, "lock"), os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        yield None
+        return
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
-    return read(name)
 
 
 @contextmanager
@@ -242,27 +298,45 @@ def _unlocked(path: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def _remove(path: str) -> None:
-    """Remove a machine's directory, which has no others in it; somebody else may be at it too."""
+def _forget(path: str) -> None:
+    """Remove a directory of this process's own."""
+    with _pinned(path) as here:
+        if here is not None:
+            _remove(here, path)
+
+
+def _remove(here: str, path: str) -> None:
+    """Remove a machine's directory, which has no others in it; somebody else may be at it too.
+
+    The state goes last but for the lock: whoever finds none, and nobody who holds the lock, goes on
+    with it.
+    """
     from tinyvmm.scratch import remove_kept
 
-    remove_kept(os.path.join(path, WRITES))
+    remove_kept(os.path.join(path, WRITES), os.path.join(here, WRITES))
     with suppress(FileNotFoundError):
-        for name in os.listdir(path):
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, name))
+        for name in os.listdir(here):
+            if name not in {"state", "lock"}:
+                _unlink(here, name)
+        _unlink(here, "state")
+        _unlink(here, "lock")
         with suppress(OSError):  # something came into it meanwhile: the next look finds it again
             os.rmdir(path)
 
 
+def _unlink(here: str, name: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(here, name))
+
+
 def _forget_unlocked(path: str) -> None:
     """Remove what a process left that died while it made a machine."""
-    with suppress(OSError):
-        if time.time() - os.lstat(path).st_mtime < 60:
+    with suppress(OSError), _pinned(path) as here:
+        if here is None or time.time() - os.stat(here).st_mtime < 60:
             return  # its lock may be about to be taken
-        with _unlocked(path) as unlocked:
+        with _unlocked(here) as unlocked:
             if unlocked:
-                _remove(path)
+                _remove(here, path)
 
 
 def _write_state(path: str, state: State) -> None:
@@ -272,16 +346,17 @@ def _write_state(path: str, state: State) -> None:
     os.replace(temporary, os.path.join(path, "state"))
 
 
-def _read_state(path: str) -> State | None:
+def _read_state(here: str, path: str) -> State | None:
     try:
-        with open(os.path.join(path, "state"), encoding="utf-8") as file:
+        with open(os.path.join(here, "state"), encoding="utf-8") as file:
             fields: Mapping[str, Any] = json.load(file)
         state = State(**fields)
         return state._replace(reads=_tuples(state.reads), writes=_tuples(state.writes))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"cannot read the state of {path}: {error}; remove it") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read the state of {path}: {why}; remove it") from None
 
 
 def _tuples(pairs: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:

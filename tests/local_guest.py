@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tinyvmm import vm
+from tinyvmm import vm, vm_guest
 from tinyvmm.command.options import RunOptions
 from tinyvmm.methods.supervisor import Context, Supervisor
 from tinyvmm.session import HostFiles, Result
@@ -158,7 +158,7 @@ def replace_machines(short: Path, monkeypatch: pytest.MonkeyPatch) -> LocalGuest
         return struct.pack("<H", socket.AF_UNIX) + bytes(found) + b"\0"
 
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
-    monkeypatch.setattr(vm, "run_command", guests.run_command)
+    monkeypatch.setattr(vm_guest, "run_command", guests.run_command)
     monkeypatch.setattr(vm, "check_runs_linux", lambda: None)
     monkeypatch.setattr("tinyvmm.guest.execution.vsock_address", address)
     return guests

@@ -36,7 +36,7 @@ LAYERS = [
     ("inside",),
     ("methods", "roots", "lab"),
     ("command", "own_device", "bare"),
-    ("process", "vm", "aio", "pytest_tinyvmm"),
+    ("process_streams", "process", "vm_options", "vm_guest", "vm", "aio", "pytest_tinyvmm"),
     ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -139,6 +140,22 @@ def test_streams_status_directory_and_environment() -> None:
 def test_a_terminal_of_a_given_size() -> None:
     status, output, _, _ = run("sh", "-c", "stty size", size=(11, 22))
     assert (status, output) == (0, b"11 22\r\n")
+
+
+@pytest.mark.usefixtures("machine")
+def test_stdin_is_passed_on_only_where_it_is_wanted() -> None:
+    ours = f"{sys.executable} -m tinyvmm exec"
+    for options, said in (("", "1\n2\n"), ("-i", "1\n2\n3\n")):
+        loop = f'while read x; do {ours} {options} web -- sh -c "echo $x; cat"; done'
+        done = subprocess.run(
+            ["sh", "-c", loop],
+            input="1\n2\n3\n" if options else "1\n2\n",
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 
 
 def test_a_time_limit_ends_this_side(machine: Machine) -> None:

@@ -10,17 +10,22 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tinyvmm
+from tests import oci
 from tests.local_guest import LocalGuests
 from tests.local_guest import local_guests as local_guests  # noqa: PLC0414 (a fixture)
 from tests.local_guest import runtime as runtime  # noqa: PLC0414 (a fixture)
 from tinyvmm import DEVNULL, PIPE, STDOUT, ConfigError, Machine, MachineError
+from tinyvmm.cli.main import main
 from tinyvmm.fileserver.objects import ObjectTree
 from tinyvmm.session import Result
+from tinyvmm.vm_options import run_options
 
 
 @pytest.fixture
@@ -86,6 +91,17 @@ def test_contradictions_are_refused_as_subprocess_does(vm: Machine) -> None:
         vm.run("true")
     with pytest.raises(ConfigError, match="no command"):
         vm.run([])
+
+
+def test_arguments_there_are_none_of_are_refused_as_subprocess_does(vm: Machine) -> None:
+    calls: list[Any] = [Machine, lambda **given: tinyvmm.run(["true"], **given)]
+    for act in calls:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'memroy'"):
+            act(memroy="1G")
+    calls = [vm.run, vm.popen]
+    for call in calls:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'umask'"):
+            call(["true"], umask=0o22)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +369,35 @@ def test_what_cannot_be_a_root_is_said(local_guests: LocalGuests) -> None:
             pass
     with pytest.raises(ConfigError, match="read and write"), Machine(root={}, write="out"):
         pass
+
+
+def test_a_root_is_an_image_with_what_its_configuration_says(
+    local_guests: LocalGuests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    config = {"Entrypoint": ["echo"], "Cmd": ["of the image"], "Env": ["A=1", "B=2"]}
+    config |= {"WorkingDir": "/usr", "User": "1000:1000"}  # type: ignore[dict-item]
+    name = oci.image(tmp_path / "lay", oci.layer(oci.entry("hello", b"hi")), config=config)
+    with Machine(image=name, env={"B": "3"}) as vm:
+        done = vm.run(sh("pwd; echo $A $B"), stdout=PIPE)  # as podman exec: no entrypoint
+        (options,) = local_guests.options
+        [(place, path)] = options.reads
+        assert (place, Path(path, "hello").read_bytes()) == ("/", b"hi")
+        assert main(["prune", "--all"]) == 0  # which leaves alone what is in use
+        assert Path(path).exists()
+    assert done.stdout == b"/usr\n1 3\n"
+    assert (options.argv, options.cwd, options.user) == ((), "/usr", "1000:1000")
+    assert main(["prune", "--all"]) == 0
+    assert not Path(path).exists()
+    with ExitStack() as cleanup:
+        assert run_options({"image": name}, cleanup, []).argv == ["echo", "of the image"]
+        assert run_options({"image": name}, cleanup, ["x"], "/tmp").argv == ["echo", "x"]
+    with pytest.raises(ConfigError, match="root and image"), Machine(image=name, root="/"):
+        pass
+    with pytest.raises(ConfigError, match="is not here"), Machine(image="no-such", pull="never"):
+        pass
+    assert main(["prune", "--all"]) == 0  # nothing holds it
+    assert os.listdir(tmp_path / "data/tinyvmm/images/layers") == []
 
 
 # --- RAM, processors and traces -----------------------------------------------------------------

@@ -18,7 +18,8 @@ from typing import Any, Self, TypeVar, Unpack
 
 from tinyvmm import vm
 from tinyvmm.process import KILL_PATIENCE, Process, complete
-from tinyvmm.vm import CommandOptions, CompleteOptions, MachineOptions, check_streams
+from tinyvmm.process_streams import Completion, take_complete
+from tinyvmm.vm_options import CommandOptions, MachineOptions, RunCommandOptions, RunOwnOptions
 
 T = TypeVar("T")
 
@@ -63,13 +64,7 @@ def _tell(loop: asyncio.AbstractEventLoop, settle: Callable[[Any], None], value:
         loop.call_soon_threadsafe(settle, value)
 
 
-async def _complete(
-    process: Process,
-    given: str | bytes | None,
-    limit: float | None,
-    *,
-    check: bool,
-) -> "subprocess.CompletedProcess[Any]":
+async def _complete(process: Process, given: Completion) -> "subprocess.CompletedProcess[Any]":
     giving_up = threading.Timer(KILL_PATIENCE, process.give_up)
     giving_up.daemon = True
 
@@ -78,26 +73,18 @@ async def _complete(
         giving_up.start()
 
     try:
-        return await in_thread(lambda: complete(process, given, limit, check=check), cancel=cancel)
+        return await in_thread(lambda: complete(process, given), cancel=cancel)
     finally:
         giving_up.cancel()
 
 
-def _take_out(options: dict[str, Any]) -> tuple[str | bytes | None, bool]:
-    """Make arguments of `run` ones of `popen`; what was over: `input` and `check`."""
-    given, check = options.pop("input", None), options.pop("check", False)
-    streams = ("stdin", "stdout", "stderr")
-    captured = options.pop("capture_output", False)
-    found = check_streams(given, captured, *(options.get(name) for name in streams))
-    options.update(zip(streams, found, strict=True))
-    return given, check
-
-
-async def run(args: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[Any]":
+async def run(
+    args: Sequence[str], **options: Unpack[RunOwnOptions]
+) -> "subprocess.CompletedProcess[Any]":
     """Run a command in a machine of its own: as `tinyvmm.run`, whose arguments it takes."""
-    given, check = _take_out(options)
-    process = await in_thread(lambda: vm.popen(args, **options), undo=Process.abandon)
-    return await _complete(process, given, options.get("timeout"), check=check)
+    given, rest = take_complete(options)
+    process = await in_thread(lambda: vm.popen(args, **rest), undo=Process.abandon)
+    return await _complete(process, given)
 
 
 class AsyncMachine:
@@ -121,13 +108,11 @@ class AsyncMachine:
         await in_thread(self.machine.close)
 
     async def run(
-        self, args: Sequence[str], **options: Unpack[CompleteOptions]
+        self, args: Sequence[str], **options: Unpack[RunCommandOptions]
     ) -> "subprocess.CompletedProcess[Any]":
         """Run a command to its end; as Machine.run."""
-        rest: dict[str, Any] = {**options}
-        given, check = _take_out(rest)
-        process = await self.popen(args, **rest)
-        return await _complete(process, given, rest.get("timeout"), check=check)
+        given, rest = take_complete(options)
+        return await _complete(await self.popen(args, **rest), given)
 
     async def popen(self, args: Sequence[str], **options: Unpack[CommandOptions]) -> Process:
         """Start a command; as Machine.popen. To wait for it: `await in_thread(process.wait)`."""

@@ -20,29 +20,22 @@ import selectors
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from errno import EACCES, ENOENT
-from subprocess import DEVNULL, PIPE, STDOUT
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, Self, Unpack
 
 from tinyvmm.errors import MachineError
 from tinyvmm.guest.protocol import SIGNAL
+from tinyvmm.process_streams import OUTPUTS, Completion, Ends, StreamOptions, open_ends
 from tinyvmm.session import (
     STATUS_NOT_FOUND,
     STATUS_SIGNAL,
-    HostFiles,
     Result,
     Session,
-    write_all,
 )
-
-Sinks = Mapping[str, Callable[[bytes], None]]
-OUTPUTS = ("stdout", "stderr")
-Given = int | IO[Any] | None
-"""What stdin, stdout and stderr may be."""
 
 PIPE_PATIENCE = 0.5  # seconds for a killed command's output to be read
 KILL_PATIENCE = 10.0  # and for its end, before it is given up
@@ -117,95 +110,6 @@ class Task:
         self.started.set()
 
 
-class Ends(NamedTuple):
-    """The two sides of a command's streams: ours for the session, and the caller's."""
-
-    files: HostFiles
-    sinks: Sinks
-    merged: bool
-    pipes: Mapping[str, int]
-    """The caller's ends, by name."""
-    outputs: Sequence["_Output"]
-
-    def close(self) -> None:
-        """Close what the session had."""
-        if self.files.stdin is not None:
-            os.close(self.files.stdin)
-        for output in self.outputs:
-            output.close()
-
-
-class _Output:
-    """A descriptor that a session's thread writes to; it may still do so when the session ends."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._lock = threading.Lock()  # guards the two below
-        self._writing = False
-        self._closed = False
-
-    def write(self, data: bytes) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            self._writing = True
-        try:
-            write_all(self._fd, data)
-        finally:
-            with self._lock:
-                self._writing = False
-                if self._closed:
-                    os.close(self._fd)
-
-    def close(self) -> None:
-        with self._lock:
-            if not self._closed and not self._writing:
-                os.close(self._fd)
-            self._closed = True
-
-
-def open_ends(stdin: Given, stdout: Given, stderr: Given) -> Ends:
-    """Make pipes where they are wanted; ValueError for what cannot be."""
-    if STDOUT in (stdin, stdout):
-        raise ValueError("STDOUT can only be given for stderr")
-    merged = stderr == STDOUT
-    wanted: dict[str, Given] = {
-        "stdin": DEVNULL if stdin is None else stdin,
-        "stdout": 1 if stdout is None else stdout,
-        "stderr": DEVNULL if merged else 2 if stderr is None else stderr,
-    }
-    fds: dict[str, int] = {}
-    pipes: dict[str, int] = {}
-    try:
-        for name, given in wanted.items():
-            if given == PIPE:
-                ours, theirs = os.pipe2(os.O_CLOEXEC)
-                if name != "stdin":
-                    ours, theirs = theirs, ours
-                fds[name], pipes[name] = ours, theirs
-            elif given != DEVNULL:
-                # Not the caller's own descriptor, which it may close.
-                fds[name] = os.dup(given if isinstance(given, int) else _fileno(given))
-    except BaseException:
-        for fd in (*fds.values(), *pipes.values()):
-            os.close(fd)
-        raise
-    outputs = {name: _Output(fd) for name, fd in fds.items() if name != "stdin"}
-    sinks = {name: outputs[name].write if name in outputs else _discard for name in OUTPUTS}
-    files = HostFiles(fds.get("stdin"), None, None)
-    return Ends(files, sinks, merged, pipes, list(outputs.values()))
-
-
-def _fileno(given: IO[Any] | None) -> int:
-    if given is None:
-        raise AssertionError("None has been replaced")
-    return given.fileno()
-
-
-def _discard(_data: bytes) -> None:
-    """Nobody wants it."""
-
-
 class Process:
     """A command in a guest: `stdin`, `stdout`, `stderr`, `pid` (the guest's), `returncode`."""
 
@@ -214,14 +118,8 @@ class Process:
         args: Sequence[str],
         launch: Callable[[Ends, Callable[[Session], None]], Result],
         *,
-        stdin: Given = None,
-        stdout: Given = None,
-        stderr: Given = None,
-        text: bool = False,
-        encoding: str | None = None,
-        errors: str | None = None,
         owner: object = None,
-        timeout: float | None = None,
+        **streams: Unpack[StreamOptions],
     ) -> None:
         """Start `args` by `launch`, and return when it runs.
 
@@ -232,22 +130,22 @@ class Process:
         self.args = args
         self._began = monotonic()
         self._owner = owner
-        if encoding is not None:
-            codecs.lookup(encoding)  # before there is anything to close
-        codecs.lookup_error(errors or "strict")
-        ends = open_ends(stdin, stdout, stderr)
+        self._encoding, self._errors = streams.get("encoding"), streams.get("errors")
+        if self._encoding is not None:
+            codecs.lookup(self._encoding)  # before there is anything to close
+        codecs.lookup_error(self._errors or "strict")
+        ends = open_ends(streams.get("stdin"), streams.get("stdout"), streams.get("stderr"))
         self.stdin: IO[Any] | None = None
         self.stdout: IO[Any] | None = None
         self.stderr: IO[Any] | None = None
-        self._text = text or encoding is not None or errors is not None
-        self._encoding, self._errors = encoding, errors
+        self._text = streams.get("text", False) or (self._encoding, self._errors) != (None, None)
         for name, fd in ends.pipes.items():
             setattr(self, name, self._file(name, fd))
         self._input: memoryview | None = None  # what `communicate` has yet to write
         self._got: dict[str, list[bytes]] = {}  # and what it has read
         self._task = Task(lambda take: launch(ends, take), ends.close, f"exec {args[0]}")
         try:
-            self._await_start(timeout)
+            self._await_start(streams.get("timeout"))
         except BaseException:
             self._task.kill()
             self._close_files()
@@ -454,23 +352,21 @@ def _close(file: IO[Any]) -> None:
         file.close()
 
 
-def complete(
-    process: Process, given: str | bytes | None, timeout: float | None, *, check: bool
-) -> "subprocess.CompletedProcess[Any]":
+def complete(process: Process, given: Completion) -> "subprocess.CompletedProcess[Any]":
     """Wait for a process as subprocess.run does: whatever comes between kills it.
 
-    `timeout` (seconds) is from its start on.
+    Its timeout is from its start on.
     """
     try:
-        stdout, stderr = process.communicate(given, process.left(timeout))
+        stdout, stderr = process.communicate(given.input, process.left(given.timeout))
     except subprocess.TimeoutExpired as expired:
         process.abandon()
-        expired.timeout = timeout or 0
+        expired.timeout = given.timeout or 0
         raise
     except BaseException:
         process.abandon()
         raise
     code = process.wait()
-    if check and code:
+    if given.check and code:
         raise subprocess.CalledProcessError(code, process.args, stdout, stderr)
     return subprocess.CompletedProcess(process.args, code, stdout, stderr)

@@ -49,8 +49,9 @@ def test_commands_come_and_go_in_a_machine_that_runs(guest: Runner) -> None:
     script: list[tuple[dict[str, Any], Any]] = [
         (run("-di", "--name", "web", "--hostname", "webby", "--", "sh", "-c", WORDS), ok("web\n")),
         (cli("ps", "-q"), ok("web\n")),
-        (cli("exec", "web", "--", "sh", "-c", "hostname; cat; echo e >&2; exit 7", stdin="in\n"),
-         ok("webby\nin\n", "e\n", 7)),
+        (cli("exec", "-i", "web", "--", "sh", "-c", "hostname; cat; echo e >&2; exit 7",
+             stdin="in\n"), ok("webby\nin\n", "e\n", 7)),
+        (cli("exec", "web", "--", "cat", stdin="not for it\n"), ok()),
         (cli("exec", "web", "--", "nothing-there"),
          ok("", "tinyvmm: nothing-there: command not found in the guest\n", 127)),
         (cli("exec", "--user", "nobody:daemon", "--workdir", "/usr", "--env", "A=b c", "web", "--",
@@ -66,7 +67,7 @@ def test_commands_come_and_go_in_a_machine_that_runs(guest: Runner) -> None:
         (cli("exec", "web", "--", "sh", "-c",
              "trap 'echo got; exit 3' TERM; echo up; sleep 99 & wait",
              background=True, signal=int(signal.SIGTERM)), None),
-        ({"join": 10}, ok("up\ngot\n", "", 3)),
+        ({"join": 11}, ok("up\ngot\n", "", 3)),
         (cli("exec", "web", "--", "sh", "-c", "until [ -e /tmp/alive ]; do sleep 0.2; done"), ok()),
         (cli("control", "web", "execs"), 0),
         (sh(f"mkdir -p -m 750 {OUT}/d && cd {OUT} && echo data > d/f && ln -s f d/l && "
@@ -95,19 +96,19 @@ def test_commands_come_and_go_in_a_machine_that_runs(guest: Runner) -> None:
     for (step, expected), got in zip(script, found, strict=True):
         seen = got["status"] if isinstance(expected, int) else got
         assert seen == expected, (step, got)
-    execs = json.loads(found[13]["stdout"])
+    execs = json.loads(found[14]["stdout"])
     assert execs["running"] == [] or len(execs["running"]) == 1  # the one of --timeout goes on
     assert 5 in execs["ended"].values()
-    processes = {process["command"]: process for process in json.loads(found[19]["stdout"])}
+    processes = {process["command"]: process for process in json.loads(found[20]["stdout"])}
     (command,) = (process for name, process in processes.items() if name.startswith("sh -c echo"))
     assert (command["ppid"], command["user"], command["state"]) == (1, "root", "S")
     assert command["resident"] > 1 << 16
     assert processes["[kthreadd]"]["resident"] == 0
-    assert "no-one-here" in found[5]["stderr"]
-    assert "web" not in found[21]["stdout"]
-    (known,) = json.loads(found[22]["stdout"])
+    assert "no-one-here" in found[6]["stderr"]
+    assert "web" not in found[22]["stdout"]
+    (known,) = json.loads(found[23]["stdout"])
     assert (known["name"], known["status"], known["state"]) == ("web", 9, "ended")
-    assert "tinyvmm rm web" in found[25]["stderr"]
+    assert "tinyvmm rm web" in found[26]["stderr"]
 
 
 CHANGES = "C /etc\nD /etc/debian_version\nC /srv\nA /srv/new\nA /srv/new/file\n"

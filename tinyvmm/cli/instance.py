@@ -28,7 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-i",
         "--interactive",
         action="store_true",
-        help="with --detach: keep the command's stdin open, for attach",
+        help="with --detach: keep the command's stdin open, for attach, where it is empty else; "
+        "without, stdin is the command's in any case",
     )
     add("-t", "--tty", action="store_true", help="give the command a terminal in any case")
     add(

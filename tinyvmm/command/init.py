@@ -74,7 +74,7 @@ def context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Contex
         needed = closure(where, names)
         return [(module.name, module.read()) for module in needed if module.name not in there]
 
-    return Context(options.env, options.cwd, root, modules)
+    return Context(options.env, options.cwd, root, modules, options.account)
 
 
 def init_config(

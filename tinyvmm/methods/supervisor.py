@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tinyvmm.devices.virtio.device import VirtioDevice
     from tinyvmm.fileserver.tree import Tree
     from tinyvmm.guest.execution import Execution
+    from tinyvmm.guest.relay import User
     from tinyvmm.machine import Machine
     from tinyvmm.methods.exec_streams import Command, ExecStreams
     from tinyvmm.session import Session
@@ -87,6 +88,8 @@ class Context(NamedTuple):
     root: "Tree"
     modules: Callable[[Sequence[str]], Sequence[tuple[str, bytes]]]
     """What these kernel modules and theirs need that was not inserted at boot."""
+    account: "User | None" = None
+    """Whom a command runs as that names nobody; None for root."""
 
 
 class _Turn(NamedTuple):
@@ -459,12 +462,12 @@ class Supervisor:
         if any("=" not in entry for entry in env):
             raise ConfigError("each variable of the environment is NAME=VALUE")
         variables = dict(entry.split("=", 1) for entry in context.env)
-        account = None
+        account = context.account
         if user is not None:
             from tinyvmm.inside.guest_users import resolve
 
-            account = resolve(user, context.root)
-            variables["HOME"] = account.home
+            found = resolve(user, context.root)
+            account, variables["HOME"] = found.user, found.home
         variables |= dict(entry.split("=", 1) for entry in env)
         size = None
         if terminal is not None:
@@ -476,7 +479,7 @@ class Supervisor:
             env=[f"{name}={value}" for name, value in variables.items()],
             cwd=context.cwd if cwd is None else cwd,
             terminal=size,
-            user=None if account is None else account.user,
+            user=account,
             modules=self._vsock_modules(turn),
         )
 

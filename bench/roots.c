@@ -2,7 +2,7 @@
 //
 //   roots                          measure: what tinyvmm runs
 //   init KIND DEVICE MODULE...     as PID 1 of QEMU's guests: insert the modules, mount the root, of
-//                                  KIND 9p or ext4, and measure in there
+//                                  KIND 9p, ext4 or KIND+overlay, and measure in there
 //
 // Prints "begin SECONDS" (of the kernel's life), then "end WHAT NANOSECONDS STATUS" of each command
 // and "done"; what a command prints goes to /dev/null.
@@ -87,14 +87,19 @@ static void insert(const char *path) {
   close(fd);
 }
 
-static void mount_9p(const char *tag) {
-  // What is written goes to the guest's RAM: the tree is for all.
-  mkdir("/lower", 0755), mkdir("/scratch", 0755);
+static void mount_lower(const char *type, const char *device) {
+  mkdir("/lower", 0755);
   const char *options = "trans=virtio,version=9p2000.L,msize=512000,cache=loose";
-  need(!mount(tag, "/lower", "9p", MS_RDONLY, options), "9p");
+  need(!mount(device, "/lower", type, MS_RDONLY, strcmp(type, "9p") ? NULL : options), type);
+}
+
+static void mount_overlay(void) {
+  // What is written goes to the guest's RAM, by the options that tinyvmm gives.
+  mkdir("/scratch", 0755);
   need(!mount("tmpfs", "/scratch", "tmpfs", 0, NULL), "tmpfs");
   mkdir("/scratch/upper", 0755), mkdir("/scratch/work", 0755);
-  options = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work";
+  const char *options =
+      "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work,redirect_dir=on";
   need(!mount("overlay", "/root", "overlay", 0, options), "overlay");
 }
 
@@ -103,10 +108,14 @@ int main(int argc, char **argv) {
     mkdir("/dev", 0755), mkdir("/root", 0755);
     for (int i = 3; i < argc; i++) insert(argv[i]);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
-    if (!strcmp(argv[1], "9p"))
-      mount_9p(argv[2]);
-    else
-      need(!mount(argv[2], "/root", "ext4", 0, NULL), "ext4");
+    char *plus = strchr(argv[1], '+');
+    if (plus) {
+      *plus = 0;
+      mount_lower(argv[1], argv[2]);
+      mount_overlay();
+    } else {
+      need(!mount(argv[2], "/root", argv[1], 0, NULL), argv[1]);
+    }
     need(!mount("devtmpfs", "/root/dev", "devtmpfs", 0, NULL), "/dev");
     need(!mount("proc", "/root/proc", "proc", 0, NULL), "/proc");
     need(!chroot("/root") && !chdir("/"), "chroot");

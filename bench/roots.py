@@ -3,13 +3,15 @@
 The same stock kernel boots, by turns, with the same tree as its root: some thousand files, with the
 programs that are measured. Ours is `tinyvmm run --root-mode`; QEMU (q35, `-accel kvm`) has the tree
 by virtio-9p-pci (`local`, cache=loose, an overlay in RAM over it, as for our EROFS), or an image
-that mkfs.ext4 made of it before, which takes writes, by virtio-blk-pci. One vCPU each. In each
-guest one C program runs the commands and takes the time; cold is with the guest's caches dropped,
-but not the host's: the tree and the image are in its RAM.
+that mkfs.ext4 made of it before, which takes writes, by virtio-blk-pci; or such an image of ext4 or
+EROFS, read-only, under an overlay as ours has one, which tells what is the overlay's part. One vCPU
+each. In each guest one C program runs the commands and takes the time; cold is with the guest's
+caches dropped, but not the host's: the tree and the images are in its RAM.
 
 The first turn only boots each, which warms the host's caches. `python -m bench roots` takes one
-round, ROUNDS=3 in the environment three. Where this computer's KVM cannot run Linux all of it
-happens in one lab, where Python is slowed down more than C is.
+round, ROUNDS=3 in the environment three; SUBJECTS='erofs,QEMU ext4' takes only those. Where this
+computer's KVM cannot run Linux all of it happens in one lab, where Python is slowed down more than
+C is.
 """
 
 import json
@@ -31,9 +33,18 @@ C_PROGRAM = Path(__file__).with_suffix(".c")
 ROUNDS = 1
 LIMIT = 150  # seconds for one guest
 MEMORY_MIB = 1024
-SUBJECTS = ("9p", "erofs", "QEMU 9p", "QEMU ext4")
+SUBJECTS = ("9p", "erofs", "QEMU 9p", "QEMU ext4", "QEMU ext4+overlay", "QEMU erofs+overlay")
+RATIOS = (("erofs", "QEMU ext4"), ("erofs", "QEMU ext4+overlay"), ("QEMU 9p", "erofs"))
 CMDLINE = "console=ttyS0 quiet panic=-1 no_timer_check pci=noearly"
-QEMU_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_blk", "crc32c_generic?")
+QEMU_MODULES = (
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_blk",
+    "crc32c_generic?",
+    "erofs",
+)
 FILES, SOURCES = 1000, 3  # of the repository, of the C project
 IMPORTS = """
 abc argparse array ast base64 bisect bz2 calendar cmd codecs collections configparser contextlib
@@ -191,25 +202,32 @@ def qemu_initrd(init: str) -> tuple[bytes, list[str]]:
     return initramfs(init, (*QEMU_MODULES, "ext4"))
 
 
-def command_of(subject: str, tree: str, image: str, initrd: str, modules: list[str]) -> list[str]:
-    """Return the command that boots a subject and prints what its guest does."""
+def command_of(subject: str, work: str, modules: list[str]) -> list[str]:
+    """Return the command that boots a subject and prints what its guest does.
+
+    In `work` there are tree, initrd, and an image by the name of its file system.
+    """
     from tinyvmm.images import kernels
 
     kernel = kernels.find()
     if not subject.startswith("QEMU"):
         python = os.path.realpath(sys.executable)
         ours = [python, "-I", "-S", "-c", RUN, "run", "--no-lab", "--kernel", kernel.version]
-        ours += ["--root-mode", subject, "--read", f"/={tree}", "--memory", f"{MEMORY_MIB}M"]
+        ours += ["--root-mode", subject, "--read", f"/={work}/tree", "--memory", f"{MEMORY_MIB}M"]
         return [*ours, "--workdir", "/", "--", "/bench/roots"]
     qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", str(MEMORY_MIB)]
     qemu += ["-M", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    qemu += ["-serial", "stdio", "-kernel", kernel.vmlinuz, "-initrd", initrd]
-    if subject == "QEMU 9p":
-        root = f"9p root {' '.join(modules)}"
-        fs = f"local,id=root,path={tree},security_model=passthrough,multidevs=remap,readonly=on"
+    qemu += ["-serial", "stdio", "-kernel", kernel.vmlinuz, "-initrd", f"{work}/initrd"]
+    kind = subject.removeprefix("QEMU ")
+    if kind == "9p":
+        root = f"9p+overlay root {' '.join(modules)}"
+        fs = (
+            f"local,id=root,path={work}/tree,security_model=passthrough,multidevs=remap,readonly=on"
+        )
         qemu += ["-fsdev", fs, "-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]
     else:
-        root = f"ext4 /dev/vda {' '.join(modules)}"
+        root = f"{kind} /dev/vda {' '.join(modules)}"
+        image = os.path.join(work, kind.partition("+")[0])
         drive = f"if=none,id=d,file={image},format=raw,snapshot=on"
         qemu += ["-drive", drive, "-device", "virtio-blk-pci,drive=d"]
     return [*qemu, "-append", f"{CMDLINE} -- {root}"]
@@ -249,40 +267,43 @@ def run_guest(subject: str, turn: int, command: list[str], work: str) -> list[En
     return found
 
 
-def measure(archive: str, rounds: int) -> list[Entry]:
+def measure(archive: str, rounds: int, subjects: list[str]) -> list[Entry]:
     """Run each `rounds` times in turn, after once to warm caches; `archive` holds the tree."""
     from tinyvmm.fileserver.descriptors import raise_nofile_limit
+    from tinyvmm.images.erofs.writer import write_image
 
     raise_nofile_limit()
     found = []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as work:
-        tree, image, initrd = (os.path.join(work, name) for name in ("tree", "image", "initrd"))
+        tree = os.path.join(work, "tree")
         os.mkdir(tree)
         subprocess.run(["tar", "-C", tree, "-xpf", archive], check=True)
-        make_ext4(tree, image)
+        make_ext4(tree, os.path.join(work, "ext4"))
+        write_image([("/", tree)], os.path.join(work, "erofs"))
         data, modules = qemu_initrd(os.path.join(tree, "bench/roots"))
-        Path(initrd).write_bytes(data)
+        Path(work, "initrd").write_bytes(data)
         for turn in range(rounds + 1):
-            for subject in SUBJECTS:
-                command = command_of(subject, tree, image, initrd, modules)
+            for subject in subjects:
+                command = command_of(subject, work, modules)
                 found += run_guest(subject, turn, command, work)
                 print(subject, turn, *(e[2:] for e in found[-10:]), file=sys.stderr, flush=True)
     return found
 
 
-def show(found: list[Entry]) -> None:
+def show(found: list[Entry], subjects: list[str]) -> None:
     """Print one line for each thing done, with what the goals compare."""
-    columns = (*SUBJECTS, "erofs/ext4", "Q9p/erofs", "9p/Q9p")
-    print(f"{'seconds':22}" + "".join(f"{name:>11}" for name in columns))
+    ratios = [(a, b) for a, b in RATIOS if a in subjects and b in subjects]
+    shown = [f"{a} / {b}".replace("QEMU ", "Q") for a, b in ratios]
+    print(f"{'seconds':22}" + "".join(f"{name:>20}" for name in (*subjects, *shown)))
     for what in dict.fromkeys(entry.what for entry in found if entry.turn):
-        ours9p, erofs, qemu9p, ext4 = (
-            median(e.seconds for e in found if (e.what, e.subject) == (what, s) and e.turn)
-            for s in SUBJECTS
-        )
+        of = {
+            subject: median(e.seconds for e in found if e[:3:2] == (subject, what) and e.turn)
+            for subject in subjects
+        }
         print(
             f"{what:22}"
-            + "".join(f"{seconds:11.3f}" for seconds in (ours9p, erofs, qemu9p, ext4))
-            + "".join(f"{ratio:11.2f}" for ratio in (erofs / ext4, qemu9p / erofs, ours9p / qemu9p))
+            + "".join(f"{seconds:20.3f}" for seconds in of.values())
+            + "".join(f"{of[a] / of[b]:20.2f}" for a, b in ratios)
         )
 
 
@@ -295,6 +316,9 @@ def main() -> None:
     from tinyvmm.lab.probe import missing_for_linux
 
     rounds = int(os.environ.get("ROUNDS", ROUNDS))
+    wanted = os.environ.get("SUBJECTS", ",".join(SUBJECTS)).split(",")
+    if unknown := set(wanted) - set(SUBJECTS):
+        sys.exit(f"SUBJECTS: {', '.join(sorted(unknown))}: give some of {','.join(SUBJECTS)}")
     with tempfile.TemporaryDirectory() as directory:
         tree, archive = os.path.join(directory, "tree"), os.path.join(directory, "tree.tar")
         make_tree(tree)
@@ -306,17 +330,17 @@ def main() -> None:
             prepare_kernel(None, modules_for(options), mode)[0].close()
         qemu_initrd(os.path.join(tree, "bench/roots"))
         if missing_for_linux() is None:
-            found = measure(archive, rounds)
+            found = measure(archive, rounds, wanted)
         else:
             code = (
                 f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.roots import measure"
-                f"; print(json.dumps(measure({archive!r}, {rounds})))"
+                f"; print(json.dumps(measure({archive!r}, {rounds}, {wanted!r})))"
             )
             with Lab() as lab:
-                limit = LIMIT * len(SUBJECTS) * (rounds + 1)
+                limit = LIMIT * len(wanted) * (rounds + 1)
                 done = lab.run(python_command(code, []), timeout=limit)
             if done.status:
                 sys.exit(done.stderr.decode())
             found = [Entry(*entry) for entry in json.loads(done.stdout)]
     print(f"a tree of {count} files, {size} MiB")
-    show(found)
+    show(found, wanted)

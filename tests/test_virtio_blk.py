@@ -164,15 +164,20 @@ def test_numbers_are_those_of_the_kernels_header() -> None:
 
 
 def test_the_configuration_is_laid_out_as_the_kernel_reads_it() -> None:
-    device = VirtioBlk(MemoryDisk(), queues=3)
+    device = VirtioBlk(MemoryDisk(), queues=3, opt_io_size=256 << 10)
     fields = "<QIIHBBIBBHIBBHIIIIIB"
     found = struct.unpack_from(fields, device.config)
     assert found == (
-        *(64, blk.SIZE_MAX, blk.SEG_MAX, 0, 0, 0, 512, 0, 0, 0, 0, 0, 0, 3),
+        *(64, blk.SIZE_MAX, blk.SEG_MAX, 0, 0, 0, 512, 0, 0, 0, 512, 0, 0, 3),
         *(blk.DISCARD_SECTORS_MAX, blk.DISCARD_SEG_MAX, 8, blk.ZEROES_SECTORS_MAX, 1, 1),
     )
     assert len(device.config) == 60
     assert len(device.queues) == 3
+
+
+def test_only_a_disk_that_has_a_best_size_of_requests_offers_the_topology() -> None:
+    assert not Driver(VirtioBlk(MemoryDisk())).offered() & 1 << 10
+    assert Driver(VirtioBlk(MemoryDisk(), opt_io_size=4096)).offered() & 1 << 10
 
 
 def test_a_read_only_disk_says_so_and_offers_no_way_to_change_it() -> None:

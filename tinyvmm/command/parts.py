@@ -93,9 +93,9 @@ def add_root_disks(machine: Machine, root: "RootDisks | None") -> None:
     if root is None:
         return
     from tinyvmm.devices.virtio.blk import VirtioBlk
-    from tinyvmm.roots.erofs_root import SERIAL, UPPER_SERIAL
+    from tinyvmm.roots.erofs_root import OPT_IO_SIZE, SERIAL, UPPER_SERIAL
 
-    machine.add_virtio(VirtioBlk(root.image, serial=SERIAL))
+    machine.add_virtio(VirtioBlk(root.image, serial=SERIAL, opt_io_size=OPT_IO_SIZE))
     if root.upper is not None:
         machine.add_virtio(VirtioBlk(root.upper, serial=UPPER_SERIAL))
 

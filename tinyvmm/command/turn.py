@@ -160,6 +160,8 @@ class Turn:
                 self._ends.on_session(session)
             self._supervise(machine, session, vsock)
             machine.start()
+            if self._root_disks is not None:
+                self._root_disks.image.plan_ahead()
             arguments = (machine, session, self._tail, self._options.own_init)
             watch = threading.Thread(target=_watch, args=arguments, daemon=True)
             watch.start()

@@ -13,6 +13,8 @@ Any thread may call.
 """
 
 import os
+import re
+from contextlib import suppress
 from time import monotonic
 
 STALLING = {
@@ -52,6 +54,7 @@ KERNELS_OWN = {
     "sysfs",
     "tracefs",
 }
+_OCTAL = re.compile(rb"\\([0-7]{3})")
 _GOOD_FOR = 2.0  # seconds; device numbers are used again
 
 _devices: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
@@ -88,3 +91,27 @@ def devices() -> tuple[frozenset[int], frozenset[int]]:
                 dev = os.makedev(*map(int, line.split(" ", 3)[2].split(":")))
                 (stalling if kind in STALLING else kernels).add(dev)
     return frozenset(stalling), frozenset(kernels)
+
+
+def waiting_places() -> frozenset[tuple[int, int]]:
+    """The (st_dev, st_ino) of every directory in which to look at an entry may keep one waiting.
+
+    Those are the directories of mount points whose file systems may stall, or that are mounted when
+    somebody comes (autofs).
+    """
+    points = []
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            kind = os.fsdecode(line.rpartition(b" - ")[2].split(b" ", 1)[0].partition(b".")[0])
+            if kind in STALLING or kind == "autofs":
+                escaped = line.split(b" ", 5)[4]
+                points.append(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), escaped))
+    found = set()
+    for point in points:
+        above = os.path.dirname(point)
+        if any(above == other or above.startswith(other + b"/") for other in points):
+            continue  # not even that can be looked at, and nobody will be there unasked
+        with suppress(OSError):
+            st = os.stat(above)
+            found.add((st.st_dev, st.st_ino))
+    return frozenset(found)

@@ -27,6 +27,7 @@ MODULES = ("virtio_blk", "crc32c_generic?", "erofs", "overlay")
 UPPER_FILE = "upper.ext4"
 UPPER_SIZE = 64 << 30  # of which only what is written takes space here
 SERIAL, UPPER_SERIAL = "root", "writes"
+OPT_IO_SIZE = 256 << 10  # as a request costs us more than to read a little too much
 # No inode tables are zeroed in the background: the file would grow by them.
 _UPPER_OPTIONS = "noinit_itable,discard"
 _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"

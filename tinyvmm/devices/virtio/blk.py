@@ -7,11 +7,13 @@ Sectors are of 512 bytes whatever the block size. IN, OUT, FLUSH, DISCARD, WRITE
 are known, all else is UNSUPP; what cannot be done is IOERR: a range not within the disk, data of
 no whole sectors, a write to a read-only disk, an error of the host's.
 
-Not emulated: geometry and topology, CONFIG_WCE, lifetime, secure erase, zones.
+Not emulated: geometry, topology but for the best size of a request, CONFIG_WCE, lifetime, secure
+erase, zones.
 
 Where a request runs: reads and writes at once, on the thread that answers the doorbell, with the
 device's lock held. Unless the user says otherwise that is a thread of the device's, because a
-kernel has many requests in flight, and goes on with its own work (docs/decisions/0004). `preadv`
+kernel has many requests in flight, and goes on with its own work; or, for a disk whose requests
+come one at a time, the vCPU's own (`inline`; docs/decisions/0004). `preadv`
 and `pwritev` take the guest's own RAM and let other threads run meanwhile. What waits for a real
 disk, FLUSH, or may take its time, DISCARD and WRITE_ZEROES, goes to the device's one worker, which
 holds the lock only to take a task and to give the chain back.
@@ -44,6 +46,7 @@ VIRTIO_BLK_F_SEG_MAX = 1 << 2
 VIRTIO_BLK_F_RO = 1 << 5
 VIRTIO_BLK_F_BLK_SIZE = 1 << 6
 VIRTIO_BLK_F_FLUSH = 1 << 9
+VIRTIO_BLK_F_TOPOLOGY = 1 << 10
 VIRTIO_BLK_F_MQ = 1 << 12
 VIRTIO_BLK_F_DISCARD = 1 << 13
 VIRTIO_BLK_F_WRITE_ZEROES = 1 << 14
@@ -73,8 +76,9 @@ DISCARD_SECTOR_ALIGNMENT = 8  # a block of most file systems of the host
 ZEROES_SECTORS_MAX = 1 << 17  # which the host may have to write
 
 _header = struct.Struct("<IIQ")
-# 5.2.4, from capacity to write_zeroes_may_unmap, with geometry, topology and writeback all 0.
-_config = struct.Struct("<QII4xI8x2xHIIIIIB3x")
+# 5.2.4, from capacity to write_zeroes_may_unmap; all 0 are geometry, writeback, and of the topology
+# all but opt_io_size, which counts blocks of blk_size.
+_config = struct.Struct("<QII4xI4xI2xHIIIIIB3x")
 _range = struct.Struct("<QII")  # of DISCARD and WRITE_ZEROES: sector, num_sectors, flags
 
 
@@ -120,11 +124,22 @@ class _Task(NamedTuple):
 class VirtioBlk(VirtioDevice):
     """A disk."""
 
-    ioeventfd = True
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        serial: str = "",
+        queues: int = 1,
+        opt_io_size: int = 0,
+        inline: bool = False,
+    ) -> None:
+        """Offer `disk`, which somebody else closes; ConfigError for odd `serial` or `queues`.
 
-    def __init__(self, disk: Disk, *, serial: str = "", queues: int = 1) -> None:
-        """Offer `disk`, which somebody else closes; ConfigError for odd `serial` or `queues`."""
+        `opt_io_size` is how many bytes are best read at once, if it is anything: Linux reads twice
+        as many ahead. With `inline` requests are served on the vCPU's thread.
+        """
         self._disk = disk
+        self.ioeventfd = not inline
         self._serial = serial.encode()
         if len(self._serial) > VIRTIO_BLK_ID_BYTES or not serial.isprintable():
             raise ConfigError(f"serial {serial!r}: give it at most {VIRTIO_BLK_ID_BYTES} bytes")
@@ -132,6 +147,8 @@ class VirtioBlk(VirtioDevice):
             raise ConfigError(f"a disk with {queues} queues: give 1 to {QUEUES_MAX}")
         features = VIRTIO_BLK_F_SIZE_MAX | VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE
         features |= VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_MQ
+        if opt_io_size:
+            features |= VIRTIO_BLK_F_TOPOLOGY
         if disk.read_only:
             features |= VIRTIO_BLK_F_RO
         else:
@@ -141,6 +158,7 @@ class VirtioBlk(VirtioDevice):
             SIZE_MAX,
             SEG_MAX,
             SECTOR,  # blk_size
+            opt_io_size // SECTOR,
             queues,
             DISCARD_SECTORS_MAX,
             DISCARD_SEG_MAX,

@@ -17,7 +17,7 @@ from errno import EIO
 
 from tinyvmm.disks import files
 from tinyvmm.fileserver.hostfile import open_contents, open_path, os_error
-from tinyvmm.images.erofs.plan import Plan, identity
+from tinyvmm.images.erofs.plan import Identity, Plan, identity
 from tinyvmm.views import size_of
 
 OPEN_MAX = 128  # files kept open
@@ -31,15 +31,19 @@ class Contents:
         """`warn` takes one line about each file that cannot be read as it was planned."""
         self._plan = plan
         self._warn = warn
-        self._open: OrderedDict[int, int] = OrderedDict()  # descriptors by row
+        self._open: OrderedDict[int, tuple[int, Identity]] = OrderedDict()  # by row
         self._told: set[int] = set()
 
     def read(self, row: int, views: Sequence[memoryview], offset: int) -> None:
-        """Fill `views` from the file's byte `offset`; OSError if it is not the file it was."""
+        """Fill `views` from the file's byte `offset`, and with zeros beyond its end.
+
+        OSError if it is not the file it was.
+        """
         try:
-            fd = self._fd(row)
+            fd, planned = self._opened(row)
             done = files.read_all(fd, views, offset)
-            if done != size_of(views) or identity(os.fstat(fd)) != self._plan.files.identity(row):
+            whole = min(size_of(views), planned.size - offset)
+            if done < whole or identity(os.fstat(fd)) != planned:
                 raise os_error(EIO)
         except OSError as error:
             self.forget(row)
@@ -52,30 +56,32 @@ class Contents:
         OSError if it is not the file it was.
         """
         try:
-            return self._fd(row)
+            return self._opened(row)[0]
         except OSError as error:
             self._tell(row, error)
             raise
 
-    def _fd(self, row: int) -> int:
-        fd = self._open.get(row)
-        if fd is not None:
+    def _opened(self, row: int) -> tuple[int, Identity]:
+        """Return a descriptor of the file, and what the file has to be still."""
+        found = self._open.get(row)
+        if found is not None:
             self._open.move_to_end(row)
-            return fd
+            return found
         plan = self._plan
+        planned = plan.files.identity(row)
         above = plan.directories.fd(plan.files.directories[row])
         there = open_path(plan.files.name(row), above)
         try:
             st = os.fstat(there)
-            if identity(st) != plan.files.identity(row):
+            if identity(st) != planned:
                 raise os_error(EIO)
             fd = open_contents(there, stat.S_IFMT(st.st_mode), os.O_RDONLY, ours=False)
         finally:
             os.close(there)
-        self._open[row] = fd
+        self._open[row] = fd, planned
         if len(self._open) > OPEN_MAX:
-            os.close(self._open.popitem(last=False)[1])
-        return fd
+            os.close(self._open.popitem(last=False)[1][0])
+        return fd, planned
 
     def path(self, row: int) -> str:
         """Return the path of a row's file, for messages."""
@@ -93,12 +99,12 @@ class Contents:
 
     def forget(self, row: int) -> None:
         """Close a file."""
-        fd = self._open.pop(row, None)
-        if fd is not None:
-            os.close(fd)
+        found = self._open.pop(row, None)
+        if found is not None:
+            os.close(found[0])
 
     def close(self) -> None:
         """Close every file."""
-        for fd in self._open.values():
+        for fd, _ in self._open.values():
             os.close(fd)
         self._open.clear()

@@ -17,7 +17,7 @@ and for a file, or a client that may read it from end to end, everything is plan
 In the first, metadata that has not been planned is an error to read: a file system never does, as
 nothing leads there, and zeros that a guest's kernel then kept would be wrong once there is more.
 
-Threads: any, one at a time: `read_into` holds the image's lock.
+Threads: any, one at a time: `read_into` holds the image's lock, and so does what plans ahead.
 """
 
 import os
@@ -25,8 +25,10 @@ from collections.abc import Callable, Sequence
 from errno import EIO, EROFS
 from threading import Lock
 
+from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.maps import Path
 from tinyvmm.images.erofs import format as erofs
+from tinyvmm.images.erofs.ahead import Ahead
 from tinyvmm.images.erofs.contents import Contents
 from tinyvmm.images.erofs.format import BLOCK, BLOCKS_MAX
 from tinyvmm.images.erofs.plan import MEMORY, Plan
@@ -71,6 +73,7 @@ class ErofsImage:
             keep=keep,
         )
         self.contents = Contents(self.plan, warn)
+        self._ahead: Ahead | None = None
         self.meta_block = _META_BLOCK
         blocks = _LAST_BLOCK
         if whole:
@@ -81,6 +84,11 @@ class ErofsImage:
                 raise
             self.meta_block = self.plan.next_block
             blocks = self.meta_block + -(-len(self.plan.meta) // BLOCK)
+            if blocks > _LAST_BLOCK:
+                self.close()
+                raise ConfigError(
+                    "an EROFS image has 16 TiB at most: take some of the trees out of it"
+                )
         self.size = blocks * BLOCK
         self.superblock = erofs.superblock(
             root_nid=self.plan.root_nid,
@@ -91,8 +99,15 @@ class ErofsImage:
             name=name,
         )
 
+    def plan_ahead(self) -> None:
+        """Have a thread plan what may be read next, from now until `close`."""
+        if self._ahead is None:
+            self._ahead = Ahead(self.plan, self._lock)
+
     def close(self) -> None:
         """Close every descriptor."""
+        if self._ahead is not None:
+            self._ahead.close()
         with self._lock:
             self.contents.close()
             self.plan.close()
@@ -101,14 +116,27 @@ class ErofsImage:
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill `views` from `offset` on; OSError (EIO) for what the host does not have any more."""
-        left = size_of(views)
+        ahead = self._ahead
+        if ahead is None:
+            with self._lock:
+                self._read(views, offset)
+            return
+        ahead.give_way = True
         with self._lock:
-            while left:
-                done = self._read_some(views, left, offset)
-                left -= done
-                offset += done
-                if left:
-                    views = cut(views, done)
+            ahead.give_way = False
+            planned = self.plan.planned
+            self._read(views, offset)
+            if self.plan.planned != planned:
+                ahead.more()
+
+    def _read(self, views: Sequence[memoryview], offset: int) -> None:
+        left = size_of(views)
+        while left:
+            done = self._read_some(views, left, offset)
+            left -= done
+            offset += done
+            if left:
+                views = cut(views, done)
 
     def write_from(self, views: Sequence[memoryview], offset: int) -> None:
         """Refuse."""
@@ -138,9 +166,9 @@ class ErofsImage:
         row = files.find(block)
         if row >= 0:
             start = offset - files.starts[row] * BLOCK
-            size = files.sizes[row]
-            if start < size:
-                count = min(wanted, size - start)
+            room = -(-files.sizes[row] // BLOCK) * BLOCK - start
+            if room > 0:
+                count = min(wanted, room)
                 part = views if count == wanted else cut(views, 0, count)
                 if files.directories[row] == MEMORY:
                     data = memoryview(self.plan.blocks_at(files.starts[row]))

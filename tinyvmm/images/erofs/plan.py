@@ -7,8 +7,10 @@ in the directory's inode, and the content itself behind that, where it fits. So 
 lists the names in each directory below it, and no more.
 
 `plan_all` plans everything, as an image in a file needs it. For a guest `of_block` plans what a
-block holds just before it is read, so its first read of a huge tree is answered at once. A block
-that has been read is the guest's to keep: from then on nothing is added to it.
+block holds just before it is read, so its first read of a huge tree is answered at once, and
+`plan_one` (ahead.py) plans meanwhile what it may read next; of what that finds no word is said
+before the guest looks there. A block that has been read is the guest's to keep: from then on
+nothing is added to it.
 
 What an inode of the host takes here: its 64 bytes and its entry (12 bytes and the name) in `meta`,
 and 46 bytes and the name again in `files`, for a regular file that is not empty.
@@ -20,7 +22,8 @@ import os
 import stat
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
 from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
 from typing import NamedTuple
 
@@ -28,7 +31,7 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver import beside
 from tinyvmm.fileserver.hostfile import fd_path
 from tinyvmm.fileserver.maps import MapPoint, Path, build_map
-from tinyvmm.fileserver.stalling import is_kernels_own
+from tinyvmm.fileserver.stalling import is_kernels_own, may_stall
 from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.images.erofs import format as erofs
 from tinyvmm.images.erofs.format import BLOCK, INLINE_FORMAT, INODE, INODE_LEN, PLAIN_FORMAT, SLOT
@@ -42,6 +45,8 @@ from tinyvmm.images.erofs.sources import (
 
 MEMORY = 0xFFFF_FFFF
 """In place of a directory's number: the blocks hold what was made here, not a file's data."""
+_NEXT_MAX = 1 << 14
+_SOON_MAX = 1000  # names; a reader waits while a directory is planned
 _DIRECTORY_TYPE = erofs.FILE_TYPES[stat.S_IFDIR]
 _ROOT_ATTRIBUTES = stat.S_IFDIR | 0o755
 
@@ -158,8 +163,10 @@ class Plan:
         self.meta = bytearray(INODE_LEN)  # no inode is number 0
         self.files = Files()
         self.memory: dict[int, bytes | int] = {}
-        """What begins at a block: bytes, or the nid of a directory that is still to be planned."""
+        """What begins at a block: bytes, or the nid of the directory whose content that is."""
         self.inodes = 0
+        self.planned = 0
+        """How many directories were planned because they were read."""
         self.next_block = first_block
         self.directories = HostDirectories()
         self._warn = warn
@@ -172,6 +179,10 @@ class Plan:
         self._mapped: dict[int, list[int]] = {}  # what is mapped at each point, by its id
         self._pending: dict[int, _Directory] = {}
         self._pending_in: dict[int, list[int]] = {}  # by the block of metadata they are put into
+        self._whole: dict[int, bytes] = {}  # the blocks of directories that have been planned
+        self._untold: dict[int, list[str]] = {}  # what to say of a directory when it is read
+        # What to plan ahead; the oldest are forgotten, as by then the guest is elsewhere.
+        self._next: deque[int] = deque(maxlen=0 if strict else _NEXT_MAX)
         self._without_xattrs: set[int] = set()  # st_dev of file systems that have none
         try:
             self.root_nid = self._plan_root(build_map(reads, []))
@@ -207,15 +218,47 @@ class Plan:
     def blocks_at(self, start: int) -> bytes:
         """Return the content of the blocks of our own that begin at `start`."""
         held = self.memory[start]
-        if isinstance(held, int):
-            self._plan(held)
-            held = self.memory[start]
-        return held if isinstance(held, bytes) else b""
+        if isinstance(held, bytes):
+            return held
+        self._plan(held)
+        return self._whole.get(held, b"")
 
     def _plan(self, nid: int) -> None:
+        for line in self._untold.pop(nid, ()):
+            self._warn(line)
         directory = self._pending.pop(nid, None)
         if directory is not None:
+            self.planned += 1
             self._place_entries(directory)
+
+    def plan_one(self, left_out: Container[tuple[int, int]], *, newest: bool) -> bool:
+        """Plan one directory before it is asked for; False if there is none.
+
+        That is the `newest` or the oldest of those whose inodes have their place. Directories
+        whose (st_dev, st_ino) is in `left_out` or that may stall are left to whoever reads them.
+        """
+        while self._next:
+            nid = self._next.pop() if newest else self._next.popleft()
+            directory = self._pending.get(nid)
+            if directory is None or not self._soon_planned(directory, left_out):
+                continue
+            del self._pending[nid]
+            lines: list[str] = []
+            warn, self._warn = self._warn, lines.append
+            try:
+                self._place_entries(directory)
+            finally:
+                self._warn = warn
+                if lines:
+                    self._untold[nid] = lines
+            return True
+        return False
+
+    def _soon_planned(self, directory: _Directory, left_out: Container[tuple[int, int]]) -> bool:
+        if len(directory.listing.names) > _SOON_MAX:
+            return False
+        inodes = [self.directories.inode(layer) for layer in directory.layers]
+        return not any(inode in left_out or may_stall(inode[0]) for inode in inodes)
 
     # --- directories --------------------------------------------------------------------------
 
@@ -310,9 +353,9 @@ class Plan:
         size = (len(counts) - 1) * BLOCK + tail
         inline = INODE_LEN + len(xattrs) + tail <= BLOCK and readable
         whole = (len(counts) - 1 if inline else len(counts)) if readable else 0
-        start = self._blocks(whole) if whole else 0
-        if not readable:
-            start, size = self._end_block, BLOCK  # beyond the end of the device: EIO
+        start = self._blocks(whole, layers[0] if layers else None) if whole else 0
+        if start is None or not readable:
+            start, size, inline, readable = self._end_block, BLOCK, False, False  # beyond: EIO
         at = self._room(INODE_LEN + len(xattrs), tail if inline else 0)
         mode, uid, gid, mtime_ns = attributes
         self._put_inode(
@@ -335,6 +378,7 @@ class Plan:
             self._pending[nid] = _Directory(
                 nid, above, layers, point, listing, counts, start, inline_at
             )
+            self._next.append(nid)
         return nid
 
     def _unveiled(self, layers: Sequence[int]) -> Sequence[int]:
@@ -372,9 +416,7 @@ class Plan:
             whole = (len(directory.counts) - 1) * BLOCK
             self.meta[directory.inline_at : directory.inline_at + len(data) - whole] = data[whole:]
         if whole:
-            self.memory[directory.whole_start] = data[:whole].ljust(
-                -(-whole // BLOCK) * BLOCK, b"\0"
-            )
+            self._whole[directory.nid] = data[:whole].ljust(-(-whole // BLOCK) * BLOCK, b"\0")
 
     # --- everything but directories -----------------------------------------------------------
 
@@ -439,7 +481,7 @@ class Plan:
             if INODE_LEN + len(xattrs) + size <= BLOCK:
                 layout = INLINE_FORMAT
             else:
-                where, target = self._place_bytes(target), b""
+                where, target = self._place_target(directory, name, target), b""
         elif kind in {stat.S_IFCHR, stat.S_IFBLK}:
             where = erofs.device_number(os.major(st.st_rdev), os.minor(st.st_rdev))
         at = self._room(INODE_LEN + len(xattrs), len(target))
@@ -453,20 +495,18 @@ class Plan:
 
     def _place_data(self, directory: int, name: bytes, st: os.stat_result) -> int:
         """Give a file's data its blocks: the first of them."""
-        start = self.next_block
-        after = start + -(-st.st_size // BLOCK) + self._gap
-        if after >= self._end_block:
-            path = os.path.join(self.directories.path(directory), name)
-            self._cannot(path, "files of more than 16 TiB in all do not fit into an EROFS image")
+        start = self._blocks(-(-st.st_size // BLOCK), directory, name)
+        if start is None:
             return self._end_block
         self.files.add(start, directory, name, st)
-        self.next_block = after
         return start
 
-    def _place_bytes(self, data: bytes) -> int:
-        """Give data of our own its blocks: the first of them."""
+    def _place_target(self, directory: int, name: bytes, data: bytes) -> int:
+        """Give a symlink's target blocks: the first of them."""
         count = -(-len(data) // BLOCK)
-        start = self._blocks(count)
+        start = self._blocks(count, directory, name)
+        if start is None:
+            return self._end_block
         self.files.add_memory(start, count * BLOCK)
         self.memory[start] = data.ljust(count * BLOCK, b"\0")
         return start
@@ -518,12 +558,16 @@ class Plan:
 
     # --- room -------------------------------------------------------------------------------------
 
-    def _blocks(self, count: int) -> int:
-        """Return the first of so many new blocks; ConfigError if there are no more."""
+    def _blocks(self, count: int, directory: int | None, name: bytes = b"") -> int | None:
+        """Return the first of so many new blocks for what has this name; None if none are left."""
         start = self.next_block
-        self.next_block += count + self._gap
-        if self.next_block >= self._end_block:
-            raise ConfigError("an EROFS image has 16 TiB at most: take some of the trees out of it")
+        after = start + count + self._gap
+        if after > self._end_block:
+            top = b"/" if directory is None else self.directories.path(directory)
+            path = os.path.join(top, name) if name else top
+            self._cannot(path, "more than 16 TiB in all do not fit into an EROFS image")
+            return None
+        self.next_block = after
         return start
 
     def _room(self, head: int, tail: int) -> int:

@@ -54,6 +54,10 @@ class HostDirectories:
             self._notes[number] = notes
         return number
 
+    def inode(self, number: int) -> tuple[int, int]:
+        """Return the directory's (st_dev, st_ino)."""
+        return self._devs[number], self._inodes[number]
+
     def notes(self, number: int) -> Notes | None:
         """Return what the directory's tree keeps beside its files (fileserver/beside.py)."""
         if not self._notes:

@@ -1,7 +1,9 @@
 """Trees in and out of a guest, and what a hostile one can do to whoever copies from it: nothing."""
 
 import errno
+import gc
 import io
+import itertools
 import json
 import os
 import socket
@@ -9,6 +11,8 @@ import stat
 import struct
 import subprocess
 import tarfile
+import tracemalloc
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -306,6 +310,46 @@ def test_a_tree_without_end_is_given_up() -> None:
 
     with pytest.raises(ConfigError, match="given up"):
         list(walk(cast("Guest", Invented(wide)), "/"))
+
+
+def peak_of(tree: Iterator[Entry]) -> int:
+    """Go through a tree, keeping nothing: the bytes that took at most."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        deque(tree, maxlen=0)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_names_deep_down_are_held_once() -> None:
+    """Not with the path of each, which is a list of all that is above."""
+    depth, count = 150, 20_000
+    shown: deque[list[bytes]] = deque([[dirent(b"down")], []] * depth)
+    shown.append([dirent(b"%d" % number) for number in range(count)])
+    inodes = itertools.count(1)
+
+    def answer(number: int, call: Call) -> tuple[int, bytes]:
+        if number == abi.SYS_GETDENTS64:
+            batch = shown.popleft() if shown else []
+            return len(batch), b"".join(batch)
+        if number != abi.SYS_NEWFSTATAT:
+            return 0, b""
+        kind = stat.S_IFDIR if call.what.endswith(("down", "/top")) else stat.S_IFREG
+        return 0, STAT.pack(1, next(inodes), 2, kind, *[0] * 12)
+
+    tree = walk(cast("Guest", Invented(answer)), "/top")
+    assert peak_of(tree) < 12 << 20
+    assert next(inodes) > depth + count
+
+
+def test_many_names_of_this_computer_deep_down_are_held_once(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d"] * 150)
+    deep.mkdir(parents=True)
+    for number in range(5_000):
+        (deep / str(number)).touch()
+    assert peak_of(walk_host(str(tmp_path))) < 3 << 20
 
 
 @pytest.mark.parametrize(

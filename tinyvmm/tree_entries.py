@@ -57,22 +57,29 @@ class Entry(NamedTuple):
 # --- from this computer -----------------------------------------------------------------------
 def walk_host(top: str) -> Iterator[Entry]:
     """Give the tree at `top`. ConfigError, which names it, for what cannot be read."""
-    seen: dict[tuple[int, int], Path] = {}
-    todo: list[Path] = [()]
+    # A directory's path is held once, however many names are in it.
+    seen: dict[tuple[int, int], tuple[Path, str]] = {}
+    todo: list[tuple[Path, Iterator[str]]] = [((), iter(("",)))]
     while todo:
-        path = todo.pop()
+        parent, names = todo[-1]
+        last = next(names, None)
+        if last is None:
+            todo.pop()
+            continue
+        path = (*parent, last) if last else ()
         name = os.path.join(top, *path)
         try:
             found = os.lstat(name)
             target = os.readlink(name) if stat.S_ISLNK(found.st_mode) else ""
             if stat.S_ISDIR(found.st_mode):
-                todo += [(*path, child) for child in sorted(os.listdir(name), reverse=True)]
+                todo.append((path, iter(sorted(os.listdir(name)))))
         except OSError as error:
             raise ConfigError(f"cannot read {name}: {error.strerror}") from None
         link = None
         if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
-            link = seen.get((found.st_dev, found.st_ino))
-            seen.setdefault((found.st_dev, found.st_ino), path)
+            above, known = seen.setdefault((found.st_dev, found.st_ino), (parent, last))
+            if (above, known) != (parent, last):
+                link = (*above, known)
         yield Entry(
             path=path,
             mode=found.st_mode,

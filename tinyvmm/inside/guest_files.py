@@ -51,6 +51,7 @@ from tinyvmm.tree_entries import Entry, Path, Pieces, no_pieces
 
 DEPTH_MAX = 200
 _XATTRS_MAX = 64  # of one file
+_AT_ONCE = 256  # entries of a directory that are looked at before they are given
 _FILE = Slot(1)
 
 # What may fail without harm: what is to be replaced is not there; a directory is there already;
@@ -158,27 +159,36 @@ def walk(guest: Guest, top: str, *, every_xattr: bool = False) -> Iterator[Entry
     answer = guest.all([newfstatat(top)])[0]
     if answer.result < 0:
         raise ConfigError(f"cannot read {top} in the guest: {os.strerror(-answer.result)}")
-    seen: dict[tuple[int, int], Path] = {}
-    todo: list[tuple[Path, Stat]] = [((), parse_stat(answer.data))]
+    # A directory's path is held once, whatever is in it: the guest may show a million names there.
+    seen: dict[tuple[int, int], tuple[Path, str]] = {}
+    todo: list[tuple[Path, Iterator[tuple[str, Stat]]]] = []
+    todo.append(((), iter([("", parse_stat(answer.data))])))
     count = 1
     while todo:
-        path, found = todo.pop()
-        prefix = b"" if every_xattr else b"user."
-        entry = _entry(guest, os.path.join(top, *path), path, found, prefix)
+        parent, inside = todo[-1]
+        following = next(inside, None)
+        if following is None:
+            todo.pop()
+            continue
+        name, found = following
+        path = (*parent, name) if len(todo) > 1 else ()
+        where = os.path.join(top, *path)
+        entry = _entry(guest, where, path, found, b"" if every_xattr else b"user.")
         if stat.S_ISDIR(found.mode):
-            inside = _look_inside(guest, os.path.join(top, *path), ENTRIES_MAX - count)
-            count += len(inside)
+            names = _look_inside(guest, where, ENTRIES_MAX - count)
+            count += len(names)
             if len(path) >= DEPTH_MAX:
                 raise ConfigError(f"{top} in the guest has more than {DEPTH_MAX} levels: given up")
-            todo += [((*path, name), known) for name, known in reversed(inside)]
+            todo.append((path, _look_at(guest, where, names)))
         elif found.nlink > 1:
-            entry = entry._replace(link=seen.get((found.dev, found.ino)))
-            seen.setdefault((found.dev, found.ino), path)
+            above, known = seen.setdefault((found.dev, found.ino), (parent, name))
+            if (above, known) != (parent, name):
+                entry = entry._replace(link=(*above, known))
         yield entry
 
 
-def _look_inside(guest: Guest, path: str, limit: int) -> list[tuple[str, Stat]]:
-    """Return what is in a directory, by name; what goes meanwhile was not there."""
+def _look_inside(guest: Guest, path: str, limit: int) -> list[str]:
+    """Return the names in a directory, sorted."""
     names: set[str] = set()
     try:
         for name in entries(guest, path):
@@ -187,13 +197,17 @@ def _look_inside(guest: Guest, path: str, limit: int) -> list[tuple[str, Stat]]:
             names.add(name)
     except OSError as error:
         raise ConfigError(f"cannot read {path} in the guest: {error.strerror}") from None
-    ordered = sorted(names)
-    answers = guest.all(newfstatat(os.path.join(path, name)) for name in ordered)
-    return [
-        (name, parse_stat(answer.data))
-        for name, answer in zip(ordered, answers, strict=True)
-        if answer.result >= 0
-    ]
+    return sorted(names)
+
+
+def _look_at(guest: Guest, path: str, names: list[str]) -> Iterator[tuple[str, Stat]]:
+    """Give what is in a directory; what goes meanwhile was not there."""
+    for start in range(0, len(names), _AT_ONCE):
+        some = names[start : start + _AT_ONCE]
+        answers = guest.all(newfstatat(os.path.join(path, name)) for name in some)
+        for name, answer in zip(some, answers, strict=True):
+            if answer.result >= 0:
+                yield name, parse_stat(answer.data)
 
 
 def _entry(guest: Guest, name: str, path: Path, found: Stat, prefix: bytes) -> Entry:

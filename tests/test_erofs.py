@@ -27,6 +27,7 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.tree import Node
 from tinyvmm.fileserver.union import open_tree
 from tinyvmm.images.erofs import format as erofs
+from tinyvmm.images.erofs import image as image_module
 from tinyvmm.images.erofs import sources
 from tinyvmm.images.erofs.image import ErofsImage
 from tinyvmm.images.erofs.plan import Plan
@@ -450,6 +451,43 @@ def test_files_beyond_what_an_image_can_hold_are_errors(
     assert len(warnings) == 2
     assert "16 TiB" in warnings[0]
     assert content(image, b"/small") == b"small"
+
+
+def test_a_directory_beyond_what_an_image_can_hold_is_an_error(
+    tmp_path: Path,
+    lazily: Callable[[Sequence[tuple[str, str]]], Image],
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end = image_module._DATA_BLOCK + 2
+    monkeypatch.setattr(image_module, "_LAST_BLOCK", end)
+    (tmp_path / "large").mkdir()
+    for number in range(400):
+        (tmp_path / "large" / f"{number:0100}").touch()
+    (tmp_path / "small").write_text("small")
+    image = lazily([("/", str(tmp_path))])
+    assert image.inode(find(image, b"/large")).block == end
+    assert [line.partition(":")[0] for line in warnings] == [str(tmp_path / "large")]
+    assert content(image, b"/small") == b"small"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "why"), [(20, "large0 .*: more than 16 TiB"), (31, "has 16 TiB")]
+)
+def test_what_fits_into_no_image_is_refused_in_one_line(
+    blocks: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of blocks for data, or behind those for metadata."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "large0").write_bytes(bytes(30 * 4096))
+    monkeypatch.setattr(image_module, "_LAST_BLOCK", blocks)
+    with pytest.raises(ConfigError, match=why) as refused:
+        write_image([("/", str(tree))], str(tmp_path / "image"))
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+    monkeypatch.undo()
+    write_image([("/", str(tree))], str(tmp_path / "image"))
 
 
 # --- the layout -------------------------------------------------------------------------------

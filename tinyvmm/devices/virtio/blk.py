@@ -12,8 +12,7 @@ erase, zones.
 
 Where a request runs: reads and writes at once, on the thread that answers the doorbell, with the
 device's lock held. Unless the user says otherwise that is a thread of the device's, because a
-kernel has many requests in flight, and goes on with its own work; or, for a disk whose requests
-come one at a time, the vCPU's own (`inline`; docs/decisions/0004). `preadv`
+kernel has many requests in flight, and goes on with its own work (docs/decisions/0004). `preadv`
 and `pwritev` take the guest's own RAM and let other threads run meanwhile. What waits for a real
 disk, FLUSH, or may take its time, DISCARD and WRITE_ZEROES, goes to the device's one worker, which
 holds the lock only to take a task and to give the chain back.
@@ -124,22 +123,17 @@ class _Task(NamedTuple):
 class VirtioBlk(VirtioDevice):
     """A disk."""
 
+    ioeventfd = True
+
     def __init__(
-        self,
-        disk: Disk,
-        *,
-        serial: str = "",
-        queues: int = 1,
-        opt_io_size: int = 0,
-        inline: bool = False,
+        self, disk: Disk, *, serial: str = "", queues: int = 1, opt_io_size: int = 0
     ) -> None:
         """Offer `disk`, which somebody else closes; ConfigError for odd `serial` or `queues`.
 
         `opt_io_size` is how many bytes are best read at once, if it is anything: Linux reads twice
-        as many ahead. With `inline` requests are served on the vCPU's thread.
+        as many ahead.
         """
         self._disk = disk
-        self.ioeventfd = not inline
         self._serial = serial.encode()
         if len(self._serial) > VIRTIO_BLK_ID_BYTES or not serial.isprintable():
             raise ConfigError(f"serial {serial!r}: give it at most {VIRTIO_BLK_ID_BYTES} bytes")

@@ -146,15 +146,16 @@ def main() -> None:
     from tinyvmm.lab.probe import missing_for_linux
 
     prepare_kernel(None)[0].close()
+    count = int(os.environ.get("ROUNDS", ROUNDS))
     if missing_for_linux() is None:
-        found = rounds(ROUNDS)
+        found = rounds(count)
     else:
         code = (
             f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.boot import rounds; "
-            f"print(json.dumps(rounds({ROUNDS})))"
+            f"print(json.dumps(rounds({count})))"
         )
         with Lab() as lab:
-            done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (ROUNDS + 1))
+            done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (count + 1))
         if done.status:
             sys.exit(done.stderr.decode())
         found = json.loads(done.stdout)

@@ -39,13 +39,13 @@ from tinyvmm.devices.virtio.console import VirtioConsole
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.mmio import VirtioMmio
 from tinyvmm.devices.virtio.net import VirtioNet
-from tinyvmm.devices.virtio.p9 import Virtio9P
+from tinyvmm.devices.virtio.p9 import NinePHandler, Virtio9P
 from tinyvmm.devices.virtio.pci import CommonConfiguration, VirtioFunction, VirtioPci
 from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.devices.virtio.vsock import VirtioVsock
 
-BASES = {Device, RegisterDevice, VirtioDevice}  # which are nothing by themselves
+BASES = {Device, NinePHandler, RegisterDevice, VirtioDevice}  # which are nothing by themselves
 
 
 def classes() -> list[type]:

@@ -3,6 +3,7 @@
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,17 @@ from tinyvmm.errors import ConfigError
 HEADERS = Path("/usr/include/linux")
 
 
-class Session:
+class Stateless:
+    """What a handler that is never saved has to have."""
+
+    def save(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Session(Stateless):
     """Answers with the request backwards, as far as there is room."""
 
     def __init__(self) -> None:
@@ -88,7 +99,7 @@ def test_each_request_is_answered_once_in_order_with_the_sessions_length(
 
 
 def test_a_reply_is_written_into_the_drivers_own_pages() -> None:
-    class Sized:
+    class Sized(Stateless):
         """Answers with seven bytes of Rflush."""
 
         def submit(self, request: list[memoryview], reply: list[memoryview]) -> int:

@@ -81,6 +81,12 @@ class Session:
     def close(self) -> None:
         """Keep what waits: its replies may still come, and must not arrive."""
 
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """There is nothing to go on with."""
+
 
 class Place:
     """Nothing on disk is needed; the fuzzer gives a directory to every target."""

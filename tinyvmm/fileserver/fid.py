@@ -40,7 +40,8 @@ class Fid:
     """A client's file. Owns one reference to `node` and one to `parent`."""
 
     __slots__ = (
-        "busy", "doomed", "file", "gone", "locked", "name", "node", "parent", "set_id", "uid"
+        "busy", "doomed", "file", "flags", "gone", "locked", "name", "node", "parent", "set_id",
+        "uid",
     )  # fmt: skip
 
     def __init__(self, node: Node, uid: int, parent: Node | None, name: bytes) -> None:
@@ -49,6 +50,7 @@ class Fid:
         self.parent = parent  # the directory it was found in, as `name`; Tremove needs both
         self.name = name
         self.file: OpenFile | None = None
+        self.flags = 0  # it was opened with
         self.locked = False  # may hold locks
         self.busy = 0  # requests that use it on other threads
         self.doomed = False  # to be removed when clunked (Tremove, ORCLOSE)
@@ -57,7 +59,7 @@ class Fid:
 
     def opened(self, file: OpenFile, flags: int) -> None:
         """Take over `file`, the node opened with `flags` of open(2)."""
-        self.file = file
+        self.file, self.flags = file, flags
         self.set_id = bool(flags & os.O_ACCMODE)
         if flags & os.O_TRUNC:
             self.clear_set_id()
@@ -70,6 +72,7 @@ class Fid:
         if self.parent is not None:
             self.parent.close()
         self.parent, self.node, self.name, self.file = self.node, node, name, file
+        self.flags = flags
         self.set_id = bool(flags & os.O_ACCMODE)
 
     def clear_set_id(self) -> None:

@@ -84,6 +84,10 @@ class LockTable:
         held = self._files.get(path, [])
         return next((other for other in held if other.stands_against(lock)), None)
 
+    def held(self, path: int, fid: object) -> list[Lock]:
+        """The locks a fid brought."""
+        return [lock for lock in self._files.get(path, ()) if lock.fid is fid]
+
     def drop(self, path: int, fid: object) -> None:
         """Remove the locks a fid brought."""
         if path in self._files:

@@ -106,6 +106,15 @@ class Directory:
         self._cookie = 0  # what `readdir` calls that place
         self._asked = 0  # bytes wanted by the read that started afresh
 
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """How far it has been read, for another that is to go on there."""
+        return self._offset, self._cookie, self._asked
+
+    @position.setter
+    def position(self, position: tuple[int, int, int]) -> None:
+        self._offset, self._cookie, self._asked = position
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Whole records only, as many as fit; EINVAL if not one does.
 

@@ -37,6 +37,7 @@ from errno import (
     ENOMEM,
     EOPNOTSUPP,
     EPROTO,
+    ESTALE,
 )
 from threading import Event
 from typing import Any
@@ -140,6 +141,7 @@ class Session:
         self.dialect = ninep.NINEP2000_L
         self._methods = METHODS | linux.METHODS
         self.fids: dict[int, Fid] = {}
+        self._stale: set[int] = set()  # fids whose file was not found by `load`
         self._agreed = False  # on a version: nothing can be attached before
         self._reply: Sequence[memoryview] = ()
         self._in_flight: dict[int, Waiting] = {}
@@ -203,6 +205,7 @@ class Session:
         for waiting in in_flight.values():
             waiting.retire()
         fids, self.fids = self.fids, {}
+        self._stale.clear()
         for fid in fids.values():
             try:
                 self._release(fid)
@@ -271,10 +274,10 @@ class Session:
     # --- fids -----------------------------------------------------------------------------------
 
     def fid(self, number: int) -> Fid:
-        """The fid of this number; EBADF if there is none."""
+        """The fid of this number; EBADF if there is none, ESTALE if its file is not to be found."""
         fid = self.fids.get(number)
         if fid is None:
-            raise failure(EBADF)
+            raise failure(ESTALE if number in self._stale else EBADF)
         return fid
 
     def node(self, number: int) -> Node:
@@ -297,7 +300,7 @@ class Session:
 
     def check_new(self, number: int) -> None:
         """EBADF if a new fid cannot have this number, EMFILE if there are too many already."""
-        if number in self.fids or number == ninep.NOFID:
+        if number in self.fids or number in self._stale or number == ninep.NOFID:
             raise failure(EBADF)
         if len(self.fids) >= self.fids_max:
             raise failure(EMFILE)
@@ -322,7 +325,10 @@ class Session:
         fid.file = file
 
     def _forget(self, number: int) -> Fid:
-        fid = self.fid(number)
+        try:
+            fid = self.fid(number)
+        finally:
+            self._stale.discard(number)
         del self.fids[number]
         return fid
 
@@ -337,6 +343,29 @@ class Session:
                 self.parent_of(fid).unlink(fid.name, AT_REMOVEDIR if is_directory else 0)
         finally:
             fid.close()
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Return the client's fids and locks in plain JSON types; nothing may be in flight."""
+        from tinyvmm.fileserver import saved
+
+        return {
+            "dialect": self.dialect.version.decode(),
+            "agreed": self._agreed,
+            "msize": self.msize,
+            **saved.save(self.tree, self.fids, self._stale, self.locks),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on with the client that `save` described, on the same tree."""
+        from tinyvmm.fileserver import saved
+
+        self.close()
+        self._speak(ninep.DIALECTS[state["dialect"].encode()])
+        self._agreed, self.msize = state["agreed"], state["msize"]
+        self.fids, self._stale = saved.load(self.tree, state, self.locks, self.dialect)
+        self._xattrs = sum(isinstance(fid.file, XattrReader) for fid in self.fids.values())
 
     # --- beginning and end ----------------------------------------------------------------------
 

@@ -12,13 +12,17 @@ of the session's, and replies leave in whatever order they are ready. A request 
 (Tflush) is returned with a length of 0, which Linux's driver takes for "no reply"
 (net/9p/trans_virtio.c, req_done).
 
+`save` waits for those, and saves the session with the device: what a mounted guest's fids stand for
+is found again in the same tree (fileserver/saved.py).
+
 A late reply is written to guest memory under the lock, and not at all if the driver has reset the
 device since: its buffers are then no longer ours.
 """
 
 import struct
+import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
@@ -53,6 +57,12 @@ class NinePHandler(Protocol):
     def close(self) -> None:
         """Forget everything about the client."""
 
+    def save(self) -> dict[str, Any]:
+        """Return what there is to know of the client, in plain JSON types; nothing is in flight."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on with the client that `save` described."""
+
 
 class Virtio9P(VirtioDevice):
     """The file server's door: one `session` behind one mount `tag`."""
@@ -71,6 +81,8 @@ class Virtio9P(VirtioDevice):
         )
         self._session = session
         self._resets = 0
+        self._in_flight = 0  # chains to be given back later
+        self._answered = threading.Condition(self.lock)
 
     def handle(self, queue: Virtqueue) -> None:
         """Answer what requests there are."""
@@ -80,6 +92,7 @@ class Virtio9P(VirtioDevice):
             if isinstance(size, int):
                 queue.push(chain, size)
             else:
+                self._in_flight += 1
                 size.start(self._later(queue, chain))
 
     def _later(self, queue: Virtqueue, chain: Chain) -> Callable[[Finish], None]:
@@ -89,7 +102,11 @@ class Virtio9P(VirtioDevice):
         def later(finish: Finish) -> None:
             with self.lock:
                 reply = finish()
-                if reply is not None and self.running and resets == self._resets:
+                if reply is None or resets != self._resets:
+                    return
+                self._in_flight -= 1
+                self._answered.notify_all()
+                if self.running:
                     fits = len(reply) <= size_of(chain.writable)
                     queue.push(chain, scatter(chain.writable, reply) if fits else 0)
 
@@ -99,4 +116,19 @@ class Virtio9P(VirtioDevice):
         """Forget the driver, and the client with it."""
         super().reset()
         self._resets += 1
+        self._in_flight = 0
+        self._answered.notify_all()
         self._session.close()
+
+    def save(self) -> dict[str, Any]:
+        """Return the state, once every request has its reply; vCPUs must be paused."""
+        with self._answered:
+            while self._in_flight:
+                self._answered.wait()
+            return super().save() | {"session": self._session.save()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Become what `save` described; what fids stood for is looked up anew."""
+        with self.lock:
+            super().load(state)
+            self._session.load(state["session"])

@@ -42,13 +42,23 @@ socat -t 60 - TCP:127.0.0.1:8081 < input > digest' 2> /dev/null | {user}
 """
 
 # The last command ends before all it sent has been acknowledged: the machine waits for that.
-# Of two pairs of queues a guest of one processor uses one, and says so on the control queue.
+# Each processor sends by its own pair of queues, and the tap answers by the pair that asked. Then
+# the guest says on the control queue that it uses one, and all goes by that.
 TAP_GUEST = """
-dmesg | grep -i "num of queue pairs"
 cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
 cat /etc/resolv.conf
-socat -u TCP:192.0.2.1:8000 - | tee /tmp/data | sha256sum
-socat -u OPEN:/tmp/data TCP:192.0.2.1:8001
+carried() {
+  for way in rx tx; do for pair in 0 1; do
+    ethtool -S eth0 | grep -q "${way}_queue_${pair}_packets: [1-9][0-9]" && echo $1 $way $pair
+  done; done
+}
+for processor in 0 1; do
+  taskset -c $processor socat -u TCP:192.0.2.1:8000 - | tee /tmp/data | sha256sum
+done
+carried both
+ethtool -L eth0 combined 1
+echo /sys/class/net/eth0/queues/*
+taskset -c 1 socat -u OPEN:/tmp/data TCP:192.0.2.1:8001
 """
 
 # A server that speaks first, and one that answers when all has come; then what everybody does.
@@ -89,7 +99,7 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
     script = HOST.format(
         directory=directory,
         tun=Path(installed.modules) / "kernel/drivers/net/tun.ko",
-        tap=run(TAP_GUEST, "--net", tap),
+        tap=run(TAP_GUEST, "--cpus", "2", "--net", tap),
         web=shlex.join([interpreter(), "-m", "http.server", "8002", "-d", str(repository)]),
         user=run(USER_GUEST, "--publish", "127.0.0.1:8080:80", "--publish", "8081:81", "--net"),
     )
@@ -100,6 +110,12 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
         "1400",
         "nameserver 192.0.2.1",
         f"{digest}  -",
+        f"{digest}  -",
+        "both rx 0",
+        "both rx 1",
+        "both tx 0",
+        "both tx 1",
+        "/sys/class/net/eth0/queues/rx-0 /sys/class/net/eth0/queues/tx-0",
         "nameserver 10.0.2.3",
         f"{digest}  -",
         *PACKAGES.splitlines(),

@@ -6,6 +6,7 @@ off ends its PID 1 by SIGINT (reboot(2)), which `unshare` passes on.
 """
 
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -31,6 +32,7 @@ UNSHARE = [
     "--uts",
     "--net",
 ]
+PATIENCE = 120.0  # seconds
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 needs_namespaces = pytest.mark.skipif(
@@ -69,6 +71,7 @@ class Guest:
     def record(self) -> tuple[int, int]:
         data = b""
         while len(data) < 8:
+            assert select.select([self.control], [], [], PATIENCE)[0], "no record"
             data += os.read(self.control, 8 - len(data))
         kind, value = struct.unpack("<II", data)
         return kind, value
@@ -111,6 +114,11 @@ class Guest:
         assert self.process.wait() == POWERED_OFF
         return results["stdout"], results["stderr"], value
 
+    def give_up(self) -> None:
+        """Kill it, so that whoever waits for what it says is told, and where."""
+        os.write(2, f"{self.process.args!r}: still runs after {PATIENCE:g} s\n".encode())
+        self.process.kill()
+
     def destroy(self) -> None:
         for name in ("stdin", "stdout", "stderr", "control"):
             self.close(name)
@@ -134,9 +142,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
     def start(*argv: str, **more: Any) -> Guest:
         guest = Guest(tmp_path_factory.mktemp("guest"), configure(*argv, **more))
-        guests.append(guest)
+        late = threading.Timer(PATIENCE, guest.give_up)
+        late.start()
+        guests.append((guest, late))
         return guest
 
     yield start
-    for guest in guests:
+    for guest, late in guests:
+        late.cancel()
+        late.join()
         guest.destroy()

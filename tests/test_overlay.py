@@ -541,6 +541,7 @@ def test_a_process_killed_while_writing_has_kept_what_it_flushed(
                 flushes -= 1
                 if not flushes:
                     killer.start()
+        assert flushes <= 0, f"the writer ended too soon: {process.wait(30)}"
         killer.join()
     assert process.returncode == -9
     kept = None if delta is None else str(delta)

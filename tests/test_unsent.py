@@ -50,24 +50,31 @@ class Peer:
         assert self.process.stdout is not None
         self.output = self.process.stdout
         assert self.output.readline() == b"ready\n"
+        # The listener ends with its connection, which may be as soon as the cable is up.
+        self.namespace = os.open(f"/proc/{self.process.pid}/ns/net", os.O_RDONLY)
 
-    def run(self, pid: int, *words: str) -> None:
-        subprocess.run(["nsenter", "-t", str(pid), "-n", "ip", *words], check=True)
+    def run(self, namespace: str, *words: str) -> None:
+        command = ["nsenter", f"--net={namespace}", "ip", *words]
+        subprocess.run(command, check=True, pass_fds=[self.namespace])
+
+    @property
+    def ours(self) -> str:
+        return f"/proc/self/fd/{self.namespace}"
 
     def join(self, pid: int) -> None:
         """Lay a cable between process `pid`'s namespace and ours."""
-        ours = str(self.process.pid)
-        self.run(pid, "link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", ours)
-        for where, name, number in ((pid, "v0", 2), (self.process.pid, "v1", 1)):
+        theirs, ours = f"/proc/{pid}/ns/net", str(self.process.pid)
+        self.run(theirs, "link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", ours)
+        for where, name, number in ((theirs, "v0", 2), (self.ours, "v1", 1)):
             self.run(where, "address", "add", f"192.0.2.{number}/24", "dev", name)
             self.run(where, "address", "add", f"2001:db8::{number}/64", "dev", name, "nodad")
             self.run(where, "link", "set", name, "up")
 
     def cable(self, state: str) -> None:
-        self.run(self.process.pid, "link", "set", "v1", state)
+        self.run(self.ours, "link", "set", "v1", state)
         if state == "up":  # Linux takes the address with the interface
             address = ("2001:db8::1/64", "dev", "v1", "nodad")
-            self.run(self.process.pid, "address", "replace", *address)
+            self.run(self.ours, "address", "replace", *address)
 
     def received(self) -> bytes:
         """All of it: the listener ends with its connection."""
@@ -77,6 +84,7 @@ class Peer:
         self.process.kill()
         self.process.wait()
         self.output.close()
+        os.close(self.namespace)
 
 
 @pytest.fixture

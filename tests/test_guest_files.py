@@ -14,10 +14,14 @@ import tarfile
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.calls_here import MachineHere, ended, start
 from tinyvmm import tree_tar
@@ -151,6 +155,39 @@ def test_an_archive_that_leads_out_of_itself_is_refused(name: str) -> None:
         list(tree_tar.read(io.BytesIO(made.getvalue())))
     with pytest.raises(ConfigError, match="tar archive"):
         list(tree_tar.read(io.BytesIO(b"no archive at all" * 100)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    headers=st.dictionaries(
+        st.sampled_from(
+            ["path", "linkpath", "size", "uid", "mtime", "atime", "hdrcharset", "GNU.sparse.map"]
+        ),
+        st.sampled_from(["nan", "1e999999999", "-inf", "-1", "1.5", "a\0b", "../x", "9" * 30, "x"]),
+    ),
+    kind=st.sampled_from([tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE]),
+    damage=st.lists(st.tuples(st.integers(0, 1 << 14), st.integers(0, 255)), max_size=3),
+    end=st.integers(0, 1 << 14),
+)
+def test_whatever_is_in_an_archive_it_is_read_or_a_config_error(
+    headers: dict[str, str], kind: bytes, damage: list[tuple[int, int]], end: int
+) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("a", "b"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.pax_headers = kind, "c", headers
+            member.size = 600 * (kind == tarfile.REGTYPE)
+            archive.addfile(member, io.BytesIO(bytes(600)))
+    data = bytearray(made.getvalue()[:end])
+    for where, value in damage:
+        if where < len(data):
+            data[where] = value
+    with suppress(ConfigError):
+        for entry in tree_tar.read(io.BytesIO(data)):
+            assert "\0" not in entry.target.join(entry.path)
+            for offset, piece in islice(entry.pieces(), 3):
+                assert offset + len(piece) <= 1200
 
 
 def test_a_guest_that_is_full_says_so(guest: Guest, tmp_path: Path) -> None:

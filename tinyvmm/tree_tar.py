@@ -6,10 +6,13 @@ whose names are no text, or hold a =, are left out: no record could hold them.
 """
 
 import io
+import lzma
 import os
 import stat
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import BinaryIO
 
@@ -24,6 +27,11 @@ _KINDS = {
     tarfile.CHRTYPE: stat.S_IFCHR,
     tarfile.BLKTYPE: stat.S_IFBLK,
 }
+DAMAGE = (
+    *(tarfile.TarError, zlib.error, lzma.LZMAError),
+    *(EOFError, ValueError, TypeError, OverflowError, LookupError),
+)
+"""What tarfile raises for an archive that is damaged, or none; it does not check all of it."""
 _TYPES = {kind: type_ for type_, kind in _KINDS.items()}
 
 
@@ -34,19 +42,25 @@ def read(file: BinaryIO) -> Iterator[Entry]:
     """
     known: set[Path] = {()}
     yield _directory(())
+    with _told(), tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            path = _path(member.name)
+            if not path:
+                continue
+            for length in range(1, len(path)):
+                if path[:length] not in known:
+                    known.add(path[:length])
+                    yield _directory(path[:length])
+            known.add(path)
+            yield _entry(archive, member, path)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Make ConfigError of what tarfile raises for an archive that is damaged or none."""
     try:
-        with tarfile.open(fileobj=file, mode="r|*") as archive:
-            for member in archive:
-                path = _path(member.name)
-                if not path:
-                    continue
-                for length in range(1, len(path)):
-                    if path[:length] not in known:
-                        known.add(path[:length])
-                        yield _directory(path[:length])
-                known.add(path)
-                yield _entry(archive, member, path)
-    except (tarfile.TarError, EOFError) as error:
+        yield
+    except (*DAMAGE, OSError) as error:
         raise ConfigError(f"cannot read the tar archive: {error}") from None
 
 
@@ -56,9 +70,17 @@ def _directory(path: Path) -> Entry:
 
 def _path(name: str) -> Path:
     parts = tuple(part for part in name.split("/") if part not in {"", "."})
+    if "\0" in name:
+        raise ConfigError(f"the tar archive holds {name!r}, which is no name")
     if ".." in parts:
         raise ConfigError(f"the tar archive holds {name!r}, which leads out of it")
     return parts
+
+
+def _target(member: tarfile.TarInfo) -> str:
+    if "\0" in member.linkname:
+        raise ConfigError(f"the tar archive holds {member.name!r}, which leads nowhere")
+    return member.linkname
 
 
 def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Entry:
@@ -74,7 +96,7 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Ent
         atime_ns=_nanoseconds(member, "atime", member.mtime),
         mtime_ns=when,
         rdev=os.makedev(member.devmajor, member.devminor) if member.isdev() else 0,
-        target=member.linkname if member.issym() else "",
+        target=_target(member) if member.issym() else "",
         link=_path(member.linkname) if member.islnk() else None,
         xattrs={
             key[prefix:]: value.encode(errors="surrogateescape")
@@ -88,18 +110,22 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Ent
 def _nanoseconds(member: tarfile.TarInfo, name: str, otherwise: float) -> int:
     """Return a time, which tarfile has as a float: that would be 200 ns too coarse."""
     try:
-        return int(Decimal(member.pax_headers.get(name, otherwise)) * 10**9)
-    except ArithmeticError:
-        raise ConfigError(f"cannot read the tar archive: {member.name} has no time") from None
+        when = Decimal(member.pax_headers.get(name, otherwise)) * 10**9
+        if abs(when) < 1 << 63:
+            return int(when)
+    except ArithmeticError:  # also of what is no number
+        pass
+    raise ConfigError(f"cannot read the tar archive: {member.name} has no time")
 
 
 def _reader(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Pieces:
     def pieces() -> Iterator[tuple[int, bytes]]:
-        file = archive.extractfile(member)
-        offset = 0
-        while file is not None and (data := file.read(PIECE)):
-            yield offset, data
-            offset += len(data)
+        with _told():
+            file = archive.extractfile(member)
+            offset = 0
+            while file is not None and (data := file.read(PIECE)):
+                yield offset, data
+                offset += len(data)
 
     return pieces
 

@@ -122,6 +122,16 @@ def test_the_quick_python_finds_what_the_slow_one_does() -> None:
     assert done.stdout == f"{sys.version} ['a b', '--c']\n"
 
 
+def test_what_runs_again_in_the_lab_is_this_program(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def here(argv: list[str], **_: object) -> int:
+        return subprocess.run(argv, cwd=tmp_path, env={}, check=False).returncode
+
+    monkeypatch.setattr(lab, "run_in_lab", here)
+    assert lab.reexec(["--version"]) == 0
+
+
 def test_a_lab_leaves_the_host_at_least_half_of_its_memory() -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < lab.default_memory() <= physical // 2

@@ -253,7 +253,7 @@ def reexec(
     """Run `tinyvmm ARGUMENTS` in a lab and return its exit status, as `run_in_lab`."""
     import compileall
 
-    package = os.path.dirname(os.path.abspath(__file__))
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     # What is not compiled here is compiled there, 30 times slower. Where it cannot be kept, it is.
     compileall.compile_dir(package, quiet=2)
     code = (

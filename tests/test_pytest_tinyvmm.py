@@ -160,6 +160,19 @@ def test_a_guest_whose_pytest_dies_fails_its_tests_with_what_it_said(
     assert "the guest's pytest ended" in done.stdout
 
 
+def test_a_worker_looks_into_no_file_without_tests_for_it(tmp_path: Path, runtime: Path) -> None:
+    looked = tmp_path / "looked"
+    (tmp_path / "test_other.py").write_text(
+        "import os\n"
+        f"with open({str(looked)!r}, 'a') as file:\n"
+        "    print(os.environ['WHERE'], file=file)\n"
+        "def test_nothing(): pass\n"
+    )
+    done = pytest_there(tmp_path, runtime, NO_KVM="1")
+    assert "1 failed, 6 passed, 1 skipped" in done.stdout, done.stdout
+    assert looked.read_text() == "here\n"
+
+
 def test_the_plugin_is_found_by_its_entry_point() -> None:
     import tomllib
 

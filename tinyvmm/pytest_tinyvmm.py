@@ -15,9 +15,9 @@ Where this computer's KVM cannot run Linux, the tests that need a machine run in
 (tinyvmm/lab/lab.py), all in one pytest there, and are reported here; unless the ini option
 `tinyvmm_without_kvm` is `skip` or `fail`. In the lab a `-s` or a debugger is of no use.
 
-How: a *worker* is another pytest, of the same tests, that reads which to run and writes their
-reports, in JSON lines. There is one in the guest, fed as tests come up, and one in the lab, fed
-with all at once; that one may have one in a guest in turn.
+How: a *worker* is another pytest, of the same tests, that reads which files to look into and then
+which tests to run, and writes their reports, in JSON lines. There is one in the guest, fed as tests
+come up, and one in the lab, fed with all at once; that one may have one in a guest in turn.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import pytest
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 WORKER = "--tinyvmm-worker"
 INI = "tinyvmm_without_kvm"
+GUEST, LAB = "guest", "lab"
 CHOICES = ("lab", "skip", "fail")
 LAB_TIMEOUT = 1800.0  # seconds for all tests that run in the lab
 
@@ -72,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     worker = config.getoption("tinyvmm_worker")
     if worker:
         config.pluginmanager.register(Worker(config), "tinyvmm-worker")
-    if worker != "guest":
+    if worker != GUEST:
         config.pluginmanager.register(Dispatcher(config), "tinyvmm-dispatcher")
 
 
@@ -120,11 +122,10 @@ class Dispatcher:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._elsewhere: list[pytest.Item] = []  # that run in the lab
+        self._places: dict[pytest.Item, str] = {}  # of those that do not run here: GUEST or LAB
         self._from_lab: dict[str, list[Any]] | None = None
         self._why = ""
         self._guest: Remote | None = None
-        self._skips = False  # tests that need a machine
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -132,38 +133,52 @@ class Dispatcher:
         needy = [item for item in items if _needs_machine(item)]
         problem = _problem() if needy else None
         if problem is None:
+            self._places = {item: GUEST for item in items if in_vm(item)}
             return
         choice = self._config.getini(INI)
         if choice == "skip":
-            self._skips = True
             for item in needy:
                 item.add_marker(pytest.mark.skip(reason=problem))
             return
-        self._elsewhere = needy
+        self._places = dict.fromkeys(needy, LAB)
         if choice == "fail":
             self._from_lab, self._why = {}, problem
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> object:
-        """Report a test that runs elsewhere; None for one that runs here."""
-        if item in self._elsewhere:
-            reports = self._lab_reports(item)
-        elif in_vm(item) and not self._skips:
-            reports = self._guest_reports(item, nextitem)
-        else:
-            return None
+        """Report a test that runs elsewhere; None for one that runs here.
+
+        A runner keeps what the next test needs: so it has to know the next that is its own.
+        """
         hook = item.ihook
+        place = self._places.get(item)
+        following = self._following(place, item, nextitem)
+        if place is None:
+            if following is nextitem:
+                return None
+            return hook.pytest_runtest_protocol(item=item, nextitem=following)
+        reports = self._lab_reports(item) if place == LAB else self._guest_reports(item, following)
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in reports:
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
+    def _following(
+        self, place: str | None, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> pytest.Item | None:
+        """Return the next test in the same place."""
+        if nextitem is None or self._places.get(nextitem) == place:
+            return nextitem
+        items = item.session.items
+        rest = items[items.index(nextitem) :]
+        return next((other for other in rest if self._places.get(other) == place), None)
+
     def _lab_reports(self, item: pytest.Item) -> Sequence[Any]:
         if self._from_lab is None:
             self._from_lab = {}
             try:
-                for nodeid, reports in run_in_lab(self._config, self._elsewhere):
+                for nodeid, reports in run_in_lab(self._config, list(self._places)):
                     self._from_lab.setdefault(nodeid, []).extend(reports)
             except _Failed as failed:
                 self._why = str(failed)
@@ -172,11 +187,10 @@ class Dispatcher:
         return self._from_lab.get(item.nodeid) or [_failure(item, self._why)]
 
     def _guest_reports(self, item: pytest.Item, nextitem: pytest.Item | None) -> Sequence[Any]:
-        following = nextitem.nodeid if nextitem is not None and in_vm(nextitem) else None
         try:
             if self._guest is None:
-                self._guest = Remote(self._config)
-            return self._guest.run(item.nodeid, following)
+                self._guest = Remote(self._config, list(self._places))
+            return self._guest.run(item.nodeid, nextitem.nodeid if nextitem is not None else None)
         except _Failed as failed:
             self.pytest_sessionfinish()
             return [_failure(item, str(failed))]
@@ -225,8 +239,8 @@ def worker_argv(config: pytest.Config, kind: str) -> list[str]:
 class Remote:
     """The worker in a guest."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        """Boot; _Failed if it does not come up."""
+    def __init__(self, config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+        """Boot, to run some of `items`; _Failed if it does not come up."""
         from tinyvmm import PIPE, Machine, TinyvmmError
 
         self._config = config
@@ -235,7 +249,7 @@ class Remote:
         try:
             self._machine.start()
             self._process = self._machine.popen(
-                worker_argv(config, "guest"),
+                worker_argv(config, GUEST),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=subprocess.STDOUT,
@@ -243,6 +257,9 @@ class Remote:
                 cwd=os.fspath(config.invocation_params.dir),
                 text=True,
             )
+            if self._process.stdin is not None:
+                self._process.stdin.write(_files(items))
+                self._process.stdin.flush()
         except (TinyvmmError, OSError) as error:
             self.close()
             raise _Failed(str(error)) from error
@@ -282,13 +299,16 @@ def run_in_lab(
     from tinyvmm.errors import TinyvmmError
     from tinyvmm.lab.lab import Lab
 
-    names = [item.nodeid for item in items]
-    script = "".join(map(_order, names, [*names[1:], None]))
+    script = _files(items)
+    for number, item in enumerate(items):
+        # The next that runs where this one does: in a guest of the lab's, or beside that.
+        rest = (other.nodeid for other in items[number + 1 :] if in_vm(other) == in_vm(item))
+        script += _order(item.nodeid, next(rest, None))
     try:
         prepare_kernel(None)[0].close()  # fetched, unpacked and cached here, where it is quick
         with Lab() as lab:
             done = lab.run(
-                worker_argv(config, "lab"),
+                worker_argv(config, LAB),
                 stdin=script.encode(),
                 cwd=os.fspath(config.invocation_params.dir),
                 timeout=LAB_TIMEOUT,
@@ -313,6 +333,11 @@ def run_in_lab(
 
 
 _PREFIX = "tinyvmm-reports "
+
+
+def _files(items: Sequence[pytest.Item]) -> str:
+    """Say which files the tests are in: a worker takes long enough without looking into others."""
+    return f"{json.dumps(sorted({os.fspath(item.path) for item in items}))}\n"
 
 
 def _order(nodeid: str, following: str | None) -> str:
@@ -342,6 +367,14 @@ class Worker:
         orders, answers = _streams
         self._orders: IO[str] = os.fdopen(orders, "r", encoding="utf-8")
         self._answers: IO[str] = os.fdopen(answers, "w", encoding="utf-8")
+        self._files = set(json.loads(self._orders.readline() or "[]"))
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Look into no file that has none of the tests."""
+        beside = collection_path.name in {"__init__.py", "conftest.py"}
+        if beside or collection_path.is_dir() or os.fspath(collection_path) in self._files:
+            return None
+        return True
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:

@@ -4,6 +4,7 @@ Usage: api_checks.py ROOT. Prints JSON: what each check found. test_api.py says 
 """
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -18,8 +19,9 @@ def sh(script: str) -> list[str]:
 
 
 def in_one_machine() -> dict[str, Any]:
-    """A root of objects, seen by a hook; commands, signals, RAM, registers, a trace, files."""
+    """One that is awaited, on a thread; with a root of objects, which is seen by a hook."""
     import tinyvmm
+    from tinyvmm import aio
 
     found: dict[str, Any] = {}
     seen: set[tuple[str, str]] = set()
@@ -35,44 +37,68 @@ def in_one_machine() -> dict[str, Any]:
         "broken": b"never seen",
         **{name: f"/{name}" for name in ("bin", "lib", "lib64", "usr", "etc")},
     }
-    with tinyvmm.Machine(memory="512M", root=root, on_access=on_access) as vm:
-        done = vm.run(["cat", "/hello.txt", "/called"], capture_output=True, text=True)
-        found["objects"] = [done.returncode, done.stdout]
-        done = vm.run(["cat", "/broken"], capture_output=True, text=True)
-        found["broken"] = [done.returncode, done.stderr]
-        script = sh("cat; echo e >&2; echo o; echo w > /new && cat /new; exit 3")
-        done = vm.run(script, input="in\n", stdout=tinyvmm.PIPE, stderr=tinyvmm.STDOUT, text=True)
-        found["merged"] = [done.returncode, done.stdout]
-        try:
-            vm.run(["sleep", "100"], timeout=2)
-        except subprocess.TimeoutExpired as error:
-            found["timeout"] = error.timeout
-        try:
-            vm.run(["nothing-there"])
-        except FileNotFoundError as error:
-            found["missing"] = str(error)
-        try:
-            vm.run(["false"], check=True)
-        except subprocess.CalledProcessError as error:
-            found["checked"] = error.returncode
-        found["thread"] = in_a_thread(vm)
-        found["rip"] = vm.cpus[0].regs.rip >> 63
-        vm.memory[0x5000:0x5004] = b"abcd"
-        found["memory"] = vm.memory[0x5000:0x5004].decode()
-        with vm.trace("9p") as records:
-            vm.run(["cat", "/hello.txt"], stdout=tinyvmm.DEVNULL)
-        found["trace"] = len(records) > 0
-        with tempfile.TemporaryDirectory() as here:
-            with open(f"{here}/in", "w") as file:
-                file.write("x" * 100_000)
-            vm.put(f"{here}/in", "/copied")
-            vm.get("/copied", f"{here}/out")
-            found["copied"] = os.path.getsize(f"{here}/out")
-        found["left"] = (
-            sorted(set(vm.run(["ls", "/"], capture_output=True).stdout.split()))[:2] != []
-        )
+
+    async def main() -> None:
+        own = aio.AsyncMachine(memory="512M", root=root, on_access=on_access, user="nobody")
+        async with own as machine:
+            both = await asyncio.gather(
+                machine.run(["id", "-un"], capture_output=True),
+                machine.run(["id", "-un"], capture_output=True, user="root"),
+            )
+            found["awaited"] = [each.stdout.decode() for each in both]
+            commands(machine.machine, found)
+            inside(machine.machine, found)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    thread.join()
     found["seen"] = {("open", "/hello.txt"), ("open", "/called")} <= seen
     return found
+
+
+def commands(vm: Any, found: dict[str, Any]) -> None:
+    """Streams, statuses, errors."""
+    import tinyvmm
+
+    done = vm.run(["cat", "/hello.txt", "/called"], capture_output=True, text=True)
+    found["objects"] = [done.returncode, done.stdout]
+    done = vm.run(["cat", "/broken"], capture_output=True, text=True)
+    found["broken"] = [done.returncode, done.stderr]
+    script = sh("cat; echo e >&2; echo o; echo w > /new && cat /new; exit 3")
+    merged = {"stdout": tinyvmm.PIPE, "stderr": tinyvmm.STDOUT}
+    done = vm.run(script, input="in\n", text=True, user="root", **merged)
+    found["merged"] = [done.returncode, done.stdout]
+    try:
+        vm.run(["sleep", "100"], timeout=2)
+    except subprocess.TimeoutExpired as error:
+        found["timeout"] = error.timeout
+    try:
+        vm.run(["nothing-there"])
+    except FileNotFoundError as error:
+        found["missing"] = str(error)
+    try:
+        vm.run(["false"], check=True)
+    except subprocess.CalledProcessError as error:
+        found["checked"] = error.returncode
+    found["thread"] = in_a_thread(vm)
+
+
+def inside(vm: Any, found: dict[str, Any]) -> None:
+    """RAM, registers, a trace, files."""
+    import tinyvmm
+
+    found["rip"] = vm.cpus[0].regs.rip >> 63
+    vm.memory[0x5000:0x5004] = b"abcd"
+    found["memory"] = vm.memory[0x5000:0x5004].decode()
+    with vm.trace("9p") as records:
+        vm.run(["cat", "/hello.txt"], stdout=tinyvmm.DEVNULL)
+    found["trace"] = len(records) > 0
+    with tempfile.TemporaryDirectory() as here:
+        with open(f"{here}/in", "w") as file:
+            file.write("x" * 100_000)
+        vm.put(f"{here}/in", "/copied")
+        vm.get("/copied", f"{here}/out")
+        found["copied"] = os.path.getsize(f"{here}/out")
 
 
 def in_a_thread(vm: Any) -> list[int]:
@@ -91,52 +117,64 @@ def in_a_thread(vm: Any) -> list[int]:
 
 
 def alone() -> dict[str, Any]:
-    """A machine for one command; one that is awaited, from a thread; what a command changes."""
+    """A machine for one command: what it says, which files it opens, and what it changes."""
     import tinyvmm
-    from examples.build_manifest import manifest
     from examples.write_diff import write_diff
-    from tinyvmm import aio
 
-    found: dict[str, Any] = {}
-    script = sh("cat; pwd; echo e >&2; exit 4")
-    done = tinyvmm.run(script, input="in\n", capture_output=True, text=True, timeout=60, cwd="/usr")
-    found["run"] = [done.returncode, done.stdout, done.stderr]
-    with tempfile.TemporaryDirectory() as here:
+    opened: set[str] = set()
+
+    def on_access(access: tinyvmm.Access) -> None:
+        if access.op == "open" and not access.changes:
+            opened.add(access.path)
+
+    with tempfile.TemporaryDirectory() as here, tempfile.TemporaryFile("w+") as said:
         for name in ("changed", "gone"):
             with open(f"{here}/{name}", "w") as file:
                 file.write("old\n")
-        change = sh(f"cd {here}; echo new >> changed; rm gone; echo x > added")
-        lines = write_diff(change)
-        found["diff"] = sorted(line.replace(here, "") for line in lines if here in line)
+        change = f"cat; pwd; cat /etc/hostname > added; cd {here}; echo new >> changed; rm gone"
+        lines = write_diff(
+            sh(change.replace("added", f"{here}/added")),
+            input="in\n",
+            text=True,
+            stdout=said,
+            cwd="/usr",
+            on_access=on_access,
+            timeout=120,
+        )
+        said.seek(0)
+        return {
+            "said": said.read(),
+            "diff": sorted(line.replace(here, "") for line in lines if here in line),
+            "opened": "/etc/hostname" in opened,
+        }
 
-    status, files = manifest(["cat", "/etc/hostname"], stdout=tinyvmm.DEVNULL)
-    found["manifest"] = [status, "/etc/hostname" in files, len(files) > 2]
 
-    async def main() -> list[bytes]:
-        async with aio.AsyncMachine(memory="512M") as vm:
-            both = await asyncio.gather(
-                vm.run(["echo", "a"], capture_output=True),
-                vm.run(["echo", "b"], capture_output=True),
-            )
-            return [each.stdout.decode() for each in both]
-
-    awaited: list[Any] = []
-    thread = threading.Thread(target=lambda: awaited.extend(asyncio.run(main())))
-    thread.start()
-    thread.join()
-    found["awaited"] = awaited
-    return found
+def open_files() -> list[str]:
+    """What this process has open, but for the directory that is listed."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    return sorted(found)
 
 
 def main() -> None:
     """Do as the arguments say."""
     sys.path.insert(0, sys.argv[1])
-    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()  # what is closed is closed at once, and not when the collector comes by
+    before = open_files()
     found = {"machine": in_one_machine(), "alone": alone()}
-    found["descriptors"] = {"more": len(os.listdir("/proc/self/fd")) - before}
-    found["threads"] = {"left": [t.name for t in threading.enumerate() if not t.daemon][1:]}
-    scratch = [name for name in os.listdir("/tmp") if name.startswith("tinyvmm-scratch")]
-    found["directories"] = {"left": scratch}
+    left = open_files()
+    for name in before:
+        if name in left:
+            left.remove(name)
+    found["left"] = {
+        "descriptors": left,
+        "threads": [t.name for t in threading.enumerate() if not t.daemon][1:],
+        "directories": [name for name in os.listdir("/tmp") if name.startswith("tinyvmm-scratch")],
+    }
     sys.stdout.write(json.dumps(found))
 
 

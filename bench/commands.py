@@ -7,7 +7,9 @@ happens in one lab, Python's start-up included. What is not here or fails is tol
 
 `vng` is fetched from PyPI into a virtual environment of the bench's own, in .cache. It asks
 modprobe which modules its initramfs needs; where depmod never was it makes none, and the kernel
-cannot reach its root. So beside a link to our kernel there is what depmod makes of its modules.
+cannot reach its root. So beside a link to our kernel there is what depmod makes of its modules. Its
+init finds the command's streams by names that udev gives; without udevd in the root the command
+runs, but vng ends with 255. The lab's root is its own, so udev is unpacked there if it is missing.
 Podman's runtime is the first that runs a container here; those that cannot are told of.
 """
 
@@ -24,7 +26,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 
 ROOT = Path(__file__).parent.parent
-RUNS, EXECS = 5, 15
+RUNS, EXECS = int(os.environ.get("RUNS", "5")), int(os.environ.get("EXECS", "15"))
 LIMIT = 240  # seconds for one command
 VNG = ROOT / ".cache" / "virtme-ng"
 NAME = "bench"
@@ -33,9 +35,11 @@ PROGRAMS = [
     ("runc", "runc"),
     ("busybox", "busybox-static"),
     ("depmod", "kmod"),
+    ("udevadm", "udev"),
 ]
 BOUND = "/run/tinyvmm-bench"
 KERNEL = ROOT / ".cache" / "vng-kernel"
+UDEV = ROOT / ".cache" / "vng-udev"
 RUNTIMES = [(runtime, pivot) for pivot in (True, False) for runtime in ("crun", "runc")]
 CONTAINER = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
 MAIN = (
@@ -78,9 +82,15 @@ def in_turn(subjects: dict[str, list[str]], count: int, found: dict[str, list[fl
 
 
 def prepare_lab() -> None:
-    """Have what podman looks for: cgroups, and a root that is not the one of now, to pivot from."""
+    """Have what podman and vng look for.
+
+    cgroups, and a root that is not the one of now, to pivot from; udev.
+    """
     os.makedirs(BOUND, exist_ok=True)
     subprocess.run(["mount", "--bind", "/", BOUND], check=False)
+    if UDEV.exists():
+        for part in ("bin", "lib"):  # which lead to /usr
+            shutil.copytree(UDEV / part, f"/usr/{part}", symlinks=True, dirs_exist_ok=True)
     if not os.path.ismount("/sys/fs/cgroup"):
         subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=False)
 
@@ -152,6 +162,20 @@ def prepare() -> None:
             print(f"no {program}: apt-get install {package} for the comparison", file=sys.stderr)
 
 
+def fetch_udev() -> None:
+    """Make UDEV, for a lab: what is in Debian's package, if this computer has none."""
+    if os.path.exists("/lib/systemd/systemd-udevd") or UDEV.exists():
+        return
+    UDEV.parent.mkdir(exist_ok=True)
+    with TemporaryDirectory() as place:
+        script = f"apt-get -q download udev && dpkg -x udev_*.deb {UDEV}"
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=place, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        print(f"no udev for vng: {done.stderr.strip()}", file=sys.stderr)
+
+
 def link_kernel() -> None:
     """Make KERNEL: our kernel where vng looks for one with its modules, and what depmod makes."""
     from tinyvmm.images import kernels
@@ -185,6 +209,7 @@ def main() -> None:
             "commands.prepare_lab(); "
             f"print(json.dumps(commands.measure({RUNS}, {EXECS}, {BOUND!r})))"
         )
+        fetch_udev()
         with Lab() as lab:
             done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (RUNS + 1))
         sys.stderr.write(done.stderr.decode(errors="replace"))

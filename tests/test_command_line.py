@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -247,3 +248,25 @@ def test_man_shows_it_without_complaint() -> None:
         "TINYVMM_MEMORY=2G",
     ):
         assert words in done.stdout
+
+
+def test_a_wheel_installs_the_page_and_every_module(tmp_path: Path) -> None:
+    root = PAGE.parent.parent.parent
+    for name in ("pyproject.toml", "README.md", "tinyvmm", "docs/man"):
+        source, copy = root / name, tmp_path / name
+        copy.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    sources = [path for path in (tmp_path / "tinyvmm").rglob("*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path)) for path in sources} <= set(names)
+    assert any(name.endswith(".data/data/share/man/man1/tinyvmm.1") for name in names)

@@ -118,6 +118,14 @@ def test_without_a_kvm_for_linux_all_of_them_run_in_one_lab(tmp_path: Path, runt
     assert done.stdout.count("the lab starts") == 1
 
 
+def test_where_tests_are_distributed_a_worker_does_all_of_its_own(
+    tmp_path: Path, runtime: Path
+) -> None:
+    for env in ({}, {"NO_KVM": "1"}):
+        done = pytest_there(tmp_path, runtime, "-n", "1", **env)
+        assert "1 failed, 5 passed, 1 skipped" in done.stdout, done
+
+
 def test_a_fixture_of_that_name_that_is_the_tests_own_needs_no_machine(
     tmp_path: Path, runtime: Path
 ) -> None:

@@ -233,6 +233,8 @@ def worker_argv(config: pytest.Config, kind: str) -> list[str]:
     ours = ["-p", __name__, f"{WORKER}={kind}", "-p", "no:cacheprovider"]
     # A worker's own worker is another kind than itself, and the last word counts.
     given = [text for text in map(str, config.invocation_params.args) if WORKER not in text]
+    if config.pluginmanager.hasplugin("xdist"):
+        given += ["-n", "0"]  # whoever distributes tests has given this one its own
     return [python, "-m", "pytest", *ours, *given]
 
 

@@ -1,9 +1,8 @@
 """A command in a guest, to be used as a subprocess.Popen is.
 
 A `Task` is a session (session.py) on a thread of its own, from its start to its end; a `Process` is
-a task with pipes. What the session writes to, or reads from, is this side's end of a pipe, a
-descriptor of the caller's or nothing at all, as subprocess has it: PIPE, STDOUT, DEVNULL, an open
-file, a number, or None for our own stdout and stderr.
+a task with pipes. What the session writes to, or reads from, process_streams.py makes of what the
+caller has given.
 
 Two things differ, because a guest cannot share our descriptors and bytes must be carried. stdin is
 empty unless something is given: a relay has to read ahead, and would take what others are to read.

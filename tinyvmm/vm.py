@@ -55,11 +55,11 @@ def run(
     """Run a command in a machine of its own, and return what subprocess.run would.
 
     `timeout` (seconds) is for all of it, the guest's boot included. `options` are those of
-    subprocess.run as far as process.py has them, `cwd`, and what `Machine` takes. Of an `image`,
-    `args` are what podman run's are: its entrypoint's arguments, if it has one; and with none of
-    them it is the image's own command. Raises what subprocess.run does, FileNotFoundError too if
-    the guest has no such command; ConfigError for what cannot be done, MachineError if the machine
-    ended before the command did.
+    subprocess.run, as far as process_streams.py has them, `cwd`, and what `Machine` takes. Of an
+    `image`, `args` are what podman run's are: its entrypoint's arguments, if it has one; and with
+    none of them it is the image's own command. Raises what subprocess.run does, FileNotFoundError
+    too if the guest has no such command; ConfigError for what cannot be done, MachineError if the
+    machine ended before the command did.
     """
     given, rest = take_complete(options)
     return complete(popen(args, **rest), given)
@@ -147,10 +147,10 @@ class Machine:
     def popen(self, args: Sequence[str], **options: Unpack[CommandOptions]) -> Process:
         """Start a command and return it while it runs, as subprocess.Popen does.
 
-        Of its directory, environment and user CommandOptions tells, of the streams process.py.
-        `timeout` (seconds) is for its start. FileNotFoundError and PermissionError if the guest
-        cannot execute it, MachineError if the guest ends or has ended, ConfigError for what cannot
-        be done.
+        Of its directory, environment and user CommandOptions tells, of the streams
+        process_streams.py. `timeout` (seconds) is for its start. FileNotFoundError and
+        PermissionError if the guest cannot execute it, MachineError if the guest ends or has ended,
+        ConfigError for what cannot be done.
         """
         check_names(options, CommandOptions)
         guest = self._up()

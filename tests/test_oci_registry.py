@@ -1,6 +1,8 @@
 """Images from registries: Debian's docker-registry on loopback, and proxies that do it harm."""
 
 import base64
+import datetime as dt
+import email.utils
 import http.client
 import http.server
 import json
@@ -14,6 +16,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -579,6 +582,46 @@ def test_a_server_that_fails_for_a_while_is_asked_again(
 
     with harmful(pushed[0], harm) as (proxy, _):
         assert pull(f"{proxy}/harm/app:1", store).names == [f"{proxy}/harm/app:1"]
+
+
+@pytest.mark.parametrize("how", ["seconds", "date", "neither", "too long"])
+def test_a_registry_that_wants_us_to_wait_is_waited_for_or_told_of(
+    store: Store, pushed: tuple[str, str, int], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 9110, 10.2.3 and RFC 6585, 4."""
+    wanted = {
+        "seconds": "2",
+        "date": email.utils.format_datetime(
+            dt.datetime.now(dt.UTC) + dt.timedelta(seconds=30), usegmt=True
+        ),
+        "neither": "soon",
+        "too long": "3600",
+    }[how]
+    slept: list[float] = []
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept), time=time.time)
+    monkeypatch.setattr(transport, "time", clock)
+    failures = 0
+
+    def harm(proxy: Proxy, _: http.client.HTTPResponse, __: bytes) -> bool:
+        nonlocal failures
+        if not is_layer(proxy, pushed[1]) or failures:
+            return False
+        failures += 1
+        proxy.send_response(429)
+        proxy.send_header("Retry-After", wanted)
+        proxy.send_header("Content-Length", "0")
+        proxy.end_headers()
+        return True
+
+    with harmful(pushed[0], harm) as (proxy, _):
+        if how == "too long":
+            with pytest.raises(ConfigError, match=r"429.*wait 3600 seconds"):
+                pull(f"{proxy}/harm/app:1", store)
+            return
+        pull(f"{proxy}/harm/app:1", store)
+    low, high = {"seconds": (2, 2.1), "date": (15, 30.1), "neither": (0, 1)}[how]
+    assert low <= sum(slept) <= high
+    assert max(slept) <= transport.PAUSE  # so that Ctrl-C need not wait
 
 
 # --- who we are, and who need not know ------------------------------------------------------------

@@ -19,7 +19,7 @@ from tinyvmm.images.oci.config import ImageConfig, parse_config
 from tinyvmm.images.oci.source import Source
 from tinyvmm.images.oci.store import Image, Store
 from tinyvmm.images.oci.tree_writer import LayerError
-from tinyvmm.images.oci.unpack import open_compressed, unpack
+from tinyvmm.images.oci.unpack import LAYER_MAX, open_compressed, unpack
 from tinyvmm.images.progress import Progress
 
 INDEX_DEPTH = 4  # indexes in indexes
@@ -115,6 +115,12 @@ class _Pull:
             for diff_id, layer in zip(config.diff_ids, manifest.layers, strict=True)
             if not self._store.has_layer(diff_id)
         }
+        for layer in missing.values():
+            if layer.size > LAYER_MAX:
+                raise ConfigError(
+                    f"layer {layer.digest[:19]} is said to have {layer.size} bytes: more than "
+                    f"{LAYER_MAX >> 30} GiB"
+                )
         self._total = sum(layer.size for layer in missing.values())
         if not missing:
             return

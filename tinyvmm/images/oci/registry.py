@@ -116,7 +116,7 @@ class RegistrySource:
                 raise TransientError(f"it ended after {told} of {descriptor.size} bytes")
 
         what = f"layer {descriptor.digest[:19]}"
-        self._retried_while_it_comes(what, attempt, partial)
+        self._retried_while_it_comes(what, attempt, partial, tell)
         with open(partial, "rb") as file:
             try:
                 verify_file(file, descriptor)
@@ -124,13 +124,15 @@ class RegistrySource:
                 os.unlink(partial)
                 raise
 
-    def _retried_while_it_comes(self, what: str, attempt: Callable[[], None], partial: str) -> None:
+    def _retried_while_it_comes(
+        self, what: str, attempt: Callable[[], None], partial: str, tell: Callable[[int], None]
+    ) -> None:
         """Try again as `retried` does, but count only tries that brought nothing."""
         again = True
         while True:
             before = os.path.getsize(partial) if os.path.exists(partial) else 0
             try:
-                self._transport.retried(what, attempt)
+                self._transport.retried(what, attempt, lambda: tell(0))
             except AnswerError as error:
                 if error.status == 416 and before and again:  # a beginning that is none
                     again = False  # or a registry could have us begin for ever

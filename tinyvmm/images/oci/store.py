@@ -141,6 +141,7 @@ class Store:
         """Take a draft, whose `diff` is complete, as the layer `diff_id`."""
         with open(os.path.join(draft, "size"), "w", encoding="ascii") as file:
             file.write(str(size))
+        _sync(draft)  # or a computer that fails might keep the name and lose the data
         path = self._file("layers", _name(diff_id))
         _remove(path)  # of which something was lost, or it would be there
         os.rename(draft, path)
@@ -323,6 +324,19 @@ def store_dir() -> str:
 def _name(digest: str) -> str:
     """A digest as a file name; it has been checked, or comes from where such are."""
     return reference.check_digest(digest).replace(":", "-")
+
+
+def _sync(path: str) -> None:
+    """Have all that was written to the file system of `path` on its disk: syncfs(2)."""
+    import ctypes
+
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error), path)
+    finally:
+        os.close(fd)
 
 
 def _is_locked(path: str) -> bool:

@@ -28,6 +28,7 @@ from tinyvmm.images.oci.reference import DOCKER_HUB, Reference
 TIMEOUT = 30.0  # seconds of silence
 TRIES = 4
 PAUSE = 0.5  # seconds before the second try; each next waits twice as long
+PATIENCE = 60.0  # seconds that we wait if a registry asks us to; one that wants more is given up
 _ANSWER_MAX = 1 << 20
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 Result = TypeVar("Result")
@@ -37,7 +38,11 @@ _CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")
 
 
 class TransientError(Exception):
-    """What may go better the next time; the text says what it was."""
+    """What may go better the next time, in `after` seconds; the text says what it was."""
+
+    def __init__(self, text: str, after: float = 0) -> None:
+        super().__init__(text)
+        self.after = after
 
 
 class AnswerError(ConfigError):
@@ -134,13 +139,27 @@ class Transport:
                 self._authorization = self._authorize(asked)
         return self._open(url, headers, self._authorization)
 
-    def retried(self, what: str, attempt: Callable[[], Result]) -> Result:
-        """Return what `attempt()` does, tried again while it raises TransientError."""
+    def retried(
+        self, what: str, attempt: Callable[[], Result], waiting: Callable[[], None] = lambda: None
+    ) -> Result:
+        """Return what `attempt()` does, tried again while it raises TransientError.
+
+        `waiting` is called now and then between tries, and may raise to break it off.
+        """
         for number in range(TRIES - 1):
             try:
                 return attempt()
-            except TransientError:
-                time.sleep(PAUSE * 2**number)
+            except TransientError as error:
+                if error.after > PATIENCE:
+                    raise ConfigError(
+                        f"{self._shown} failed at {what}: {error}; it wants us to wait "
+                        f"{error.after:.0f} seconds: try again then"
+                    ) from None
+                pause = max(PAUSE * 2**number, error.after)
+            end = time.monotonic() + pause
+            while (left := end - time.monotonic()) > 0:
+                waiting()
+                time.sleep(min(left, PAUSE))
         try:
             return attempt()
         except TransientError as error:
@@ -207,7 +226,8 @@ class Transport:
 
     def _answer_error(self, error: urllib.error.HTTPError) -> Exception:
         if error.code in _TRANSIENT:
-            return TransientError(f"{error.code} {error.reason}")
+            after = _seconds(error.headers.get("Retry-After", ""))
+            return TransientError(f"{error.code} {error.reason}", after)
         asked = challenge.parse(error.headers.get_all("WWW-Authenticate", []))
         return AnswerError(error.code, f"{self._shown} says: {_message(error)}", asked)
 
@@ -243,6 +263,18 @@ class Transport:
                 "" if known is not None else "; log in with `podman login`, or docker's or skopeo's"
             )
             raise ConfigError(f"{self._shown} gives no token to {who}: {error}{hint}") from None
+
+
+def _seconds(retry_after: str) -> float:
+    """How long a Retry-After asks for: seconds or a date (RFC 9110, 10.2.3); 0 if it is neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:12])
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _message(error: urllib.error.HTTPError) -> str:

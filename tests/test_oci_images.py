@@ -9,13 +9,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
+from tests.test_oci_unpack import names, seen, union
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci.config import ImageConfig, combine, parse_config, parse_entrypoint
@@ -250,6 +253,58 @@ def test_podmans_storage_is_read_through_skopeo(tmp_path: Path, store: Store) ->
         pull(f"containers-storage:{where}localhost/absent", store)
 
 
+@pytest.fixture
+def graph_and_run() -> Iterator[tuple[str, str]]:
+    """Directories for a storage of podman's, with paths of the 50 characters that it takes."""
+    with tempfile.TemporaryDirectory() as path:
+        yield f"{path}/graph", f"{path}/run"
+        mounted = ["umount", "--quiet", f"{path}/graph/overlay"]  # over itself, by podman
+        subprocess.run(mounted, check=False, capture_output=True)
+
+
+CONTAINERFILE = """\
+FROM scratch
+COPY busybox /bin/busybox
+RUN ["/bin/busybox", "sh", "-c", "/bin/busybox mkdir /d && echo old > /d/old && echo hi > /gone"]
+RUN ["/bin/busybox", "sh", "-c", "/bin/busybox rm -r /gone /d; /bin/busybox mkdir /d && \
+echo new > /d/new; /bin/busybox touch /his; /bin/busybox chown 5:70000 /his"]
+USER 1000
+CMD ["/bin/busybox", "id"]
+"""
+
+
+@pytest.mark.parametrize("driver", ["vfs", "overlay"])
+def test_what_podman_builds_saves_and_has_in_its_storage_is_one_image(
+    tmp_path: Path, graph_and_run: tuple[str, str], store: Store, driver: str
+) -> None:
+    """Nothing of podman's own is touched: it has a storage here for the while."""
+    context = tmp_path / "context"
+    context.mkdir()
+    shutil.copy(str(shutil.which("busybox")), context)
+    (context / "Containerfile").write_text(CONTAINERFILE)
+    graph, run = graph_and_run
+    podman = ["podman", f"--root={graph}", f"--runroot={run}", f"--storage-driver={driver}"]
+    build = ["build", "--quiet", "--isolation=chroot", "--layers", "--tag=built:1", str(context)]
+    built = subprocess.run([*podman, *build], capture_output=True, text=True, check=False)
+    if built.returncode:
+        pytest.skip(f"podman cannot build here: {built.stderr[-200:]}")
+    sources = [f"containers-storage:[{driver}@{graph}+{run}]localhost/built:1"]
+    for kind in ("docker-archive", "oci-archive"):
+        save = ["save", "--quiet", f"--format={kind}", f"--output={tmp_path / kind}", "built:1"]
+        subprocess.run([*podman, *save], check=True, capture_output=True)
+        sources.append(f"{kind}:{tmp_path / kind}")
+    found = [pull(source, store) for source in sources]
+    assert {(each.id, *each.names) for each in found} == {
+        (f"sha256:{built.stdout.strip()}", "localhost/built:1")
+    }
+    with union(*trees(store, found[0])) as tree:
+        assert b"gone" not in names(tree)
+        assert set(names(tree, "d")) == {b"new"}
+        his = seen(tree, "his")
+        assert (his.st_uid, his.st_gid) == (5, 70_000)
+    assert parse_config(store.config(found[0])).user == "1000"
+
+
 @pytest.mark.parametrize("with_module", [True, False])
 def test_layers_compressed_with_zstd_need_the_module_or_the_program(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, with_module: bool
@@ -296,6 +351,25 @@ def test_what_is_corrupted_is_refused_and_nothing_of_it_kept(
         pull(name, store)
     assert store.images() == []
     assert os.listdir(f"{store.path}/layers") == []
+
+
+def test_a_layer_that_claims_terabytes_is_refused_before_it_is_asked_for(
+    tmp_path: Path, store: Store
+) -> None:
+    lay = tmp_path / "lay"
+    hello(lay)
+    index = json.loads((lay / "index.json").read_bytes())
+    blobs = lay / "blobs" / "sha256"
+    entry_of_index = index["manifests"][0]
+    manifest = json.loads((blobs / entry_of_index["digest"].partition(":")[2]).read_bytes())
+    manifest["layers"][0]["size"] = 5 << 40
+    (blobs / manifest["layers"][0]["digest"].partition(":")[2]).unlink()
+    data = json.dumps(manifest).encode()
+    entry_of_index["digest"] = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    (blobs / entry_of_index["digest"].partition(":")[2]).write_bytes(data)
+    (lay / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"said to have 5497558138880 bytes: more than 64 GiB"):
+        pull(f"oci:{lay}:v1", store)
 
 
 def test_a_layer_that_two_images_have_is_there_once(tmp_path: Path, store: Store) -> None:

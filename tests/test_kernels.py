@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -391,6 +392,20 @@ def test_removing_takes_the_choice_with_it_and_all_or_none(tmp_path: Path, store
     assert [k.version for k in kernels.list_()] == [V]
     assert kernels.find().version == V
     assert sorted(p.name for p in store.iterdir()) == [".lock", V]
+
+
+def test_a_kernel_that_a_machine_runs_stays(tmp_path: Path) -> None:
+    """A command of `exec` may want modules that were not inserted at boot."""
+    for version in ("6.1.0-9-amd64", V):
+        kernel_store.import_([str(make_boot(tmp_path, version))])
+    with ExitStack() as machine:
+        kernels.hold(kernels.find(V), machine)
+        with pytest.raises(ConfigError, match=f"kernel rm {V}: a machine runs it"):
+            kernel_store.remove(["6.1.0-9-amd64", V])
+        assert len(kernels.list_()) == 2
+    kernel_store.remove([V])
+    with ExitStack() as machine:  # nothing to hold
+        kernels.hold(kernels.beside(str(make_boot(tmp_path, "6.7"))), machine)
 
 
 @pytest.mark.parametrize("name", [".lock", "default", "..", ""])

@@ -60,14 +60,15 @@ def stops(options: RunOptions) -> Mapping[int, int]:
     return stops
 
 
-def context(options: RunOptions, root: Tree, inserted: ModuleArchive) -> "Context":
-    """Return what a command of `exec` has in common with ours."""
+def context(
+    options: RunOptions, root: Tree, where: str | None, inserted: ModuleArchive
+) -> "Context":
+    """Return what a command of `exec` has in common with ours; `where` the kernel's modules are."""
     from tinyvmm.methods.supervisor import Context
 
     def modules(names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure
 
-        where = kernels.find(options.kernel, root=options.root_mode).modules
         if where is None:
             return ()  # then everything must be built in
         there = {os.path.basename(path).removesuffix(".ko") for path in inserted.paths}

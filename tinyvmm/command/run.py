@@ -54,7 +54,9 @@ def run_command(
         options = with_packs(options)
         own_devices = load_devices(options.devices)
         disks = open_disks(options.disks, cleanup)
-        kernel, modules = prepare_kernel(options.kernel, modules_for(options), options.root_mode)
+        installed = kernels.find(options.kernel, root=options.root_mode)
+        kernels.hold(installed, cleanup)
+        kernel, modules = _load(installed, modules_for(options))
         cleanup.callback(kernel.close)
         root, trees = open_trees(options, warn, cleanup)
         served: list[tuple[str, Tree]] = [*trees, *pack_trees(options, cleanup)]
@@ -64,7 +66,7 @@ def run_command(
         config = init_config(options, modules, terminal, root_disks)
         if supervisor is not None:
             supervisor.stop_signal = int(options.stop_signal or signal.SIGTERM)
-            supervisor.begin(context(options, root, modules))
+            supervisor.begin(context(options, root, installed.modules, modules))
         initrd = [modules.archive, init_archive(config)]
         ends = Ends(files, sinks or {}, on_session)
         timeout, begin = options.timeout, monotonic()
@@ -95,7 +97,12 @@ def prepare_kernel(
 
     `root` is the kind of root that the kernel has to serve for.
     """
-    installed = kernels.find(wanted, root=root)
+    return _load(kernels.find(wanted, root=root), names)
+
+
+def _load(
+    installed: kernels.InstalledKernel, names: Sequence[str]
+) -> tuple["Kernel", ModuleArchive]:
     kernel = load_kernel(installed.vmlinuz)
     if installed.modules is None:
         return kernel, ModuleArchive((), b"")  # then everything must be built in

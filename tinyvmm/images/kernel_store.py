@@ -91,15 +91,20 @@ def import_(
 
 
 def remove(versions: Sequence[str]) -> None:
-    """Take kernels out of the store; ConfigError, and none is gone, if one is not there."""
+    """Take kernels out of the store; ConfigError if one is not there or runs, and none is gone."""
     import shutil
 
     store = kernels.store_dir()
     with _locked(store):
         for version in versions:
-            if stored_kernel(version) is None:
+            found = stored_kernel(version)
+            if found is None:
                 known = ", ".join(sorted(kernels.versions())) or "none"
                 raise ConfigError(f"kernel rm {version}: no such version in the store ({known})")
+            if kernels.is_held(found):
+                raise ConfigError(
+                    f"kernel rm {version}: a machine runs it (tinyvmm ps): stop that first"
+                )
         for version in dict.fromkeys(versions):
             gone = os.path.join(store, f"{DRAFT_PREFIX}{version}-gone")
             shutil.rmtree(gone, ignore_errors=True)

@@ -12,12 +12,16 @@ Debian's cloud flavour, for one, has no 9P: it is refused where the root is one 
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.features import Features, Files, features, read_all
 from tinyvmm.images.version import version_key
 from tinyvmm.kernel_files.kernel_image import kernel_version
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,6 +69,33 @@ def find(
         found = kernel_store.fetch(progress)
     check(found, root)
     return found
+
+
+def hold(kernel: InstalledKernel, cleanup: "ExitStack") -> None:
+    """Keep a kernel in the store until `cleanup`: a machine may want more of its modules."""
+    import fcntl
+
+    directory = os.path.dirname(kernel.vmlinuz)
+    if os.path.dirname(directory) != store_dir():
+        return
+    with suppress(FileNotFoundError):  # removed just now: who reads it will say so
+        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        cleanup.callback(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+
+
+def is_held(kernel: InstalledKernel) -> bool:
+    """Whether a machine runs that kernel of the store."""
+    import fcntl
+
+    fd = os.open(os.path.dirname(kernel.vmlinuz), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def look_up(kernel: str) -> InstalledKernel:

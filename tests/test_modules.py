@@ -177,6 +177,26 @@ def test_compressed_modules_are_found_and_decompressed(
         closure(str(kernel), ["alone"])[0].read()
 
 
+@pytest.mark.parametrize("program", ["xz", "gzip", "zstd"])
+def test_a_module_that_unpacks_without_end_is_refused(
+    kernel: Path, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "MODULE_MAX", 10 << 20)
+    suffix = {"xz": ".xz", "gzip": ".gz", "zstd": ".zst"}[program]
+    path = kernel / "kernel" / f"alone.ko{suffix}"
+    for size in (10 << 20, (10 << 20) + 1):
+        packed = subprocess.run(
+            [program, "-qc"], input=bytes(size), capture_output=True, check=True
+        )
+        path.write_bytes(packed.stdout)
+        found = modules.Module("alone", str(path))
+        if size <= 10 << 20:
+            assert found.read() == bytes(size)
+            continue
+        with pytest.raises(ConfigError, match=r"alone\.ko.*unpacks to more"):
+            found.read()
+
+
 def test_a_module_packed_with_zstd_is_read_and_a_damaged_one_named(kernel: Path) -> None:
     path = kernel / "kernel" / "alone.ko.zst"
     packed = subprocess.run(["zstd", "-qc"], input=b"module", capture_output=True, check=True)

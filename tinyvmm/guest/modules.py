@@ -13,6 +13,7 @@ the headers of each file. Names are compared as the kernel does, with `-` and `_
 """
 
 import importlib
+import io
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -194,7 +195,13 @@ def _modinfo(module: bytes | memoryview) -> bytes | memoryview:
     raise ValueError("it has no .modinfo section")
 
 
-DECOMPRESSORS = {".xz": "lzma", ".gz": "gzip", ".zst": "tinyvmm.kernel_files.zstd"}
+DECOMPRESSORS = {
+    ".xz": ("lzma", "open"),
+    ".gz": ("gzip", "open"),
+    ".zst": ("tinyvmm.kernel_files.zstd", "Reader"),
+}
+_PIECE_LEN = 1 << 20
+MODULE_MAX = 1 << 30  # bytes: ten times what the largest has, with all that a debugger wants
 
 
 def _decompress(path: str, data: bytes) -> bytes:
@@ -202,10 +209,16 @@ def _decompress(path: str, data: bytes) -> bytes:
     suffix = os.path.splitext(path)[1]
     if suffix not in DECOMPRESSORS:
         return data
-    decompressor = importlib.import_module(DECOMPRESSORS[suffix])
+    module, opener = DECOMPRESSORS[suffix]
+    unpacked = bytearray()
     try:
-        return bytes(decompressor.decompress(data))
+        with getattr(importlib.import_module(module), opener)(io.BytesIO(data)) as file:
+            while len(unpacked) <= MODULE_MAX and (piece := file.read(_PIECE_LEN)):
+                unpacked += piece
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - each decompressor has an error of its own
         raise ConfigError(f"{path} is damaged: {error}; unpack the kernel again") from None
+    if len(unpacked) > MODULE_MAX:
+        raise ConfigError(f"{path} unpacks to more than {MODULE_MAX >> 30} GiB: no module does")
+    return bytes(unpacked)

@@ -20,22 +20,6 @@ class Readable(Protocol):
         """Return up to `size` bytes, none at the end."""
 
 
-def decompress(data: bytes) -> bytes:
-    """Return `data` decompressed; ValueError if it is damaged, ConfigError if nothing here can."""
-    module = _module()
-    if module is not None:
-        try:
-            return bytes(module.decompress(data))
-        except module.ZstdError as error:
-            raise ValueError(str(error)) from None
-    import subprocess
-
-    run = subprocess.run(_command(), input=data, capture_output=True, check=False)
-    if run.returncode:
-        raise ValueError(run.stderr.decode(errors="replace").strip() or "zstd failed")
-    return run.stdout
-
-
 class Reader:
     """A stream of decompressed bytes; `read` raises ValueError where it is damaged."""
 

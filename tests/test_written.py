@@ -445,12 +445,16 @@ def ended(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     machine.tree.close()
     machine.writes = [("/", scratch.path)]
     machine.tree = open_tree(machine.reads, machine.writes)
-    machine.file("etc", b"new\n\x1b")
+    machine.file("etc", NAME)
     machine.remove("etc", "group")
     machine.tree.close()
     scratch.close()
     instance.end(0, None)
     return machine
+
+
+# A control sequence in 7 bits, a letter, one in UTF-8, no text, and text the other way round.
+NAME = b"new\n\x1b\xc3\xa9\xc2\x9b\xff\xe2\x80\xae"
 
 
 def run(*argv: str) -> int:
@@ -463,10 +467,11 @@ def test_what_an_ended_machine_wrote_is_listed_and_committed_until_rm(
     ended: Machine, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     assert run("diff", "web") == 0
-    assert capfdbinary.readouterr().out == b"C /etc\nD /etc/group\nA /etc/new\\x0a\\x1b\n"
+    shown = b"A /etc/new\\x0a\\x1b\xc3\xa9\\xc2\\x9b\\xff\\xe2\\x80\\xae\n"
+    assert capfdbinary.readouterr().out == b"C /etc\nD /etc/group\n" + shown
     assert run("diff", "web", "--json") == 0
     records = json.loads(capfdbinary.readouterr().out)
-    assert records[-1] == {"kind": "A", "path": "/etc/new\n\x1b"}
+    assert records[-1] == {"kind": "A", "path": "/etc/" + os.fsdecode(NAME)}
     output = str(tmp_path / "layer.tar.gz")
     assert run("commit", "web", "-o", output) == 0
     assert capfdbinary.readouterr().out.startswith(f"{output}  3 entries  ".encode())

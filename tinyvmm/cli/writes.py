@@ -62,8 +62,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _one_line(path: bytes) -> bytes:
-    """As it is, but for what would be no line, or harm a terminal."""
-    return b"".join(b"\\x%02x" % c if c < 0x20 or c == 0x7F else bytes((c,)) for c in path)
+    """As it is, but for what would be no line, or act on a terminal, or is no text."""
+    return "".join(
+        char
+        if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
+        for char in path.decode(errors="surrogateescape")
+    ).encode()
 
 
 def _commit(args: argparse.Namespace) -> int:

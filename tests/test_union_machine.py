@@ -69,6 +69,8 @@ def write_contents(where: str, tree: Contents) -> None:
             os.mkfifo(path)
         else:
             os.symlink(value, path)
+            if ROOT and len(value) % 2:
+                os.chown(path, 5, 6, follow_symlinks=False)
         if isinstance(value, bytes):
             os.chmod(path, (0o644, 0o444, 0o600, 0o750)[len(value) % 4])
             if len(value) % 3 == 1:
@@ -117,7 +119,7 @@ def attributes(node: Node) -> tuple[int, ...]:
     mtime = got.st_mtime_ns if abs(got.st_mtime_ns - NOW) > DAY else 0
     if stat.S_ISDIR(got.st_mode):
         return got.st_mode, got.st_uid, got.st_gid, mtime
-    return got.st_mode, got.st_uid, got.st_gid, mtime, got.st_size, got.st_nlink
+    return got.st_mode, got.st_uid, got.st_gid, mtime, got.st_size, got.st_nlink, got.st_rdev
 
 
 def snapshot(node: Node, inodes: dict[tuple[str, ...], int], at: Path = ()) -> dict[Path, Any]:
@@ -254,14 +256,25 @@ class UnionAndPlain(RuleBasedStateMachine):
     def mkdir(self, path: Path, mode: int) -> None:
         self.in_parent(path, lambda parent, name: parent.mkdir(name, mode, UID, GID).close())
 
-    @rule(path=paths, content=st.sampled_from([b"a", b"/", b"..", b"\xff"]))
-    def symlink(self, path: Path, content: bytes) -> None:
-        self.in_parent(path, lambda parent, name: parent.symlink(name, content, UID, GID).close())
+    @rule(path=paths, content=st.sampled_from([b"a", b"/", b"..", b"\xff"]), uid=owners)
+    def symlink(self, path: Path, content: bytes, uid: int) -> None:
+        self.in_parent(path, lambda parent, name: parent.symlink(name, content, uid, GID).close())
 
-    @rule(path=paths)
-    def mkfifo(self, path: Path) -> None:
-        kind = stat.S_IFIFO | 0o600
-        self.in_parent(path, lambda parent, name: parent.mknod(name, kind, 0, 0, UID, GID).close())
+    @rule(
+        path=paths,
+        kind=st.sampled_from(
+            [stat.S_IFIFO, stat.S_IFSOCK, *([stat.S_IFCHR, stat.S_IFBLK] if ROOT else [])]
+        ),
+        mode=modes,
+        uid=owners,
+    )
+    def mknod(self, path: Path, kind: int, mode: int, uid: int) -> None:
+        numbers = (1, 3) if kind in {stat.S_IFCHR, stat.S_IFBLK} else (0, 0)
+
+        def do(parent: Node, name: bytes) -> None:
+            parent.mknod(name, kind | mode & 0o7777, *numbers, uid, GID).close()
+
+        self.in_parent(path, do)
 
     @rule(path=paths, flags=st.sampled_from([0, AT_REMOVEDIR]))
     def unlink(self, path: Path, flags: int) -> None:
@@ -319,9 +332,9 @@ class UnionAndPlain(RuleBasedStateMachine):
     )
     def chmod_and_chown(self, path: Path, valid: int, mode: int, uid: int, gid: int) -> None:
         def do(node: Node) -> None:
-            kind = stat.S_IFMT(node.stat().st_mode)
-            if self.pretending and kind not in {stat.S_IFREG, stat.S_IFDIR}:
-                return  # these cannot be recorded on disk: a documented difference
+            got = node.stat()
+            if self.pretending and stat.S_ISLNK(got.st_mode) and got.st_nlink != 1:
+                return  # that of several names is not recorded on disk: a documented difference
             node.setattr(valid, mode=mode, uid=uid, gid=gid)
 
         self.at(path, do)

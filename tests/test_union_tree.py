@@ -938,6 +938,102 @@ def test_without_privilege_owners_are_recorded_beside_the_files(
     node.close()
 
 
+def test_without_privilege_links_devices_and_attributes_are_what_the_guest_made_them(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Still so for the next machine, for who reads what this one wrote, and for root."""
+    monkeypatch.setattr(ownership, "must_pretend", lambda: True)
+    (layers.lower / "below").symlink_to("x")
+    os.lchown(layers.lower / "below", UID, GID)
+    tree = layers.mount()
+    root = tree.root()
+    made: list[Node] = [
+        root.symlink(b"roots", b"to/x", 0, 0),
+        root.symlink(b"his", b"to/y", 5, 6),
+        root.symlink(b"given", b"to/z", 0, 0),
+        root.mknod(b"null", stat.S_IFCHR | 0o666, 1, 3, 0, 7),
+        root.mknod(b"disk", stat.S_IFBLK | 0o660, 8, 1, 0, 6),
+        root.mknod(b"fifo", stat.S_IFIFO | 0o4600, 0, 0, 8, 9),
+        root.mknod(b"socket", stat.S_IFSOCK | 0o700, 0, 0, 0, 0),
+        root.mkdir(b"d", 0o755, 3, 3),
+    ]
+    file, opened = root.create(b"file", os.O_RDWR, 0o755, 1, 1)
+    qid = made[2].qid()
+    made[2].setattr(SETATTR_UID | SETATTR_GID, uid=70_000, gid=8)
+    assert made[2].qid() == qid
+    below = find(tree, "below")
+    below.setattr(SETATTR_UID, uid=9)
+    directory = find(tree, "d")
+    root.rename(b"null", directory, b"moved")
+    directory.link(b"linked", made[1])
+    # No file system has such an attribute, whoever asks: as with security.* for who is not root.
+    file.setxattr(b"system.of_a_guest", b"kept", 0)
+    with refusal(errno.EEXIST):
+        file.setxattr(b"system.of_a_guest", b"other", os.XATTR_CREATE)
+    assert file.listxattr() == [b"system.of_a_guest"]
+    for target, number in ((b"", errno.ENOENT), (b"x" * 4096, errno.ENAMETOOLONG)):
+        with refusal(number):
+            root.symlink(b"s", target, 5, 6)
+    with refusal(errno.ELOOP):
+        made[1].open(os.O_RDONLY)
+    with refusal(errno.EOPNOTSUPP):
+        made[3].open(os.O_RDWR)
+    opened.close()
+    for one in (file, *made, below, directory, root):
+        one.close()
+    tree.close()
+
+    on_host = {path.name: stat.S_IFMT(path.lstat().st_mode) for path in layers.upper.iterdir()}
+    assert (on_host.pop("roots"), on_host.pop("d")) == (stat.S_IFLNK, stat.S_IFDIR)
+    assert set(on_host.values()) == {stat.S_IFREG}
+    expected = {
+        "roots": (stat.S_IFLNK | 0o777, 0, 0, 0, b"to/x"),
+        "his": (stat.S_IFLNK | 0o777, 5, 6, 0, b"to/y"),
+        "given": (stat.S_IFLNK | 0o777, 70_000, 8, 0, b"to/z"),
+        "below": (stat.S_IFLNK | 0o777, 9, GID, 0, b"x"),
+        "d/linked": (stat.S_IFLNK | 0o777, 5, 6, 0, b"to/y"),
+        "d/moved": (stat.S_IFCHR | 0o666, 0, 7, os.makedev(1, 3), None),
+        "disk": (stat.S_IFBLK | 0o660, 0, 6, os.makedev(8, 1), None),
+        "fifo": (stat.S_IFIFO | 0o4600, 8, 9, 0, None),
+        "socket": (stat.S_IFSOCK | 0o700, 0, 0, 0, None),
+    }
+
+    def seen(tree: UnionTree) -> None:
+        for path, wanted in expected.items():
+            node = find(tree, path)
+            got = node.stat()
+            target = node.readlink() if stat.S_ISLNK(got.st_mode) else None
+            assert (got.st_mode, got.st_uid, got.st_gid, got.st_rdev, target) == wanted, path
+            node.close()
+        node = find(tree, "file")
+        assert node.getxattr(b"system.of_a_guest") == b"kept"
+        node.close()
+        for directory in ("", "d"):
+            node = find(tree, directory)
+            listing = node.open(os.O_RDONLY)
+            types = {os.fsdecode(name): dtype << 12 for _, _, dtype, name in listing.readdir(0)}
+            listing.close()
+            node.close()
+            for path, wanted in expected.items():
+                where, _, name = path.rpartition("/")
+                assert where != directory or types[name] == stat.S_IFMT(wanted[0]), path
+
+    again = layers.mount()
+    seen(again)
+    again.close()
+    layered = open_tree([("/", str(layers.lower)), ("/", str(layers.upper))], [])
+    seen(layered)
+    layered.close()
+    monkeypatch.setattr(ownership, "must_pretend", lambda: False)
+    as_root = layers.mount()
+    seen(as_root)
+    node = find(as_root, "file")
+    node.removexattr(b"system.of_a_guest")
+    assert node.listxattr() == []
+    node.close()
+    as_root.close()
+
+
 def test_a_file_created_read_only_can_be_opened_for_writing_again(layers: Layers) -> None:
     tree = layers.mount()
     root = tree.root()

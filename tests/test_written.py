@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver import ownership
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, NO_ID, SETATTR_MODE, Node
 from tinyvmm.fileserver.union import UnionTree, open_tree
 from tinyvmm.fileserver.written import list_changes
@@ -268,8 +269,16 @@ def test_deep_trees_and_vanished_ones_are_no_trouble(machine: Machine) -> None:
         machine.changes()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may give files away")
-def test_owners_that_are_pretended_are_in_the_layer(machine: Machine, tmp_path: Path) -> None:
+def test_what_is_pretended_is_in_the_layer(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "must_pretend", lambda: True)
+    machine.tree.close()
+    machine.tree = open_tree(machine.reads, machine.writes)
+    etc = machine.at("etc")
+    etc.symlink(b"link", b"to", 5, 6).close()
+    etc.mknod(b"null", stat.S_IFCHR | 0o666, 1, 3, 0, 7).close()
+    etc.close()
     machine.file("etc", b"new")
     node = machine.at("etc/new")
     node.setattr(SETATTR_MODE | 6, mode=0o4755, uid=7, gid=8)
@@ -278,6 +287,9 @@ def test_owners_that_are_pretended_are_in_the_layer(machine: Machine, tmp_path: 
     info = members(tmp_path / "x.tar")["etc/new"]
     assert (info.uid, info.gid, info.mode) == (7, 8, 0o4755)
     assert not [name for name in info.pax_headers if "override_stat" in name]
+    link, null = (members(tmp_path / "x.tar")[name] for name in ("etc/link", "etc/null"))
+    assert (link.type, link.linkname, link.uid, link.gid) == (tarfile.SYMTYPE, "to", 5, 6)
+    assert (null.type, null.devmajor, null.devminor, null.gid) == (tarfile.CHRTYPE, 1, 3, 7)
 
 
 def snapshot(tree: UnionTree) -> dict[str, bytes | None]:

@@ -9,7 +9,6 @@ from tinyvmm.command.options import UNSENT_MS, RunOptions
 from tinyvmm.fileserver.tree import Tree
 from tinyvmm.guest.archive import ModuleArchive
 from tinyvmm.guest.init import STANDARD_MOUNTS, Filesystem, InitConfig, Mkdir, Network, search_path
-from tinyvmm.images import kernels
 from tinyvmm.roots.mounts import root_mounts, shared_mounts
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.

@@ -1,8 +1,9 @@
-"""What is kept beside the files of a read tree, where the host would not let a file have it itself.
+"""What is kept beside the files of a tree, where the host would not let a file have it itself.
 
-A tree unpacked by somebody who may not give files away, make devices or set privileged attributes
-holds files of their own, and what each should be in its extended attributes (the host's own copy of
-the file then has no set-id bits, and a device of the guest's is none of the host's):
+A tree of somebody who may not give files away, make devices or set privileged attributes, unpacked
+by them or written by their guest, holds files of their own, and what each should be in its extended
+attributes (the host's own copy of the file then has no set-id bits, and a device of the guest's is
+none of the host's):
 
     user.containers.override_stat   UID:GID:MODE[:TYPE], MODE in octal, as rootless container tools
                                     write it; TYPE is file, dir, symlink, pipe, socket,
@@ -11,17 +12,18 @@ the file then has no set-id bits, and a device of the guest's is none of the hos
     user.tinyvmm.xattr.NAME         the attribute NAME
 
 Two more save asking: the tree's root has `user.tinyvmm.layer`, or nothing here holds in it, with
-whose files without a record are (`UID:GID`, or `-` for the host's owner); and a directory with
-regular files that are something else has `user.tinyvmm.special`.
+whose files without a record are (`UID:GID`, or `-` for the host's owner; and `;UID:GID` behind it,
+if symlinks without one are somebody else's); and a directory with regular files that are something
+else has `user.tinyvmm.special`. A symlink of those whose record it needs not is one on the host.
 """
 
 import os
 import stat
-from errno import EINVAL, ENODATA, EOPNOTSUPP
+from errno import EACCES, EINVAL, ENODATA, EOPNOTSUPP, EPERM
 from typing import NamedTuple
 
 from tinyvmm.fileserver.hostfile import altered, fd_path, open_contents, open_path
-from tinyvmm.fileserver.ownership import Owner, parse_owner
+from tinyvmm.fileserver.tree import NO_ID
 from tinyvmm.fileserver.whiteout import OWNER_XATTR
 
 LAYER_XATTR = b"user.tinyvmm.layer"
@@ -34,11 +36,31 @@ _DEVICES = {stat.S_IFBLK: b"block", stat.S_IFCHR: b"char"}
 _KINDS = {name: kind for kind, name in (_TYPES | _DEVICES).items()}
 
 
+class Owner(NamedTuple):
+    """Owner and permissions of a file, as the guest sees them."""
+
+    uid: int
+    gid: int
+    mode: int  # the lower 12 bits of st_mode
+
+
+def parse_owner(value: bytes) -> Owner | None:
+    """Parse a record, `UID:GID:MODE` and perhaps more; None for what is none of our making."""
+    try:
+        uid, gid, mode = value.split(b":")[:3]
+        owner = Owner(int(uid), int(gid), int(mode, 8) & 0o7777)
+    except ValueError:
+        return None
+    return owner if 0 <= owner.uid < NO_ID and 0 <= owner.gid < NO_ID else None
+
+
 class Notes(NamedTuple):
     """That a tree keeps things beside its files, and the owner of a file without a record."""
 
     owner: tuple[int, int] | None
     """None for whoever owns it on the host."""
+    links: tuple[int, int] | None
+    """As `owner`, of a symlink."""
 
 
 def notes_of(fd: int) -> Notes | None:
@@ -46,10 +68,13 @@ def notes_of(fd: int) -> Notes | None:
     value = _getxattr(fd_path(fd), LAYER_XATTR)
     if value is None:
         return None
-    if value == b"-":
-        return Notes(None)
-    owner = parse_owner(value + b":0")
-    return None if owner is None else Notes((owner.uid, owner.gid))
+    files, _, links = value.partition(b";")
+    owner = parse_owner(files + b":0")
+    if owner is None and files != b"-":
+        return None
+    whose = None if owner is None else (owner.uid, owner.gid)
+    link_owner = parse_owner(links + b":0")
+    return Notes(whose, whose if link_owner is None else (link_owner.uid, link_owner.gid))
 
 
 def presented(fd: int, st: os.stat_result, notes: Notes) -> os.stat_result:
@@ -69,9 +94,8 @@ def presented_at(
             if stat.S_ISREG(st.st_mode):
                 kind, rdev = _kind(value)
             return altered(st, mode=kind | owner.mode, uid=owner.uid, gid=owner.gid, rdev=rdev)
-    if notes.owner is None:
-        return st
-    return altered(st, uid=notes.owner[0], gid=notes.owner[1])
+    whose = notes.links if stat.S_ISLNK(st.st_mode) else notes.owner
+    return st if whose is None else altered(st, uid=whose[0], gid=whose[1])
 
 
 def read_link(fd: int) -> bytes:
@@ -105,6 +129,16 @@ def kind_of(path: bytes) -> int:
     return stat.S_IFREG if value is None else _kind(value)[0]
 
 
+def stand_in(name: bytes, dir_fd: int, mode: int, target: bytes = b"") -> None:
+    """Make the file that is to be something else, with the target of a symlink in it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, mode, dir_fd=dir_fd)
+    try:
+        os.write(fd, target)
+    finally:
+        os.close(fd)
+
+
 def record(owner: Owner, kind: int, rdev: int = 0) -> bytes:
     """The record of a file of S_IFMT `kind`, a device's with its number."""
     text = b"%d:%d:%o" % owner
@@ -130,6 +164,25 @@ def _kind(value: bytes) -> tuple[int, int | None]:
 def get_xattr(fd: int, name: bytes) -> bytes | None:
     """The attribute `name` that is kept beside the file, if it is."""
     return _getxattr(fd_path(fd), XATTR_PREFIX + name)
+
+
+def set_xattr(fd: int, name: bytes, value: bytes, flags: int = 0) -> None:
+    """Set the attribute `name` of a file in a tree with notes: beside it, where it must be."""
+    if get_xattr(fd, name) is None:
+        try:
+            os.setxattr(fd_path(fd), name, value, flags)
+        except OSError as error:
+            if error.errno not in {EPERM, EACCES, EOPNOTSUPP}:
+                raise
+        else:
+            return
+    os.setxattr(fd_path(fd), XATTR_PREFIX + name, value, flags)
+
+
+def remove_xattr(fd: int, name: bytes) -> None:
+    """Remove the attribute `name`, wherever it is."""
+    kept = XATTR_PREFIX + name
+    os.removexattr(fd_path(fd), name if get_xattr(fd, name) is None else kept)
 
 
 def _getxattr(path: bytes, name: bytes, *, follow: bool = True) -> bytes | None:

@@ -21,7 +21,7 @@ from threading import RLock
 from tinyvmm.fileserver.descriptors import Descriptors
 from tinyvmm.fileserver.hostfile import Mutation, os_error
 from tinyvmm.fileserver.maps import Layers, MapPoint, Path, build_map
-from tinyvmm.fileserver.qids import QID_TYPES, QidPaths, version_of
+from tinyvmm.fileserver.qids import QID_TYPES, QidPaths, place_path, version_of
 from tinyvmm.fileserver.union_directory import UnionDirectory
 from tinyvmm.fileserver.union_node import UnionNode
 from tinyvmm.fileserver.writetree import WriteTree
@@ -114,8 +114,10 @@ class UnionTree:
         identity = self._identities.get(inode)
         if identity is not None:
             return identity
-        path = self.qid_paths.path(*inode)
-        return Qid(qid_type, self._generations.get(inode, 1), path)
+        path, generation = self.qid_paths.path(*inode), self._generations.get(inode, 1)
+        if path in self._copied:  # what had this inode goes on as another
+            path = place_path(path, b"%d" % generation)
+        return Qid(qid_type, generation, path)
 
     def remember(self, write: WriteTree, st: os.stat_result, identity: Qid) -> None:
         """Note that the upper file of stat `st` is a copy of what had `identity`."""

@@ -14,6 +14,7 @@ from errno import (
     EEXIST,
     EINVAL,
     EISDIR,
+    ENAMETOOLONG,
     ENOENT,
     ENOTDIR,
     ENOTEMPTY,
@@ -22,6 +23,7 @@ from errno import (
     EXDEV,
 )
 
+from tinyvmm.fileserver.beside import stand_in
 from tinyvmm.fileserver.hostfile import (
     check_name,
     fd_path,
@@ -36,6 +38,8 @@ from tinyvmm.fileserver.tree import AT_REMOVEDIR, Node, OpenFile
 from tinyvmm.fileserver.union_node import UnionFile, UnionNode
 from tinyvmm.fileserver.union_view import MergedDirectory
 from tinyvmm.fileserver.writetree import WriteTree
+
+PATH_MAX = 4096  # <linux/limits.h>, with the NUL at the end
 
 
 class UnionDirectory(MergedDirectory):
@@ -78,7 +82,14 @@ class UnionDirectory(MergedDirectory):
         def make(at: bytes, dir_fd: int) -> None:
             os.symlink(target, at, dir_fd=dir_fd)
 
-        return self._make(name, 0o777, uid, gid, make)
+        def make_stand_in(at: bytes, dir_fd: int) -> None:
+            stand_in(at, dir_fd, 0o600, target)
+
+        if not self._stands_in(stat.S_IFLNK, uid, gid):
+            return self._make(name, 0o777, uid, gid, make)
+        if not 0 < len(target) < PATH_MAX:
+            raise os_error(ENAMETOOLONG if target else ENOENT)
+        return self._make(name, 0o777, uid, gid, make_stand_in, (stat.S_IFLNK, 0))
 
     def mknod(
         self, name: bytes, mode: int, major: int, minor: int, uid: int, gid: int
@@ -90,12 +101,34 @@ class UnionDirectory(MergedDirectory):
         def make(at: bytes, dir_fd: int) -> None:
             make_special(at, mode, major, minor, dir_fd)
 
-        return self._make(name, mode, uid, gid, make)
+        def make_stand_in(at: bytes, dir_fd: int) -> None:
+            stand_in(at, dir_fd, mode & 0o777)
+
+        kind = stat.S_IFMT(mode)
+        if kind == stat.S_IFLNK or not self._stands_in(kind, uid, gid):
+            return self._make(name, mode, uid, gid, make)
+        try:
+            device = os.makedev(major, minor) if kind in {stat.S_IFBLK, stat.S_IFCHR} else 0
+        except (OverflowError, ValueError):
+            raise os_error(EINVAL) from None
+        return self._make(name, mode, uid, gid, make_stand_in, (kind, device))
+
+    def _stands_in(self, kind: int, uid: int, gid: int) -> bool:
+        return self.write is not None and self.write.owners.stands_in(kind, uid, gid)
 
     def _make(
-        self, name: bytes, mode: int, uid: int, gid: int, make: Callable[[bytes, int], None]
+        self,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        make: Callable[[bytes, int], None],
+        stands_for: tuple[int, int] | None = None,
     ) -> UnionNode:
-        """Make an entry by `make(name, dir_fd)`, in the work area if it replaces a whiteout."""
+        """Make an entry by `make(name, dir_fd)`, in the work area if it replaces a whiteout.
+
+        `stands_for` is as for `Owners.give`.
+        """
         check_name(name)
         tree = self.tree
         with tree.mutation:
@@ -113,7 +146,10 @@ class UnionDirectory(MergedDirectory):
             try:
                 fd = open_path(at, dir_fd)
                 st = os.fstat(fd)
-                write.owners.give(fd, st, inherited_mode(upper, st, mode), uid, gid)
+                write.owners.give(fd, st, inherited_mode(upper, st, mode), uid, gid, stands_for)
+                if stands_for is not None:
+                    write.note_special(upper)
+                    st = write.owners.presented(fd, st)
                 if covered:
                     if stat.S_ISDIR(st.st_mode):
                         write.make_opaque(fd)
@@ -147,6 +183,8 @@ class UnionDirectory(MergedDirectory):
             source.copy_up()
             covered = name in self.index()[1]
             path, upper = fd_path(source.path_fd()), self.layers().upper
+            if source.stands_in(source.path_fd()):
+                write.note_special(upper)
             # linkat(2) with AT_SYMLINK_FOLLOW, which ends at the inode /proc/self/fd leads to.
             if covered:
                 temporary = write.temporary()
@@ -324,6 +362,8 @@ class UnionDirectory(MergedDirectory):
         src, dst = self.layers().upper, there.layers().upper
         if target is not None:
             target.path_fd()
+        if isinstance(node, UnionFile) and node.stands_in(node.path_fd()):
+            write.note_special(dst)
         below = self.has_below(name)
         cover = write.prepare_whiteout(src) if below else None
         try:

@@ -100,6 +100,9 @@ class UnionNode(_NodeInterface):
         """Whether what holds the attributes keeps things beside its files (see beside)."""
         raise NotImplementedError
 
+    def make_ownable(self, valid: int, uid: int, gid: int) -> None:
+        """Be in a form that can have that owner, as `valid` says, beside it."""
+
     def copy_up_whole(self) -> None:
         """Be in the write tree with everything below."""
         self.copy_up()
@@ -191,13 +194,7 @@ class UnionNode(_NodeInterface):
     def with_owner(self, st: os.stat_result, fd: int) -> os.stat_result:
         """The stat of upper file `fd`, with the owner it would have if we might give it away."""
         write = self.write_tree()
-        if write is None or not write.owners.pretends:
-            return st
-        owner = write.owners.recorded(fd, st)
-        if owner is None:
-            return st
-        mode = stat.S_IFMT(st.st_mode) | owner.mode
-        return altered(st, mode=mode, uid=owner.uid, gid=owner.gid)
+        return st if write is None else write.owners.presented(fd, st)
 
     # --- what does --------------------------------------------------------------------------------
     def setattr(
@@ -216,6 +213,7 @@ class UnionNode(_NodeInterface):
             fd = self.path_fd()
             write = self.write_tree()
             if valid & _OWNER and write is not None and write.owners.pretends:
+                self.make_ownable(valid, uid, gid)
                 write.owners.change(fd, valid, mode, uid, gid)
                 valid &= ~_OWNER
             set_attributes(fd, self.kind, valid, mode, uid, gid, size, atime_ns, mtime_ns)
@@ -223,11 +221,15 @@ class UnionNode(_NodeInterface):
     def setxattr(self, name: bytes, value: bytes, flags: int) -> None:
         """Set an extended attribute."""
         check_xattr_name(name)
-        if name.startswith(PRIVATE_XATTRS):
-            raise os_error(EPERM)
+        special = self.kind not in {stat.S_IFREG, stat.S_IFDIR}
+        if name.startswith(PRIVATE_XATTRS) or (special and name.startswith(b"user.")):
+            raise os_error(EPERM)  # the latter as xattr(7) has it, whatever stands for it here
         with self.tree.mutation:
             self.copy_up()
-            os.setxattr(fd_path(self.path_fd()), name, value, flags)
+            if self.notes() is None:
+                os.setxattr(fd_path(self.path_fd()), name, value, flags)
+            else:
+                beside.set_xattr(self.path_fd(), name, value, flags)
 
     def removexattr(self, name: bytes) -> None:
         """Remove an extended attribute."""
@@ -237,7 +239,10 @@ class UnionNode(_NodeInterface):
             elif name.startswith(b"user."):
                 raise os_error(EPERM)  # xattr(7): not on these
             self.copy_up()
-            os.removexattr(fd_path(self.path_fd()), name)
+            if self.notes() is None:
+                os.removexattr(fd_path(self.path_fd()), name)
+            else:
+                beside.remove_xattr(self.path_fd(), name)
 
 
 class UnionFile(UnionNode):
@@ -293,8 +298,11 @@ class UnionFile(UnionNode):
 
     def notes(self) -> beside.Notes | None:
         """Those of its layer."""
-        if self.layer == UPPER or self.parent is None:
+        if self.parent is None:
             return None
+        if self.layer == UPPER:
+            write = self.parent.write
+            return None if write is None else write.owners.notes
         return self.parent.layer_notes(self.layer)
 
     def _lower_stat(self) -> os.stat_result:
@@ -355,8 +363,15 @@ class UnionFile(UnionNode):
         temporary = write.temporary()
         copy = -1
         try:
-            work = write.work()
-            copy = copy_file(fd, self._lower_stat(), temporary, work, write.owners, data=data)
+            copy = copy_file(
+                fd,
+                self._lower_stat(),
+                temporary,
+                write.work(),
+                write.owners,
+                data=data,
+                noted=self.notes() is not None,
+            )
             readers = [
                 (reader, open_contents(copy, self.kind, os.O_RDONLY, ours=True))
                 for reader in self._readers or ()
@@ -364,6 +379,8 @@ class UnionFile(UnionNode):
             if self.dead:
                 write.discard(temporary)  # nameless like what it is a copy of
             else:
+                if self.stands_in(copy):
+                    write.note_special(parent.layers().upper)
                 parent.place_copy(temporary, self.name)
         except BaseException:
             if copy >= 0:
@@ -382,6 +399,46 @@ class UnionFile(UnionNode):
                 os.dup2(contents, reader.fd, inheritable=False)
             os.close(contents)
         self._readers = None
+
+    def stands_in(self, fd: int) -> bool:
+        """Whether the upper file behind `fd`, this one, stands on the host for what it is."""
+        return self.kind != stat.S_IFREG and stat.S_ISREG(os.fstat(fd).st_mode)
+
+    def make_ownable(self, valid: int, uid: int, gid: int) -> None:
+        """Put a file that stands for a symlink in its place, if it cannot have that owner.
+
+        One with several names, or none, stays what it is: its owner is remembered for a while.
+        """
+        fd, parent, write = self.path_fd(), self.parent, self.write_tree()
+        before = os.fstat(fd)
+        if not stat.S_ISLNK(before.st_mode) or parent is None or write is None:
+            return
+        now = write.owners.presented(fd, before)
+        wanted = (
+            uid if valid & SETATTR_UID and uid != NO_ID else now.st_uid,
+            gid if valid & SETATTR_GID and gid != NO_ID else now.st_gid,
+        )
+        if self.dead or before.st_nlink != 1 or not write.owners.stands_in(self.kind, *wanted):
+            return
+        temporary, upper = write.temporary(), parent.layers().upper
+        copy = -1
+        try:
+            work = write.work()
+            owned = altered(before, uid=wanted[0], gid=wanted[1])
+            copy = copy_file(fd, owned, temporary, work, write.owners, data=True, noted=False)
+            write.note_special(upper)
+            parent.place_copy(temporary, self.name)
+        except BaseException:
+            if copy >= 0:
+                os.close(copy)
+            write.discard(temporary)
+            raise
+        self.tree.forget(write, before)
+        st = os.fstat(copy)
+        os.dup2(copy, fd, inheritable=False)
+        os.close(copy)
+        self.dev, self.ino = st.st_dev, st.st_ino
+        self.tree.remember(write, st, self.identity)
 
     def forget_reader(self, reader: "_LowerReader") -> None:
         """Note that a file open for reading is being closed."""

@@ -155,8 +155,9 @@ class MergedDirectory(UnionNode):
     def notes(self) -> beside.Notes | None:
         """Those of the uppermost layer."""
         layers = self._layers
-        has_upper = bool(layers.found) and layers.found[0][0] == UPPER
-        return None if has_upper or not layers.notes else layers.notes[0]
+        if layers.found and layers.found[0][0] == UPPER:
+            return None if self.write is None else self.write.owners.notes
+        return layers.notes[0] if layers.notes else None
 
     def _below(self) -> os.stat_result:
         """What the first read tree says of this directory; the layers are open."""
@@ -242,6 +243,7 @@ class MergedDirectory(UnionNode):
                 fd = open_path(name, layers.upper)
                 st = os.fstat(fd)
                 if not stat.S_ISDIR(st.st_mode):
+                    st = self.with_owner(st, fd)
                     return UnionFile(self, name, self._upper_qid(st), fd, st, UPPER)
                 found.add_upper(fd, st)
         try:
@@ -352,7 +354,7 @@ class MergedDirectory(UnionNode):
         layers = self.layers()
         scans: list[_Scan] = []
         try:
-            uppers = [None] * (layers.upper >= 0)
+            uppers = [self.notes()] * (layers.upper >= 0)
             for fd, (layer, dev, _), notes in zip(
                 layers.fds(), layers.found, [*uppers, *layers.notes], strict=True
             ):
@@ -377,7 +379,7 @@ class MergedDirectory(UnionNode):
                             continue
                     elif scan.is_whiteout(entry, dtype):
                         continue
-                    elif scan.special and dtype == _REG_DTYPE:
+                    if scan.special and dtype == _REG_DTYPE:
                         dtype = beside.kind_of(entry.path) >> 12
                     yield self._entry_qid(entry, dtype, scan), dtype, name
         finally:
@@ -425,7 +427,13 @@ class MergedDirectory(UnionNode):
                 self._root_of_write = False
                 layers = self.layers()
                 below = self._below()
-                copy_attributes(layers.lowers[0], below, layers.upper, self.write.owners)
+                copy_attributes(
+                    layers.lowers[0],
+                    below,
+                    layers.upper,
+                    self.write.owners,
+                    noted=layers.notes[0] is not None,
+                )
                 _note_own_attributes(layers.upper)
             super().setattr(valid, mode, uid, gid, size, atime_ns, mtime_ns)
 
@@ -453,9 +461,15 @@ class MergedDirectory(UnionNode):
         fd = -1
         try:
             if layers.lowers:
-                below = layers.lowers[0]
-                work = write.work()
-                fd = copy_file(below, self._below(), temporary, work, write.owners, data=False)
+                fd = copy_file(
+                    layers.lowers[0],
+                    self._below(),
+                    temporary,
+                    write.work(),
+                    write.owners,
+                    data=False,
+                    noted=layers.notes[0] is not None,
+                )
             else:
                 os.mkdir(temporary, 0o755, dir_fd=write.work())
                 fd = open_path(temporary, write.work())

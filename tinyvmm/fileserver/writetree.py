@@ -17,8 +17,9 @@ from collections.abc import Callable
 from errno import EAGAIN
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver.beside import SPECIAL_XATTR
 from tinyvmm.fileserver.hostfile import DEFAULT_ACL, default_acl, fd_path, open_path
-from tinyvmm.fileserver.ownership import Owners
+from tinyvmm.fileserver.ownership import Owners, mark
 from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.fileserver.whiteout import (
     NAME_MARK,
@@ -101,7 +102,7 @@ class WriteTree(WrittenNames):
         st = os.fstat(self.fd)
         self.inode = (st.st_dev, st.st_ino)
         super().__init__(self.fd)
-        self.owners = Owners()
+        self.owners = Owners(mark(self.fd))
         self._work_fd = -1
         self._serial = 0
         if _exists(WORK_NAME, self.fd):  # somebody was killed
@@ -166,6 +167,10 @@ class WriteTree(WrittenNames):
         os.rename(temporary, name, src_dir_fd=self.work(), dst_dir_fd=dir_fd)
         if covered and self.by_name:
             self.remove_whiteout(name, dir_fd)
+
+    def note_special(self, dir_fd: int) -> None:
+        """Note that the directory is to have a file that stands for another."""
+        os.setxattr(fd_path(dir_fd), SPECIAL_XATTR, b"y")
 
     # --- whiteouts ------------------------------------------------------------------------------
     def whiteout(self, name: bytes, dir_fd: int) -> None:

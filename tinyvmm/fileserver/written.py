@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import IO, Protocol
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.hostfile import altered, fd_path, open_path
+from tinyvmm.fileserver.beside import XATTR_PREFIX, notes_of, read_link
+from tinyvmm.fileserver.hostfile import fd_path, open_path
 from tinyvmm.fileserver.maps import Path
 from tinyvmm.fileserver.ownership import Owners
 from tinyvmm.fileserver.tree import Node
@@ -106,13 +107,15 @@ class ChangedFile:
     implied = False
 
     def __init__(
-        self, kind: str, path: bytes, fd: int, st: os.stat_result, *, opaque: bool
+        self, kind: str, path: bytes, fd: int, st: os.stat_result, *, opaque: bool, noted: bool
     ) -> None:
+        """`noted` says that the tree keeps things beside its files."""
         self.kind = kind
         self.path = path
         self.stat: os.stat_result | None = st
         self.opaque = opaque
         self._fd = fd
+        self._noted = noted
 
     def xattrs(self) -> dict[bytes, bytes]:
         """Return its extended attributes, those of layers left out."""
@@ -120,6 +123,8 @@ class ChangedFile:
         found = {}
         for shown in os.listxattr(path):
             name = os.fsencode(shown)
+            if self._noted:
+                name = name.removeprefix(XATTR_PREFIX)
             if not name.startswith(PRIVATE_XATTRS):
                 with suppress(OSError):  # gone meanwhile
                     found[name] = os.getxattr(path, shown)
@@ -127,7 +132,7 @@ class ChangedFile:
 
     def target(self) -> bytes:
         """Return what a symbolic link holds."""
-        return os.readlink(b"", dir_fd=self._fd)
+        return read_link(self._fd)
 
     def open(self) -> IO[bytes]:
         """Open a regular file's contents."""
@@ -152,7 +157,7 @@ def list_changes(
                     f"{os.fsdecode(host)}: {error.strerror}"
                 ) from None
             prefix = os.fsencode(guest).rstrip(b"/")
-            lister = _Lister(WrittenNames(fd))
+            lister = _Lister(WrittenNames(fd), Owners(notes_of(fd)))
             yield from lister.below(fd, prefix, find_below(below.root(), prefix))
     finally:
         below.close()
@@ -179,9 +184,9 @@ class _Level:
 class _Lister:
     """Lists one write tree, with a stack of its own: a guest may dig deeper than ours goes."""
 
-    def __init__(self, names: WrittenNames) -> None:
+    def __init__(self, names: WrittenNames, owners: Owners) -> None:
         self._names = names
-        self._owners = Owners()
+        self._owners = owners
 
     def below(self, fd: int, path: bytes, lower: Node | None) -> Iterator[Change]:
         """List what is in the directory `fd`; it and `lower` are ours to close."""
@@ -209,16 +214,13 @@ class _Lister:
         fd = open_path(name, level.fd)
         lower = _entry_of(level.lower, name)
         try:
-            st = os.fstat(fd)
-            owner = self._owners.recorded(fd, st) if self._owners.pretends else None
-            if owner is not None:
-                mode = stat.S_IFMT(st.st_mode) | owner.mode
-                st = altered(st, mode=mode, uid=owner.uid, gid=owner.gid)
+            st = self._owners.presented(fd, os.fstat(fd))
             is_directory = stat.S_ISDIR(st.st_mode)
             opaque = is_directory and self._names.is_opaque(fd)
             kind = ADDED if lower is None else CHANGED
             path = level.path + b"/" + name
-            yield ChangedFile(kind, path, fd, st, opaque=opaque)
+            noted = self._owners.notes is not None
+            yield ChangedFile(kind, path, fd, st, opaque=opaque, noted=noted)
             if not is_directory:
                 return None
             inner = self._level(fd, path, lower, hidden=opaque or level.hidden)

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.ownership import Owner
+from tinyvmm.fileserver.beside import Owner
 from tinyvmm.fileserver.written import DELETED, Change
 from tinyvmm.images.oci.tree_writer import Attributes, TreeWriter, clamp_time
 

@@ -1,8 +1,8 @@
 """Podman's own storage as a source, through the tools that know it.
 
-What lies there is podman's: files of users that only it may become, in a form of its driver's. So
-skopeo, or podman itself, copies the image into a layout of ours, of which the layers are taken that
-are not here yet.
+What lies there is podman's: files of users that only it may become, in a form of its driver's
+(docs/decisions/0008-podmans-images-are-copied.md). So skopeo, or podman itself, copies the image
+into a layout of ours, of which the layers are taken that are not here yet.
 """
 
 import os

@@ -17,10 +17,11 @@ from tinyvmm.fileserver.beside import (
     LAYER_XATTR,
     SPECIAL_XATTR,
     XATTR_PREFIX,
+    Owner,
     record,
 )
 from tinyvmm.fileserver.hostfile import fd_path, open_path
-from tinyvmm.fileserver.ownership import Owner, must_pretend
+from tinyvmm.fileserver.ownership import must_pretend
 from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.fileserver.whiteout import (
     OWNER_XATTR,

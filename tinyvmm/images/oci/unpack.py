@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from tarfile import HeaderError
 from typing import IO, NamedTuple, Protocol, cast
 
-from tinyvmm.fileserver.ownership import Owner
+from tinyvmm.fileserver.beside import Owner
 from tinyvmm.fileserver.tree import NO_ID
 from tinyvmm.fileserver.whiteout import NAME_OPAQUE, NAME_PREFIX
 from tinyvmm.images.oci.tree_writer import (

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from time import sleep
 
 import pytest
 from hypothesis import given
@@ -245,6 +246,40 @@ def test_a_guests_answers_are_not_believed(answer: bytes | None, says: str) -> N
     with hostile(play) as guest, pytest.raises(ConfigError, match=says):
         guest.do(read(3, 100))
     done.set()
+
+
+def test_a_byte_now_and_then_is_no_answer() -> None:
+    def play(sock: socket.socket) -> None:
+        with suppress(OSError):
+            for byte in ANSWER.pack(0, 100) + bytes(100):
+                sock.sendall(bytes([byte]))
+                sleep(0.1)
+
+    with hostile(play) as guest, pytest.raises(ConfigError, match="did not answer"):
+        guest.do(read(3, 100))
+
+
+def test_whoever_waits_for_an_answer_can_be_told_to_give_it_up() -> None:
+    asked, done = threading.Event(), threading.Event()
+
+    def play(_: socket.socket) -> None:
+        asked.set()
+        done.wait(30)
+
+    with hostile(play) as guest:
+        guest._timeout = 30.0
+
+        def give_up() -> None:
+            assert asked.wait(30)
+            guest.give_up()
+
+        other = threading.Thread(target=give_up)
+        other.start()
+        with pytest.raises(ConfigError, match="hung up"):
+            guest.do(read(3, 100))
+        other.join(30)
+    done.set()
+    guest.give_up()  # harmless
 
 
 def test_what_is_said_unasked_does_not_pile_up() -> None:

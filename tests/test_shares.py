@@ -49,6 +49,8 @@ class Guest:
         self.calls: list[tuple[int, str]] = []
         self.streams: list[socket.socket] = []
         self.mounted: dict[str, str] = {}
+        self.silent = False
+        self.asked, self.given_up = threading.Event(), threading.Event()
 
     def __enter__(self) -> "Guest":
         return self
@@ -56,7 +58,14 @@ class Guest:
     def __exit__(self, *_: object) -> None:
         """What it had open stays."""
 
+    def give_up(self) -> None:
+        self.given_up.set()
+
     def do(self, wanted: Call) -> Answer:
+        if self.silent:
+            self.asked.set()
+            assert self.given_up.wait(30)
+            raise ConfigError("the guest hung up")
         return self.all([wanted])[0].check()
 
     def all(self, wanted: Sequence[Call]) -> list[Answer]:
@@ -209,3 +218,24 @@ def test_what_cannot_be_shared_says_why(
     with pytest.raises(ConfigError, match="0 shares already"):
         added.share_add(guest="/mnt", host=str(tmp_path))
     assert guest.calls == []
+
+
+def test_a_guest_that_never_answers_does_not_hold_up_the_end(
+    guest: Guest, added: Shares, tmp_path: Path
+) -> None:
+    guest.silent = True
+    said: list[ConfigError] = []
+
+    def add() -> None:
+        with pytest.raises(ConfigError) as raised:
+            added.share_add(guest="/mnt", host=str(tmp_path))
+        said.append(raised.value)
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    assert guest.asked.wait(30)
+    added.close()
+    thread.join(30)
+    assert [str(error) for error in said] == ["the guest hung up"]
+    guest.silent = False
+    added.share_add(guest="/mnt", host=str(tmp_path))  # the next machine's, after a reboot

@@ -1,8 +1,9 @@
 """What a `tinyvmm.Machine` has inside: its guest while it runs, and views of its RAM and vCPUs.
 
-A `Guest` is a run (command.py) on a thread of its own, in which nothing runs but what it is sent:
-its supervisor answers here as it would over a control socket. A `Machine` keeps one, and so does
-whatever is under way in it; `Memory` and `Cpu` are what `Machine.memory` and `Machine.cpus` give.
+A `Guest` is a run (command/run.py) on a thread of its own, in which nothing runs but what it is
+sent: its supervisor answers here as it would over a control socket. A `Machine` keeps one, and so
+does whatever is under way in it; `Memory` and `Cpu` are what `Machine.memory` and `Machine.cpus`
+give.
 """
 
 import logging

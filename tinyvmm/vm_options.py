@@ -1,7 +1,7 @@
 """What is said of a machine and of commands, by name: the arguments of `run`, `popen`, `Machine`.
 
 Each is declared once, with its type; what it means and its default say the classes' docstrings.
-`run_options` makes of a machine's what command.py takes.
+`run_options` makes of a machine's what command/ takes.
 """
 
 import os

@@ -23,7 +23,8 @@ import stat
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from time import monotonic
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -35,7 +36,7 @@ PIECE = 1 << 17
 """Bytes of a file in one call; a call's data and what it returns fit the arena with it."""
 ENTRIES_MAX = 1 << 20
 """Of one directory."""
-PATIENCE = 60.0  # seconds without a word from the guest
+PATIENCE = 60.0  # seconds for each answer; a byte now and then is not enough
 _CALLS_AHEAD, _BYTES_AHEAD = 64, 1 << 20  # that are sent before their answers are there
 _ERRNO_MAX = 4095
 NO_ID = 0xFFFF_FFFF
@@ -146,6 +147,11 @@ class Guest:
         """Hang up: the program ends, and what it had open is closed."""
         self._sock.close()
 
+    def give_up(self) -> None:
+        """Have who waits for an answer wait no more; any thread."""
+        with suppress(OSError):  # it is hung up already
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def do(self, wanted: Call) -> Answer:
         """Make one call; OSError if it fails."""
         (answer,) = self.all([wanted])
@@ -166,6 +172,7 @@ class Guest:
         waiting: deque[Call] = deque()
         ahead = 0  # bytes of what is waited for
         sending = bytearray()
+        deadline = monotonic() + self._timeout
         try:
             while True:
                 while more and len(waiting) < _CALLS_AHEAD and ahead < _BYTES_AHEAD:
@@ -178,24 +185,25 @@ class Guest:
                     sending += following.request + following.data
                 if not waiting:
                     return
-                self._move(sending)
+                self._move(sending, deadline)
                 while waiting and (answer := self._answer(waiting[0])) is not None:
                     done = waiting.popleft()
                     ahead -= len(done.data) + done.out_max
                     yield answer
+                    deadline = monotonic() + self._timeout  # whoever took it may have been slow
                 if self._received and not waiting:  # nothing is said unasked, or it would pile up
                     raise ConfigError("the guest answered what was not asked")
         finally:
             if waiting:
                 self.close()
 
-    def _move(self, sending: bytearray) -> None:
+    def _move(self, sending: bytearray, deadline: float) -> None:
         """Wait until bytes can be received or sent, and do so."""
         if self._sock.fileno() < 0:
             raise ConfigError("the connection to the guest is closed")
         self._poll.register(self._sock, select.POLLIN | (select.POLLOUT if sending else 0))
-        found = self._poll.poll(self._timeout * 1000)
-        if not found:
+        found = self._poll.poll(max(0.0, deadline - monotonic()) * 1000)
+        if not found or monotonic() > deadline:
             raise ConfigError(f"the guest did not answer for {self._timeout:g} s")
         try:
             if found[0][1] & select.POLLOUT:

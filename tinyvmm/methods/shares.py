@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from tinyvmm.errors import ConfigError
@@ -106,6 +107,8 @@ class Shares:
         self._modules = modules
         self._lock = threading.Lock()  # guards _shares, and one change at a time
         self._shares: dict[str, _Share] = {}
+        self._asked: Guest | None = None  # by whoever has the lock
+        self._closing = False
 
     @remote(waits=True, lane="shares")
     def share_add(
@@ -144,7 +147,7 @@ class Shares:
     def share_remove(self, *, guest: Path, lazy: bool = False) -> None:
         """Take back what `share_add` gave; with `lazy` also from programs that use it."""
         from tinyvmm.guest import abi
-        from tinyvmm.inside.guest_calls import open_guest, umount2
+        from tinyvmm.inside.guest_calls import umount2
 
         guest = os.path.normpath(guest).replace("//", "/")
         with self._lock:
@@ -153,7 +156,7 @@ class Shares:
             if share is None:
                 known = ", ".join(self._shares) or "nothing"
                 raise ConfigError(f"nothing was shared at {guest} while it ran; there is {known}")
-            with open_guest(self._caller) as calls:
+            with self._calls() as calls:
                 try:
                     calls.do(umount2(guest, abi.MNT_DETACH if lazy else 0))
                 except OSError as error:
@@ -180,8 +183,13 @@ class Shares:
 
     def close(self) -> None:
         """End this side of all: the machine has ended."""
+        self._closing = True
+        asked = self._asked
+        if asked is not None:  # it may never answer, and would keep the lock for a minute
+            asked.give_up()
         with self._lock:
             shares, self._shares = self._shares, {}
+            self._closing = False  # there may be another machine, after a reboot
         for share in shares.values():
             share.end(0)
 
@@ -190,11 +198,23 @@ class Shares:
         for guest in [guest for guest, share in self._shares.items() if share.ended]:
             self._shares.pop(guest).end(0)
 
-    def _mount(self, share: _Share) -> None:
-        """Have the guest's kernel connect and mount; ConfigError if it cannot."""
+    @contextmanager
+    def _calls(self) -> "Iterator[Guest]":
+        """Ask the guest, until `close`; the lock is held."""
         from tinyvmm.inside.guest_calls import open_guest
 
         with open_guest(self._caller) as calls:
+            self._asked = calls
+            try:
+                if self._closing:  # which has not seen it
+                    raise ConfigError("the machine has ended")
+                yield calls
+            finally:
+                self._asked = None
+
+    def _mount(self, share: _Share) -> None:
+        """Have the guest's kernel connect and mount; ConfigError if it cannot."""
+        with self._calls() as calls:
             begun: list[str] = []
             try:
                 for step in self._steps(calls, share):

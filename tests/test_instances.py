@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances import registry
 from tinyvmm.instances.control import ControlClient, ControlServer
@@ -243,6 +244,50 @@ def test_a_machine_that_cannot_be_made_leaves_nothing(base: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(base.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["stop", "web"], ["rm", "--force", "web"]])
+@pytest.mark.parametrize("how", ["asked", "by itself", "late"])
+def test_a_machine_that_is_gone_as_soon_as_it_ends_has_been_stopped(
+    words: list[str], how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instance = Instance(state("web", keep=False))
+
+    def end(**_: object) -> None:
+        instance.end(0, None)
+
+    def refuse(**_: object) -> None:
+        instance.end(0, None)
+        raise ConfigError("the machine does not run")
+
+    how_to_end = refuse if how == "by itself" else end
+    methods = {"stop": how_to_end, "kill": how_to_end}
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(ControlServer, "check", lambda *_: None)
+    servers: list[ControlServer] = []
+    starter = threading.Timer(
+        0.2 if how == "late" else 0.0,
+        lambda: servers.append(ControlServer(instance.file("control"), methods)),
+    )
+    starter.start()
+    if how != "late":
+        starter.join()
+    try:
+        assert main(words) == 0
+    finally:
+        starter.join()
+        servers[0].close()
+        monkey.undo()
+    assert capsys.readouterr().out == "web\n"
+
+
+def test_a_machine_that_ends_while_it_is_listed_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "list_", lambda: [state("web")])
+    assert main(["ps"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("web ")
+    assert main(["ps", "--json"]) == 0
 
 
 def test_of_many_who_want_a_name_one_gets_it() -> None:

@@ -6,10 +6,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyvmm.cli.values import warn
 from tinyvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyvmm.instances.registry import State
+
+_PATIENCE = 2.0  # seconds for a machine to take calls, or to be gone when it takes no more
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -96,11 +101,11 @@ def _ps(args: argparse.Namespace) -> int:
         for state in states:
             print(state.name)
     elif args.json:
-        print(json.dumps([_known(state.name) for state in states], indent=2))
+        print(json.dumps([_known(state) for state in states], indent=2))
     else:
         rows = [("NAME", "PID", "STATE", "TIME", "CPUS", "MEMORY", "RESIDENT", "COMMAND")]
         for state in states:
-            known = _known(state.name)
+            known = _known(state)
             resident = "-" if known["resident"] is None else f"{known['resident'] >> 20}M"
             what = known["state"] if state.running else f"ended ({state.status})"
             memory = f"{state.memory >> 20}M"
@@ -120,19 +125,18 @@ def _ps(args: argparse.Namespace) -> int:
     return 0
 
 
-def _known(name: str) -> dict[str, Any]:
+def _known(state: "State") -> dict[str, Any]:
     """Return all that is known of a machine, and what can be seen of one that runs."""
     from tinyvmm.instances import registry
 
-    state = registry.find(name)
     known: dict[str, Any] = {**state._asdict(), "state": "ended", "resident": None}
     end = time.time() if state.ended is None else state.ended
     known["uptime"] = max(0.0, end - state.created)
     if state.running:
         known["resident"] = _resident(state.pid)
-        known["control"] = registry.path_of(name, "control")
+        known["control"] = registry.path_of(state.name, "control")
         try:
-            known |= _ask(name, "status")
+            known |= _ask(state.name, "status")
         except ConfigError:
             known["state"] = "starting"  # or just ending
     return known
@@ -219,11 +223,29 @@ def _stop(args: argparse.Namespace) -> int:
 
     def stop(name: str) -> None:
         if registry.find(name).running:
-            _ask(name, "stop", time=args.time)
-            registry.wait(name)
+            _end(name, "stop", time=args.time)
         print(name)
 
     return _each(names, stop)
+
+
+def _end(name: str, method: str, **params: Any) -> None:
+    """Have a machine end, which may do so by itself meanwhile, or only just have begun."""
+    from tinyvmm.instances import registry
+
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            _ask(name, method, **params)
+        except ConfigError:
+            state = registry.read(name)
+            if state is not None and state.running:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+                continue
+        registry.wait(name)
+        return
 
 
 def _kill(args: argparse.Namespace) -> int:
@@ -242,6 +264,7 @@ def _wait(args: argparse.Namespace) -> int:
     from tinyvmm.instances import registry
 
     def wait(name: str) -> None:
+        registry.find(name)
         state = registry.wait(name)
         print("-" if state is None else state.status)
 
@@ -253,8 +276,7 @@ def _rm(args: argparse.Namespace) -> int:
 
     def rm(name: str) -> None:
         if args.force and registry.find(name).running:
-            _ask(name, "kill")
-            registry.wait(name)
+            _end(name, "kill")
         if registry.read(name) is not None or not args.force:
             registry.remove(name)
         print(name)
@@ -263,7 +285,9 @@ def _rm(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    print(json.dumps([_known(name) for name in args.names], indent=2))
+    from tinyvmm.instances import registry
+
+    print(json.dumps([_known(registry.find(name)) for name in args.names], indent=2))
     return 0
 
 

@@ -247,8 +247,8 @@ def remove(name: str) -> None:
 
 
 def wait(name: str) -> State | None:
-    """Wait for the end of a machine; None if it was not kept."""
-    state: State | None = find(name)
+    """Wait for the end of a machine; None if it was not kept, or there is none of that name."""
+    state = read(name)
     while state is not None and state.running:
         try:
             fd = os.open(path_of(name, "lock"), os.O_RDWR | os.O_CLOEXEC)

@@ -447,6 +447,25 @@ def test_a_trace_is_recorded_for_a_while(vm: Machine) -> None:
         vm.trace("disk")
 
 
+def test_what_is_recorded_stays_what_it_was_and_holds_no_ram(vm: Machine) -> None:
+    from tinyvmm import ninep, trace
+
+    ram = bytearray(b"as it was")
+    with vm.trace("9p") as records:
+        assert trace.hook is not None
+        trace.hook(trace.NineP("root", 1, ninep.Rread([memoryview(ram)[:2], memoryview(ram)[2:]])))
+        trace.hook(trace.NineP("root", 2, ninep.Twalk(1, 2, (b"etc", b"motd"))))
+        trace.hook(trace.NineP("root", 3, ninep.Rread([])))
+    ram[:] = b"all other"
+    ram.clear()  # which would be a BufferError
+    messages = [record.message for record in records if isinstance(record, trace.NineP)]
+    assert messages == [
+        ninep.Rread(b"as it was"),
+        ninep.Twalk(1, 2, (b"etc", b"motd")),
+        ninep.Rread(b""),
+    ]
+
+
 def test_importing_the_package_costs_nothing_and_names_are_there() -> None:
     code = "import tinyvmm; print(all(hasattr(tinyvmm, n) for n in dir(tinyvmm))); tinyvmm.nope"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ from typing import Self
 
 from tinyvmm import trace
 from tinyvmm.errors import ConfigError
+from tinyvmm.grammar import Record
 
 
 class Recording:
@@ -24,7 +25,7 @@ class Recording:
 
     def _keep(self, record: trace.Record) -> None:
         if any(wants(record) for wants in self._wanted):
-            self.records.append(record)
+            self.records.append(_of_now(record))
 
     def __enter__(self) -> Self:
         trace.watch(self._keep)
@@ -46,3 +47,15 @@ class Recording:
 
     def __str__(self) -> str:
         return "\n".join(map(trace.text, self.records))
+
+
+def _of_now(record: trace.Record) -> trace.Record:
+    """Copy a message's data out of the guest's RAM, which is written again, and would be held."""
+    if not isinstance(record, trace.NineP) or not isinstance(record.message, Record):
+        return record
+    values = [b"".join(value) if _is_views(value) else value for value in record.message]
+    return record._replace(message=type(record.message)(*values))
+
+
+def _is_views(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, memoryview) for item in value)

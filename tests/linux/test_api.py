@@ -1,11 +1,15 @@
-"""Machines from Python on a real kernel."""
+"""Machines from Python on a real kernel; the pytest plugin with a real guest."""
 
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.linux.conftest import ROOT, Runner, interpreter
+from tinyvmm import Machine
 
 pytestmark = pytest.mark.linux
 
@@ -47,3 +51,28 @@ def test_what_the_page_on_python_shows_is_so(guest: Runner) -> None:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks)
     done = guest.program([interpreter(), "-I", "-S", "-c", program], timeout=240)
     assert (done.status, done.stderr) == (0, b""), done
+
+
+@pytest.mark.in_vm
+def test_a_marked_test_has_a_kernel_of_its_own_and_this_tree(tmp_path: Path) -> None:
+    assert os.uname().nodename == "tinyvmm"
+    assert os.geteuid() == 0
+    assert Path("/proc/1/comm").read_text() == "init\n"
+    (tmp_path / "file").write_text("under it")
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+    assert list(tmp_path.iterdir()) == []
+    assert Path(__file__).read_text().endswith("# the end\n")
+
+
+@pytest.mark.in_vm
+@pytest.mark.xfail(raises=ZeroDivisionError, strict=True, reason="so it is known to have run")
+def test_a_marked_test_fails_here_as_it_does_there() -> None:
+    assert os.uname().nodename != "tinyvmm" or 1 // 0
+
+
+def test_a_fixture_is_a_machine_on_this_tree(vm: Machine) -> None:
+    done = vm.run(["cat", __file__], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("# the end\n")
+
+
+# the end

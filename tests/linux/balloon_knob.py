@@ -1,9 +1,10 @@
 """`tinyvmm run` whose guest can turn its own balloon: what a host would do, when a test wants it.
 
-A device on two ports, of bytes, as /dev/port reads and writes them. In steps of 4 MiB:
+A device on three ports, of bytes, as /dev/port reads and writes them. In steps of 4 MiB:
 
     0x520  W  how large the balloon is to be          R  how large it is
     0x521  W  ask the guest's driver for statistics   R  the total memory it told; 255 until then
+    0x522  W  whether the next driver is offered DEFLATE_ON_OOM   R  whether it is
 """
 
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 from tinyvmm.cli.main import main
 from tinyvmm.devices.device import Device, IrqLine
 from tinyvmm.devices.virtio import balloon
-from tinyvmm.devices.virtio.balloon import VirtioBalloon
+from tinyvmm.devices.virtio.balloon import VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VirtioBalloon
 
 STEP = 22
+OFFER = 2
 UNKNOWN = 255
 
 
@@ -32,7 +34,7 @@ class Known(VirtioBalloon):
 class Knob(Device):
     """Turns it; the interrupt is never raised, but Linux is to know of it."""
 
-    PORTS = (0x520, 2)
+    PORTS = (0x520, 3)
     HID = "KNOB0001"
     name = "knob"
 
@@ -42,11 +44,16 @@ class Knob(Device):
 
     def read(self, offset: int, size: int) -> int:
         del size
+        if offset == OFFER:
+            return int(bool(Known.made.features & VIRTIO_BALLOON_F_DEFLATE_ON_OOM))
         return self.total if offset else Known.made.actual >> STEP
 
     def write(self, offset: int, size: int, value: int) -> None:
         del size
-        if offset:
+        if offset == OFFER:
+            Known.made.features &= ~VIRTIO_BALLOON_F_DEFLATE_ON_OOM
+            Known.made.features |= VIRTIO_BALLOON_F_DEFLATE_ON_OOM if value else 0
+        elif offset:
             self.total = UNKNOWN
             threading.Thread(target=self.ask, daemon=True).start()  # the CPU that asks must go on
         else:

@@ -75,10 +75,37 @@ while read -r name count; do
 done < /proc/vmstat
 for device in /sys/bus/virtio/devices/*; do
   read -r id < $device/device
-  [ $id = 0x0005 ] && read -r accepted < $device/features
+  [ $id = 0x0005 ] && read -r accepted < $device/features && balloon=${device##*/}
 done
 echo accepted=$accepted
 echo complaints=$(dmesg --level=emerg,alert,crit,err,warn | grep -ciE 'balloon|DV0|virtio|ACPI')
+
+# Files that no memory can be had of leave the guest 40 MiB; a balloon takes 24, a command needs 24.
+available() {
+  while read -r name n _; do [ $name = MemAvailable: ] && echo $((n >> 10)); done < /proc/meminfo
+}
+killed() {
+  while read -r name count; do [ $name = oom_kill ] && echo $1=$count; done < /proc/vmstat
+}
+mkdir /tmp/full && mount -t tmpfs -o huge=always,size=100% full /tmp/full
+fallocate -l $(($(available) - 40))M /tmp/full/file
+need() {
+  turn 1312 006; await 1312 '-eq 6'
+  (
+    echo 1000 > /proc/self/oom_score_adj
+    exec dd bs=24M count=1 if=/dev/zero of=/dev/null 2> /dev/null
+  )
+  echo $1=$?
+  echo taken_back_$1=$((6 - $(knob 1312)))
+  killed killed_$1
+  turn 1312 0; await 1312 '-eq 0'
+}
+need offered
+cd /sys/bus/virtio/drivers/virtio_balloon
+echo $balloon > unbind
+turn 1314 0
+echo $balloon > bind
+need refused 2> /dev/null  # where the shell says so
 """
 
 
@@ -92,7 +119,8 @@ def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) 
     ):
         own += ["--device", device]
     done = guest.program(
-        python_command(SUPERVISOR, [*own, "--", "sh", "-c", SCRIPT, "sh", interpreter()])
+        python_command(SUPERVISOR, [*own, "--", "sh", "-c", SCRIPT, "sh", interpreter()]),
+        timeout=400,
     )
     assert (done.status, done.stderr) == (0, b""), done
     told = dict(re.findall(r"^(\w+)=(.*)$", done.stdout.decode(), re.MULTILINE))
@@ -119,3 +147,8 @@ def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) 
     # Statistics, deflation before anybody is killed for want of memory, reports of free pages.
     assert [bit for bit, is_on in enumerate(told["accepted"][:24]) if is_on == "1"] == [1, 2, 5]
     assert told["complaints"] == "0"
+    # The balloon is a wish: a command gets what it needs of it. Where it is none, it is killed.
+    assert (told["offered"], told["killed_offered"]) == ("0", "0"), done
+    assert int(told["taken_back_offered"]) >= 1
+    assert (told["refused"], told["killed_refused"]) == ("137", "1"), done
+    assert told["taken_back_refused"] == "0"

@@ -44,11 +44,12 @@ def save(
     saved = []
     lost = set(stale)
     for number, fid in fids.items():
-        place = places.find(fid)
+        named = _is_named(fid)
+        place = places.find(fid, named=named)
         if place is None:
             lost.add(number)
         else:
-            saved.append({"fid": number, "place": place} | _saved(fid, locks))
+            saved.append({"fid": number, "place": place, "named": named} | _saved(fid, locks))
     return {"places": places.list, "fids": saved, "stale": sorted(lost)}
 
 
@@ -96,7 +97,6 @@ def _saved(fid: Fid, locks: LockTable) -> dict[str, Any]:
     held = locks.held(path, fid) if fid.locked else []
     return {
         "qid": path,
-        "named": _is_named(fid),
         "uid": fid.uid,
         "flags": None if file is None else fid.flags,
         "set_id": fid.set_id,
@@ -156,18 +156,22 @@ class _Places:
         self._nodes = [node for fid in fids for node in (fid.parent, fid.node) if node is not None]
         self._others: dict[int, int] | None = None
 
-    def find(self, fid: Fid) -> int | None:
+    def find(self, fid: Fid, *, named: bool) -> int | None:
         """The place of a fid's file; None if there is none."""
+        node = fid.node
         try:
-            if _is_directory(fid.node):
-                return self._directory(fid.node)
-            if fid.parent is not None and _is_named(fid):
-                return self._add(self._directory(fid.parent), fid.name)
+            if fid.parent is not None and named:
+                number = self._add(self._directory(fid.parent), fid.name)
+                if _is_directory(node):
+                    return self._numbers.setdefault(node.qid().path, number)
+                return number
+            if _is_directory(node):
+                return self._directory(node)
         except OSError:
             return None
         if self._others is None:
             self._others = self._look()
-        return self._others.get(fid.node.qid().path)
+        return self._others.get(node.qid().path)
 
     def _add(self, above: int, name: bytes) -> int:
         number = self._added.get((above, name))

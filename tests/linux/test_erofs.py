@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from tests.erofs_reader import make_torture_tree
-from tests.linux.conftest import Runner
+from tests.linux.conftest import MAIN, ROOT, Runner
 from tests.linux.test_instances import cli, do, ok, run, sh
+from tinyvmm.guest.modules import closure
 from tinyvmm.images import kernel_store, kernels
 from tinyvmm.images.erofs.writer import write_image
+from tinyvmm.lab.lab import Lab, python_command
 from tinyvmm.roots.erofs_root import open_upper
 
 pytestmark = pytest.mark.linux
@@ -52,7 +54,7 @@ def torture(guest: Runner) -> Path:
 
 
 def test_linux_finds_no_difference_and_what_is_written_is_kept(
-    guest: Runner, torture: Path
+    guest: Runner, torture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image, kept = torture.with_name("image"), torture.with_name("kept")
     kept.mkdir()
@@ -73,10 +75,71 @@ def test_linux_finds_no_difference_and_what_is_written_is_kept(
     assert rest == b"overlay\n0\n"
     assert not (torture / "moved").exists()
 
+    # From a store of the tests' own, which stays; what is in the user's is the user's business.
+    monkeypatch.setenv("XDG_DATA_HOME", str(ROOT / ".cache/tests"))
     cloud = kernel_store.fetch(None, None, "cloud")
-    again = guest.run(*map(str, root), "--kernel", cloud.version, "--", "sh", "-c", AGAIN)
+    command = [*map(str, root), "--kernel", cloud.version, "--", "sh", "-c", AGAIN]
+    store = f"XDG_DATA_HOME={ROOT / '.cache/tests'}"
+    again = guest.program(["env", store, *python_command(MAIN, ["run", "--no-lab", *command])])
     assert again.stderr == b""
     assert again.stdout == b"kept\n300\n1\n640\n0\n"
+
+
+# Linux's own client, told by netlink for the one device and by ioctls for the other. $1 is the
+# tree; then modules to insert, a --, and the server's command.
+NBD = f"""
+tree=$1; shift
+while [ "$1" != -- ]; do insmod "$1" 2>/dev/null; shift; done; shift
+list() {{ ( {LIST} ) }}
+one=/tmp/nbd-unix two=/tmp/nbd-tcp says=/tmp/nbd-says
+mkdir -p $one $two && ip link set lo up && rm -f $says /tmp/nbd-socket
+"$@" --nbd unix:/tmp/nbd-socket --nbd tcp:127.0.0.1:10809 --read "$tree" > $says 2> $says.errors &
+server=$!
+until [ -s $says ]; do kill -0 $server || {{ cat $says.errors >&2; exit 1; }}; sleep 0.2; done
+{{ nbd-client -unix /tmp/nbd-socket /dev/nbd0 -R &&
+  nbd-client -nonetlink -readonly -name erofs 127.0.0.1 /dev/nbd1; }} > $says 2>&1 ||
+  {{ cat $says >&2; exit 1; }}
+mount -t erofs -o ro /dev/nbd0 $one && mount -t erofs -o ro /dev/nbd1 $two || exit 1
+blockdev --getro /dev/nbd0 /dev/nbd1
+list $one; echo; echo END; list "$tree"; echo; echo END
+cmp $one/bytes-70000 $two/bytes-70000 && echo alike
+echo changed >> "$tree/bytes-8192"
+cat $two/bytes-8192 2>&1 >/dev/null | sed 's/.*: //'
+cmp $two/plain "$tree/plain" && echo goes on
+umount $one && umount $two
+nbd-client -d /dev/nbd0 > $says; nbd-client -d /dev/nbd1 > $says
+kill $server; wait $server
+echo "status $?"; cat $says.errors; rm -f $says*
+"""
+
+
+CHANGED = " gives the guest an error: it changed after the guest had seen it"
+
+
+def test_linux_mounts_what_serve_nbd_serves(guest: Runner, torture: Path) -> None:
+    tree = torture.with_name("served")
+    subprocess.run(["cp", "-a", str(torture), str(tree)], check=True)
+    modules = kernels.find(None).modules
+    assert modules is not None
+    needed = [module.path for module in closure(modules, ("nbd", "crc32c_generic?", "erofs"))]
+    server = python_command(MAIN, ["serve"])
+    command = ["bash", "-c", NBD, "bash", str(tree), *needed, "--", *server]
+    if guest.lab is not None:
+        done = guest.program(command)
+    else:  # it takes more than this computer may give
+        with Lab(shares=[str(guest.shared)]) as lab:
+            done = Runner(lab, guest.shared).program(command)
+    assert (done.status, done.stderr) == (0, b""), done
+    mounted, itself, rest = done.stdout.split(b"\nEND\n")
+    assert itself.count(b"\n") > 600
+    assert mounted == b"1\n1\n" + itself  # the devices are read-only
+    assert rest.decode().splitlines() == [
+        "alike",
+        "Input/output error",
+        "goes on",
+        "status 0",
+        f"tinyvmm: {tree}/bytes-8192{CHANGED}",
+    ]
 
 
 WRITE = "echo new > /srv/new; rm /etc/passwd /t/a; mv /t/sub /t/moved"

@@ -16,14 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_written import Machine, ended, machine
+from tests.erofs_reader import Entry, read_image
+from tests.test_written import NAME, Machine, ended, machine
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver import ownership
 from tinyvmm.fileserver.objects import ObjectTree
-from tinyvmm.fileserver.tree import Node
+from tinyvmm.fileserver.tree import AT_REMOVEDIR, SETATTR_MODE, Node
+from tinyvmm.fileserver.union import open_tree
 from tinyvmm.fileserver.written import list_changes
 from tinyvmm.guest.init import Mkdir, Mount
 from tinyvmm.images import packs
+from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.packs import Pack
 from tinyvmm.images.selection import Selection, select
 from tinyvmm.roots import pack_mounts
@@ -140,7 +144,6 @@ def test_an_erofs_pack_is_what_erofs_utils_read(tools: Path) -> None:
         (["lib/deep", "/empty/"], [], ["empty", "lib", "lib/deep", "lib/deep/b.py"]),
         (["lib/*.py"], ["deep"], ["lib", "lib/a.py"]),
         (["share", "bin/t*"], [], ["bin", "bin/tool", "share", "share/doc", "share/doc/readme"]),
-        (["nothing"], [], []),
     ],
 )  # fmt: skip
 def test_patterns_say_what_is_in_a_pack(
@@ -149,19 +152,85 @@ def test_patterns_say_what_is_in_a_pack(
     assert files(tools, include=include, exclude=exclude) == wanted
 
 
-def test_what_a_machine_wrote_is_a_pack_if_nothing_is_gone(
+def test_what_a_machine_wrote_is_a_pack_a_zip_if_nothing_is_gone(
     ended: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert create("writes", "--machine", "web", "--format", "zip") == 125
+    assert "/etc/group was deleted, which a zip" in capsys.readouterr().err
+    only = ["--include", "etc/new*"]
     for kind in packs.KINDS:
-        assert create("writes", "--machine", "web", "--format", kind) == 125
-        assert "/etc/group was deleted, which a" in capsys.readouterr().err
-        only = ["--include", "etc/new*"]
         assert create(kind, "--machine", "web", "--format", kind, *only) == 0
-        output = str(tmp_path / f"x.{kind}")
-        assert main(["commit", "web", "-o", output]) == 125
-        assert not os.path.exists(output)
-    assert [name for name in served(packs.find("zip").path) if name] == ["/etc", "/etc/new\n\x1b"]
+    new = "/etc/" + os.fsdecode(NAME)
+    assert [name for name in served(packs.find("zip").path) if name] == ["/etc", new]
     assert {p.source for p in packs.list_()} == {"what web wrote"}
+    assert main(["commit", "web", "-o", f"{tmp_path}/x.zip"]) == 125
+    assert not (tmp_path / "x.zip").exists()
+    assert main(["commit", "web", "-o", f"{tmp_path}/x.erofs"]) == 0
+    found = read_image(tmp_path / "x.erofs")
+    assert set(found) == {b"", b"/etc", os.fsencode(new), b"/etc/group"}
+    assert is_whiteout(found[b"/etc/group"])
+
+
+def is_whiteout(entry: Entry) -> bool:
+    """As overlayfs has them: a character device 0:0."""
+    return stat.S_ISCHR(entry.mode) and entry.rdev == 0
+
+
+@pytest.mark.parametrize("held_by", ["us", "the guest"])
+@pytest.mark.parametrize("pretend", [False, True])
+def test_what_is_gone_is_gone_from_under_an_erofs_pack(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretend: bool, held_by: str
+) -> None:
+    monkeypatch.setattr(ownership, "must_pretend", lambda: pretend or os.geteuid() != 0)
+    monkeypatch.setattr(tree_writer, "must_pretend", ownership.must_pretend)
+    machine.tree.close()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/below").touch()
+    machine.reads.append(("/mnt/data", str(tmp_path / "data")))
+    machine.writes.append(("/mnt/data", str(tmp_path / "more")))
+    machine.tree = open_tree(machine.reads, machine.writes)
+    machine.file("etc", b"new", b"new")
+    machine.remove("etc", "group")
+    machine.remove("mnt/data", "below")
+    for name in ("sub/b", "a"):
+        machine.remove(os.path.dirname(f"srv/old/{name}"), os.path.basename(name))
+    machine.remove("srv/old", "sub", AT_REMOVEDIR)
+    machine.remove("srv", "old", AT_REMOVEDIR)
+    machine.mkdir("srv", "old")
+    machine.file("srv/old", b"again")
+    old = machine.at("srv/old")
+    old.setattr(SETATTR_MODE, mode=0o710)
+    old.setxattr(b"user.x", b"1", 0)
+    old.close()
+    changes = list_changes(machine.reads, machine.writes)
+    trees = machine.writes if held_by == "us" else []
+    output = tmp_path / "out"
+    output.mkdir()
+    packs.write(packs.Files(changes, trees), str(output / "x.erofs"), "erofs", print)
+    assert [path.name for path in output.iterdir()] == ["x.erofs"]
+    found = read_image(output / "x.erofs")
+    assert {path for path, entry in found.items() if is_whiteout(entry)} == {
+        b"/etc/group",
+        b"/mnt/data/below",
+    }
+    opaque = (b"trusted.overlay.opaque", b"y")
+    assert {path for path, entry in found.items() if opaque in entry.xattrs} == {b"/srv/old"}
+    assert stat.S_IMODE(found[b"/srv/old"].mode) == 0o710
+    assert (b"user.x", b"1") in found[b"/srv/old"].xattrs
+    plain = {path for path, entry in found.items() if stat.S_ISREG(entry.mode)}
+    assert plain == {b"/etc/new", b"/srv/old/again"}
+    assert found[b"/etc/new"].content == sha256(b"new").digest()
+    subprocess.run(["fsck.erofs", str(output / "x.erofs")], check=True)
+
+
+def test_patterns_that_leave_nothing_are_told_of(
+    tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert create("x", str(tools), "--include", "*.zzz") == 125
+    assert "--include and --exclude leave nothing" in capsys.readouterr().err
+    assert main(["pack", "list"]) == 0
+    assert capsys.readouterr().out == ("no pack here yet; make one: tinyvmm pack create NAME DIR\n")
 
 
 def test_what_a_zip_cannot_hold_is_said(

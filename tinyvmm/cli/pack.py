@@ -111,6 +111,8 @@ def _list(args: argparse.Namespace) -> int:
 
         print(json.dumps([pack._asdict() for pack in found], indent=2))
         return 0
+    if not found:
+        print("no pack here yet; make one: tinyvmm pack create NAME DIR")
     name_len = max((len(pack.name) for pack in found), default=0)
     for pack in found:
         size = f"{pack.size / 1e6:.1f} MB"

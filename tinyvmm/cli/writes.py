@@ -12,7 +12,8 @@ _EPILOG = """\
 OUTPUT says by its name what it is to be:
 
   x.tar, x.tar.gz, x.tgz   a layer of an OCI image: what is gone are .wh. files in it
-  x.erofs, x.zip           a pack, for run --pack, if nothing is gone
+  x.erofs                  a pack, for run --pack, with what is gone
+  x.zip                    the same, if nothing is gone
   x/                       a directory, for run --read over what the machine read
 
 A machine that runs is paused meanwhile.

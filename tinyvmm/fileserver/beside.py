@@ -29,6 +29,8 @@ from tinyvmm.fileserver.whiteout import OWNER_XATTR
 LAYER_XATTR = b"user.tinyvmm.layer"
 SPECIAL_XATTR = b"user.tinyvmm.special"
 XATTR_PREFIX = b"user.tinyvmm.xattr."
+OVERLAY_OPAQUE = b"trusted.overlay.opaque"
+"""With XATTR_PREFIX, of a tree that an image is made of: which is to have that attribute."""
 _TARGET_MAX = 4096  # PATH_MAX
 
 _TYPES = {stat.S_IFLNK: b"symlink", stat.S_IFIFO: b"pipe", stat.S_IFSOCK: b"socket"}

@@ -8,7 +8,7 @@ read trees are those of the first and this one sees what the first machine's gue
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.beside import Owner
@@ -41,20 +41,95 @@ def write_directory(changes: Iterable[Change], path: str, warn: Callable[[str], 
     return count
 
 
-def fill_directory(changes: Iterable[Change], path: str, warn: Callable[[str], None]) -> int:
-    """As `write_directory`, into a directory that is there and empty; OSError if it cannot be."""
+def fill_directory(
+    changes: Iterable[Change], path: str, warn: Callable[[str], None], *, for_image: bool = False
+) -> int:
+    """As `write_directory`, into a directory that is there and empty; OSError if it cannot be.
+
+    With `for_image` what is gone is said in an image that is made of it, and not here.
+    """
     count = 0
     linked: dict[tuple[int, int], bytes] = {}
     with TreeWriter(path) as writer:
+        whiteout, opaque = writer.whiteout, writer.opaque
+        if for_image:
+            whiteout, opaque = writer.gone, writer.hides
+            changes = said_once(changes)
         for change in changes:
             if change.kind == DELETED:
                 if not change.implied:
-                    writer.whiteout(change.path[1:])
+                    whiteout(change.path[1:])
                     count += 1
             else:
                 count += _add(writer, change, linked, warn)
+                if change.opaque:
+                    opaque(change.path[1:])
         writer.finish()
     return count
+
+
+def said_once(changes: Iterable[Change]) -> Iterator[Change]:
+    """Leave out what is gone below an opaque directory, of which nothing shows anyway.
+
+    Overlayfs hides whiteouts only where it merges.
+    """
+    hidden = b""
+    for change in changes:
+        below = bool(hidden) and change.path.startswith(hidden)
+        if change.kind == DELETED and below:
+            continue
+        if change.opaque and not below:
+            hidden = change.path + b"/"
+        yield change
+
+
+class Gone:
+    """What is gone of write trees, as trees to lie over them where an image is made of them all."""
+
+    def __init__(self, trees: Sequence[tuple[str, str]], where: str) -> None:
+        """Of `trees`, (guest path, host directory) each; made in the directory `where`."""
+        guests = {os.fsencode(guest).rstrip(b"/") for guest, _ in trees}
+        self._guests = sorted(guests, key=len, reverse=True)
+        self._where = where
+        self._writers: dict[bytes, TreeWriter] = {}
+        self._above: list[tuple[bytes, Attributes]] = []  # directories on the way to here
+
+    def note(self, change: Change) -> None:
+        """Take the next change."""
+        path, st = change.path, change.stat
+        while self._above and not path.startswith(self._above[-1][0] + b"/"):
+            self._above.pop()
+        if change.kind == DELETED:
+            if not change.implied:
+                writer, inner = self._writer(path)
+                writer.gone(inner)
+        elif st is not None and stat.S_ISDIR(st.st_mode):
+            self._above.append((path, _attributes(st, change)))
+            if change.opaque:
+                writer, inner = self._writer(path)
+                writer.hides(inner)
+
+    def _writer(self, path: bytes) -> tuple[TreeWriter, bytes]:
+        """The writer of the tree that `path` is in, which has the way there; the path in it."""
+        guest = next(guest for guest in self._guests if path.startswith(guest + b"/"))
+        if guest not in self._writers:
+            top = os.path.join(self._where, str(len(self._writers)))
+            os.mkdir(top)
+            self._writers[guest] = TreeWriter(top)
+        writer = self._writers[guest]
+        for above, attributes in self._above:
+            if len(above) > len(guest):
+                writer.directory(above[len(guest) + 1 :], attributes)
+        return writer, path[len(guest) + 1 :]
+
+    def close(self) -> list[tuple[str, str]]:
+        """Return the trees, (guest path, host directory) each."""
+        trees = []
+        for number, (guest, writer) in enumerate(self._writers.items()):
+            with writer:
+                writer.finish()
+            trees.append((os.fsdecode(guest) or "/", os.path.join(self._where, str(number))))
+        return trees
 
 
 def _add(
@@ -71,8 +146,7 @@ def _add(
     if kind == stat.S_IFSOCK:
         warn(f"{os.fsdecode(change.path)} is a socket, where nobody listens any more: left out")
         return 0
-    owner = Owner(st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode))
-    attributes = Attributes(owner, clamp_time(st.st_mtime_ns), change.xattrs())
+    attributes = _attributes(st, change)
     first = path
     if kind != stat.S_IFDIR and st.st_nlink > 1:
         first = linked.setdefault((st.st_dev, st.st_ino), path)
@@ -80,8 +154,6 @@ def _add(
         writer.link(path, first)
     elif kind == stat.S_IFDIR:
         writer.directory(path, attributes)
-        if change.opaque:
-            writer.opaque(path)
     elif kind == stat.S_IFREG:
         writer.file(path, attributes, _pieces(change), st.st_size)
     elif kind == stat.S_IFLNK:
@@ -89,6 +161,11 @@ def _add(
     else:
         writer.special(path, kind, attributes, st.st_rdev)
     return 1
+
+
+def _attributes(st: os.stat_result, change: Change) -> Attributes:
+    owner = Owner(st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode))
+    return Attributes(owner, clamp_time(st.st_mtime_ns), change.xattrs())
 
 
 def _pieces(change: Change) -> Iterator[tuple[int, bytes]]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
-from tinyvmm.fileserver.written import DELETED, Change
+from tinyvmm.fileserver.written import Change
 
 KINDS = ("erofs", "zip")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -73,20 +73,21 @@ def find(name: str) -> Pack:
     return Pack(name, path, kind_of(path), size=os.stat(path).st_size)
 
 
-def kind_of(path: str) -> str:
-    """Return which of KINDS a file is, by its content; ConfigError if it is none."""
+def kind_of(path: str, shown: str | None = None) -> str:
+    """Return which of KINDS a file is, by its content; ConfigError, of `shown`, if it is none."""
+    shown = shown or path
     try:
         with open(path, "rb") as file:
             head = file.read(4)
             file.seek(1024)
             superblock = file.read(4)
     except OSError as error:
-        raise ConfigError(f"pack {path}: {error.strerror}") from None
+        raise ConfigError(f"pack {shown}: {error.strerror}") from None
     if superblock == _EROFS_MAGIC:
         return "erofs"
     if head in _ZIP_MAGICS:
         return "zip"
-    raise ConfigError(f"pack {path}: neither an EROFS image nor a zip; make one: pack create")
+    raise ConfigError(f"pack {shown}: neither an EROFS image nor a zip; make one: pack create")
 
 
 def _stored(name: str) -> Pack | None:
@@ -158,39 +159,31 @@ def _write_zip(files: Files, path: str, warn: Callable[[str], None]) -> None:
 
 
 def _write_erofs(files: Files, path: str, warn: Callable[[str], None]) -> None:
+    import tempfile
+
+    from tinyvmm.images.changed_tree import Gone, fill_directory, said_once
     from tinyvmm.images.erofs.writer import write_image
 
-    if not files.trees:  # what a guest holds: an image is made of what is here
-        import tempfile
-
-        from tinyvmm.images.changed_tree import fill_directory
-
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as here:
-            fill_directory(_none_deleted(files.changes), here, warn)
+    where = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=where, prefix=f"{_DRAFT}gone-") as here:
+        if not files.trees:  # what a guest holds: an image is made of what is here
+            fill_directory(files.changes, here, warn, for_image=True)
             write_image([("/", here)], path)
-        return
-    wanted = {change.path for change in _none_deleted(files.changes)}
-    tops = [
-        (os.path.realpath(os.fsencode(host)), os.fsencode(guest)) for guest, host in files.trees
-    ]
+            return
+        gone, wanted = Gone(files.trees, here), set()
+        for change in said_once(files.changes):
+            gone.note(change)
+            wanted.add(change.path)
+        trees = [*files.trees, *gone.close()]
+        tops = [(os.path.realpath(os.fsencode(host)), os.fsencode(guest)) for guest, host in trees]
 
-    def keep(host: bytes) -> bool:
-        for top, guest in tops:
-            if host.startswith(os.path.join(top, b"")):
-                return os.path.join(guest, os.path.relpath(host, top)) in wanted
-        return False
+        def keep(host: bytes) -> bool:
+            for top, guest in tops:
+                if host.startswith(os.path.join(top, b"")):
+                    return os.path.join(guest, os.path.relpath(host, top)) in wanted
+            return False
 
-    write_image(files.trees, path, keep=keep)
-
-
-def _none_deleted(changes: Iterable[Change]) -> Iterator[Change]:
-    for change in changes:
-        if change.kind == DELETED:
-            raise ConfigError(
-                f"{os.fsdecode(change.path)} was deleted, which a pack cannot say: "
-                "make a layer (.tar) of it"
-            )
-        yield change
+        write_image(trees, path, keep=keep)
 
 
 def get(name: str, url: str, digest: str | None, progress: Progress) -> Pack:
@@ -216,7 +209,7 @@ def get(name: str, url: str, digest: str | None, progress: Progress) -> Pack:
             raise ConfigError(
                 f"pack get {url}: its SHA-256 is {found}, not {wanted}: it is another"
             )
-        kind = kind_of(path)
+        kind = kind_of(path, url)
         os.rename(path, os.path.join(draft, f"pack.{kind}"))
         return kind
 

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
+from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.written import Change, Kept
 
 
@@ -31,9 +32,14 @@ class Selection:
 
 
 def select(changes: Iterable[Change], selection: Selection) -> Iterator[Change]:
-    """List those of `changes` that are wanted: a tree's, directories before what is in them."""
+    """List those of `changes` that are wanted: a tree's, directories before what is in them.
+
+    ConfigError if there are some, and none is wanted.
+    """
     above: list[Kept] = []  # directories that may turn out to be on the way to something
+    any_there = any_wanted = False
     for change in changes:
+        any_there = True
         if selection.excludes(change.path):
             continue
         while above and not change.path.startswith(above[-1].path + b"/"):
@@ -41,9 +47,12 @@ def select(changes: Iterable[Change], selection: Selection) -> Iterator[Change]:
         if selection.includes(change.path):
             yield from above
             above = []
+            any_wanted = True
             yield change
         elif change.stat is not None and stat.S_ISDIR(change.stat.st_mode):
             above.append(Kept(change))
+    if any_there and not any_wanted:
+        raise ConfigError("--include and --exclude leave nothing")
 
 
 def _matches(path: bytes, patterns: Sequence[str]) -> bool:

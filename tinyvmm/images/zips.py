@@ -35,7 +35,8 @@ def write_zip(changes: Iterable[Change], path: str, warn: Callable[[str], None])
             shown = os.fsdecode(change.path)
             if change.kind == DELETED:
                 raise ConfigError(
-                    f"{shown} was deleted, which a zip cannot say: make a layer (.tar) of it"
+                    f"{shown} was deleted, which a zip cannot say: make an EROFS pack of it, "
+                    "or a layer (.tar)"
                 )
             attributes += bool(change.xattrs())
             if _add(archive, change):

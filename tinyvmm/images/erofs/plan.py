@@ -43,6 +43,7 @@ from tinyvmm.images.erofs.sources import (
     point_listing,
 )
 
+_KEPT_OPAQUE = beside.XATTR_PREFIX + beside.OVERLAY_OPAQUE
 MEMORY = 0xFFFF_FFFF
 """In place of a directory's number: the blocks hold what was made here, not a file's data."""
 _NEXT_MAX = 1 << 14
@@ -543,7 +544,8 @@ class Plan:
         for shown in sorted(names):
             kept = os.fsencode(shown)
             name = kept.removeprefix(beside.XATTR_PREFIX) if noted else kept
-            if name.startswith(PRIVATE_XATTRS) or erofs.xattr_index(name) is None:
+            ours = name.startswith(PRIVATE_XATTRS) and kept != _KEPT_OPAQUE
+            if ours or (kept == _KEPT_OPAQUE and not noted) or erofs.xattr_index(name) is None:
                 continue
             try:
                 value = os.getxattr(path, kept, follow_symlinks=follow)

@@ -64,4 +64,13 @@ def _run(name: str, command: list[str], arguments: list[str]) -> None:
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         program = os.path.basename(command[0])
-        raise ConfigError(f"containers-storage:{name}: {program} says: {lines[-1][:300]}")
+        why = _message(lines[-1])
+        if "does not resolve to an image ID" in why or "image not known" in why:
+            raise ConfigError(f"containers-storage:{name}: no such image there; see: podman images")
+        raise ConfigError(f"containers-storage:{name}: {program} says: {why[-300:]}")
+
+
+def _message(line: str) -> str:
+    """What a line of logrus's, `time=... level=... msg="..."`, says; or the line."""
+    found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)
+    return line if found is None else re.sub(r"\\(.)", r"\1", found[1])

@@ -165,6 +165,8 @@ class DockerArchive(_FileSource):
 
     def __init__(self, files: Files, shown: str, which: str) -> None:
         super().__init__(files, shown)
+        if not _has(files, "manifest.json"):
+            raise ConfigError(f"{shown} is no image: it has neither index.json nor manifest.json")
         entry = self._entry(spec.parse_json(b'{"": %s}' % self._read_list(), shown)[""], which)
         config = self._read(str(entry.get("Config", "")), spec.CONFIG_MAX)
         self.names = [str(reference.parse_name(name)) for name in _words(entry.get("RepoTags"))]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.beside import (
     LAYER_XATTR,
+    OVERLAY_OPAQUE,
     SPECIAL_XATTR,
     XATTR_PREFIX,
     Owner,
@@ -262,6 +263,20 @@ class TreeWriter:
     def opaque(self, path: bytes) -> None:
         """Hide everything that lower layers have in the directory `path`."""
         os.setxattr(self._enter(split(path), path), OPAQUE_XATTR, b"y")
+
+    def gone(self, path: bytes) -> None:
+        """Have an image of this tree say that `path` is gone: overlayfs's whiteout is a file of it.
+
+        In the tree itself it hides nothing.
+        """
+        dir_fd, name = self._place(path)
+        self._stand_in(name, dir_fd, stat.S_IFCHR, 0, Attributes(Owner(0, 0, 0)), b"")
+
+    def hides(self, path: bytes) -> None:
+        """As `gone`, of all that was in the directory `path`."""
+        os.setxattr(self._enter(split(path), path), XATTR_PREFIX + OVERLAY_OPAQUE, b"y")
+        if not self.pretends:
+            self._mark(b"-")
 
     def finish(self) -> None:
         """Give directories their times, which filling them has changed."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import sleep
 
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyvmm import bare_kernel
+from tinyvmm import bare, bare_kernel
 from tinyvmm.bare_kernel import Module
 from tinyvmm.devices.virtio.pci import NOTIFY
 from tinyvmm.errors import ConfigError
@@ -251,6 +251,18 @@ def test_ctrl_c_ends_a_kernel_that_does_not(build: Build) -> None:
         sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+@pytest.mark.kvm
+def test_a_signal_that_comes_between_two_machines_is_not_lost(build: Build) -> None:
+    options = bare.BareOptions(build("leave"), memory=64 << 20, serial="none", timeout=5.0)
+    with ExitStack() as cleanup:
+        interruption = bare._Interruption(cleanup)
+        os.kill(os.getpid(), signal.SIGINT)
+        result, again = bare._run_once(
+            options, [], lambda _: None, interruption, bare._Deadline(5.0), typed=False
+        )
+    assert (result.status, result.reason, again) == (130, "signal", False)
 
 
 # --- files that are no kernels ----------------------------------------------------------------

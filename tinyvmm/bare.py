@@ -30,6 +30,7 @@ from tinyvmm.disks.opening import DiskOptions
 from tinyvmm.errors import ConfigError, VcpuError
 from tinyvmm.machine import Machine
 from tinyvmm.session import (
+    INPUT_PATIENCE,
     STATUS_MACHINE_FAILED,
     STATUS_SIGNAL,
     STATUS_TIMEOUT,
@@ -115,6 +116,8 @@ def _run_once(
         add_disks(machine, options.disks, disks)
         _boot(machine, options)
         interruption.machine = machine
+        if interruption.result is not None:  # which came while there was no machine to stop
+            return interruption.result, False
         if typed and machine.uart is not None:
             typist = _Typist(machine.uart, interruption.escape)
             cleanup.callback(typist.close)
@@ -241,6 +244,7 @@ class _Typist:
     def __init__(self, uart: "Uart", escape: Callable[[], None]) -> None:
         self._uart = uart
         self._escape = escape
+        self._closing = False
         self._quit_read, self._quit_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._main, name="serial input", daemon=True)
         self._thread.start()
@@ -265,7 +269,7 @@ class _Typist:
                 waiting = os.read(0, 4096)
             except OSError:
                 return  # a closed standard input, or a terminal that hung up, types nothing
-            if not waiting:
+            if not waiting or self._closing:
                 return
             if keys is not None and keys.seen(waiting):
                 self._escape()
@@ -273,6 +277,8 @@ class _Typist:
 
     def close(self) -> None:
         """Stop typing; what was read and not yet typed is gone."""
+        self._closing = True
         os.close(self._quit_write)
-        self._thread.join()
-        os.close(self._quit_read)
+        self._thread.join(INPUT_PATIENCE)
+        if not self._thread.is_alive():  # else somebody else got what was there to read
+            os.close(self._quit_read)

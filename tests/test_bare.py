@@ -243,6 +243,15 @@ def test_a_triple_fault_is_a_crash(build: Build) -> None:
 
 
 @pytest.mark.kvm
+def test_a_disk_too_full_for_what_a_kernel_says_is_one_line(build: Build) -> None:
+    done = tinyvmm("--kernel", build("told"), "--serial", "file:/dev/full")
+    assert done.returncode == 125
+    assert done.stderr == (
+        b"tinyvmm: cannot write what the kernel says: No space left on device; see --serial\n"
+    )
+
+
+@pytest.mark.kvm
 def test_ctrl_c_ends_a_kernel_that_does_not(build: Build) -> None:
     command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--kernel", build("leave")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:

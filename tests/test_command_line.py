@@ -270,3 +270,30 @@ def test_a_wheel_installs_the_page_and_every_module(tmp_path: Path) -> None:
     sources = [path for path in (tmp_path / "tinyvmm").rglob("*") if path.is_file()]
     assert {str(path.relative_to(tmp_path)) for path in sources} <= set(names)
     assert any(name.endswith(".data/data/share/man/man1/tinyvmm.1") for name in names)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    "words", [["ps"], ["kernel", "list"], ["completion", "bash"], ["serve", "--listen", "unix:S"]]
+)
+def test_output_that_cannot_be_written_is_one_line(
+    words: list[str], buffered: bool, tmp_path: Path
+) -> None:
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment |= {"PYTHONUNBUFFERED": "" if buffered else "1", "XDG_DATA_HOME": str(tmp_path)}
+    words += ["--read", "."] if words[0] == "serve" else []
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tinyvmm", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 125
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch("tinyvmm: cannot .*: No space left on device.*", line)

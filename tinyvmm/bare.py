@@ -230,6 +230,10 @@ def _writer(fd: int) -> Callable[[bytes], None]:
             write_all(fd, data)
         except BrokenPipeError:
             return
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write what the kernel says: {error.strerror}; see --serial"
+            ) from None
 
     return write
 

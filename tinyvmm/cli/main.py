@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from functools import partial
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -17,6 +18,7 @@ from tinyvmm import __version__
 from tinyvmm.errors import TinyvmmError
 
 STATUS_FAILED = 125
+_CANNOT_WRITE = {ENOSPC, EDQUOT, EFBIG, EIO}  # of our output, or of whatever else
 
 COMMANDS = {
     "run": "run",
@@ -120,15 +122,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             own = with_environment(parser, own)
         args = parser.parse_args(own)
         args.own_argv, args.guest_argv = own, guests
-        return cast("int", args.main(args))
+        status = cast("int", args.main(args))
+        if sys.stdout is not None:  # it was closed
+            sys.stdout.flush()
     except TinyvmmError as error:
         from tinyvmm.cli.values import warn
 
         warn(str(error))
+        _let_go_of_output()
         return STATUS_FAILED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python's own flush at exit must not complain of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE and not isinstance(error, BrokenPipeError):
+            raise
+        return _cannot_write(error)
+    return status
+
+
+def _cannot_write(error: OSError) -> int:
+    """Say so, unless it is that whoever read our output has gone; the exit status."""
+    _let_go_of_output()
+    if isinstance(error, BrokenPipeError):
         return 141
+    from tinyvmm.cli.values import warn
+
+    what = "" if error.filename is None else f" {os.fsdecode(error.filename)}"
+    warn(f"cannot write{what}: {error.strerror}")
+    return STATUS_FAILED
+
+
+def _let_go_of_output() -> None:
+    """Write what waits; if it cannot be, Python's own flush at exit must not complain of it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

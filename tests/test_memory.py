@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyvmm import memory as memory_module
 from tinyvmm.errors import ConfigError
 from tinyvmm.layout import MMIO_HOLE_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
 from tinyvmm.memory import GuestMemory, MemoryRangeError
@@ -23,6 +24,30 @@ def test_ram_is_one_memfd_that_others_can_map() -> None:
     memory.close()
     with pytest.raises(MemoryRangeError):
         memory.view(0x1234, 1)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/sys/kernel/mm/transparent_hugepage"),
+    reason="only who may mount gets huge pages, of a kernel that has them",
+)
+def test_ram_has_huge_pages_and_gives_back_small_ones() -> None:
+    memory = GuestMemory(64 << 20)
+    for gpa in range(0, memory.size, 2 << 20):
+        memory.write(gpa, b"x")
+    with open("/proc/self/smaps") as file:
+        mapped = [int(line.split()[1]) for line in file if line.startswith("ShmemPmdMapped")]
+    assert max(mapped) >= 2048
+    assert memory.discard(memory.view(0, PAGE_SIZE)) == PAGE_SIZE
+    assert memory.read(0, 1) == b"\0"
+    assert memory.read(2 << 20, 1) == b"x"
+    memory.close()
+
+
+def test_without_the_right_to_mount_ram_is_a_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "_syscall", lambda *_arguments: -1)
+    memory = GuestMemory(1 << 20)
+    assert "memfd:tinyvmm-ram" in os.readlink(f"/proc/self/fd/{memory.fd}")
+    memory.close()
 
 
 def test_ram_continues_above_the_hole() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tinyvmm.images.features import FEATURES
 from tinyvmm.roots.erofs_root import UPPER_FILE, open_root, open_upper
 
 COMMAND = ("true",)
+TOP = str(Path(__file__).parent.parent)
 
 
 @pytest.fixture
@@ -151,3 +153,14 @@ def test_a_disk_that_cannot_be_made_is_told_of(
     with pytest.raises(ConfigError, match="it is broken"):
         open_upper(str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mkfs.ext4"]
+
+
+def test_a_root_in_ram_imports_nothing_that_only_others_need() -> None:
+    """Start-up is part of every run."""
+    code = "import sys, tinyvmm.roots.erofs_root; print(*sys.modules)"
+    argv = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {TOP!r}); {code}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    found = set(done.stdout.split())
+    assert "tinyvmm.images.erofs.plan" in found
+    others = {"subprocess", "tempfile", "shutil", "zipfile", "tinyvmm.disks.qcow2"}
+    assert not found & {*others, "tinyvmm.images.packs"}

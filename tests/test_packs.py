@@ -25,7 +25,7 @@ from tinyvmm.fileserver.objects import ObjectTree
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, SETATTR_MODE, Node
 from tinyvmm.fileserver.union import open_tree
 from tinyvmm.fileserver.written import list_changes
-from tinyvmm.guest.init import Mkdir, Mount
+from tinyvmm.guest.init import Mkdir, Mount, disk_name
 from tinyvmm.images import packs
 from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.packs import Pack
@@ -495,5 +495,5 @@ def test_a_zip_that_is_damaged_is_one_line(tmp_path: Path) -> None:
 
 
 def test_linux_names_its_disks_so() -> None:
-    names = [pack_mounts.disk_name(number) for number in (0, 25, 26, 701, 702)]
+    names = [disk_name(number) for number in (0, 25, 26, 701, 702)]
     assert names == ["vda", "vdz", "vdaa", "vdzz", "vdaaa"]

@@ -83,6 +83,16 @@ SCRATCH_IN_RAM = Mount("tmpfs", SCRATCH, "tmpfs", data="size=50%,mode=0755")
 """Half of the RAM at most: the other half is for programs."""
 
 
+def disk_name(number: int) -> str:
+    """Return what Linux calls the virtio disk of that number: vda to vdz, vdaa... (sd_format)."""
+    name = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, 26)
+        name = chr(ord("a") + letter) + name
+    return "vd" + name
+
+
 def lower_9p(tag: str, options: str) -> Mount:
     """Return how to mount the 9P tree `tag` read-only, as what `overlay_root` lays over."""
     return Mount(tag, "/lower", "9p", abi.MS_RDONLY, options)

@@ -6,8 +6,6 @@ The disks come behind the user's own, whose names stay what they are.
 """
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -15,10 +13,16 @@ from typing import NamedTuple
 from tinyvmm.disks.raw import RawDisk
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi
-from tinyvmm.guest.init import SCRATCH, SCRATCH_IN_RAM, Filesystem, Mount, overlay_root
+from tinyvmm.guest.init import (
+    SCRATCH,
+    SCRATCH_IN_RAM,
+    Filesystem,
+    Mount,
+    disk_name,
+    overlay_root,
+)
 from tinyvmm.images import kernels
 from tinyvmm.images.erofs.image import ErofsImage
-from tinyvmm.roots.pack_mounts import disk_name
 from tinyvmm.scratch import ScratchDirectory
 
 # What EROFS computes checksums with does not start without the algorithm, which it asks a modprobe
@@ -113,6 +117,8 @@ def open_upper(directory: str) -> RawDisk:
 
 
 def _make_upper(directory: str, path: str) -> None:
+    import shutil
+
     program = shutil.which("mkfs.ext4", path=os.environ.get("PATH", os.defpath) + _SBIN)
     if program is None:
         raise ConfigError(
@@ -138,6 +144,8 @@ def _make_upper(directory: str, path: str) -> None:
 
 def _make_ext4(program: str, path: str) -> None:
     more = ["-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"]
+    import subprocess
+
     argv = [program, "-q", "-F", "-J", "size=64", *more, path]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -16,7 +16,7 @@ from tinyvmm.disks.opening import DiskOptions
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.objects import ObjectTree
 from tinyvmm.guest import abi
-from tinyvmm.guest.init import NEW_ROOT, Filesystem, Mkdir, Mount, v9fs_options
+from tinyvmm.guest.init import NEW_ROOT, Filesystem, Mkdir, Mount, disk_name, v9fs_options
 from tinyvmm.images.packs import Pack
 
 EROFS_MODULES = ("virtio_blk", "erofs")
@@ -119,16 +119,6 @@ def _overlay(guest: str, lower: Sequence[str], writes: str) -> list[Filesystem]:
             f"workdir={writes}/work,redirect_dir=on",
         ),
     ]
-
-
-def disk_name(number: int) -> str:
-    """Return what Linux calls the virtio disk of that number: vda to vdz, vdaa... (sd_format)."""
-    name = ""
-    number += 1
-    while number:
-        number, letter = divmod(number - 1, 26)
-        name = chr(ord("a") + letter) + name
-    return "vd" + name
 
 
 def _tag(number: int) -> str:

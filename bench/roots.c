@@ -4,8 +4,9 @@
 //   init KIND DEVICE MODULE...     as PID 1 of QEMU's guests: insert the modules, mount the root, of
 //                                  KIND 9p, ext4 or KIND+overlay, and measure in there
 //
-// Prints "begin SECONDS" (of the kernel's life), then "end WHAT NANOSECONDS STATUS" of each command
-// and "done"; what a command prints goes to /dev/null.
+// All of it REPEAT times, if that is in the environment. Prints "begin SECONDS" (of the kernel's
+// life), then "end WHAT NANOSECONDS STATUS" of each command and "done"; what a command prints goes
+// to /dev/null.
 
 #include <errno.h>
 #include <fcntl.h>
@@ -60,7 +61,10 @@ static void measure(void) {
   unsetenv("PYTHONPATH");
   printf("begin %.3f\n", now(CLOCK_BOOTTIME) / 1e9);
   fflush(stdout);
-  for (size_t i = 0; i < sizeof COMMANDS / sizeof *COMMANDS; i++) {
+  const char *repeat = getenv("REPEAT");
+  size_t count = sizeof COMMANDS / sizeof *COMMANDS, times = repeat ? atoi(repeat) : 1;
+  for (size_t n = 0; n < count * times; n++) {
+    size_t i = n % count;
     if (strstr(COMMANDS[i].what, "cold")) forget();
     long long begin = now(CLOCK_MONOTONIC);
     pid_t child = fork();

@@ -9,9 +9,9 @@ each. In each guest one C program runs the commands and takes the time; cold is 
 caches dropped, but not the host's: the tree and the images are in its RAM.
 
 The first turn only boots each, which warms the host's caches. `python -m bench roots` takes one
-round, ROUNDS=3 in the environment three; SUBJECTS='erofs,QEMU ext4' takes only those. Where this
-computer's KVM cannot run Linux all of it happens in one lab, where Python is slowed down more than
-C is.
+round, ROUNDS=3 in the environment three, and REPEAT=3 has each guest do everything three times;
+SUBJECTS='erofs,QEMU ext4' takes only those. Medians are told of all. Where this computer's KVM
+cannot run Linux all of it happens in one lab, where Python is slowed down more than C is.
 """
 
 import json
@@ -30,8 +30,8 @@ from typing import NamedTuple
 from bench.kernels import ROOT, RUN
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
-ROUNDS = 1
-LIMIT = 150  # seconds for one guest
+ROUNDS = REPEAT = 1
+LIMIT = 600  # seconds for one guest
 MEMORY_MIB = 1024
 SUBJECTS = ("9p", "erofs", "QEMU 9p", "QEMU ext4", "QEMU ext4+overlay", "QEMU erofs+overlay")
 RATIOS = (("erofs", "QEMU ext4"), ("erofs", "QEMU ext4+overlay"), ("QEMU 9p", "erofs"))
@@ -202,7 +202,7 @@ def qemu_initrd(init: str) -> tuple[bytes, list[str]]:
     return initramfs(init, (*QEMU_MODULES, "ext4"))
 
 
-def command_of(subject: str, work: str, modules: list[str]) -> list[str]:
+def command_of(subject: str, work: str, modules: list[str], repeat: int) -> list[str]:
     """Return the command that boots a subject and prints what its guest does.
 
     In `work` there are tree, initrd, and an image by the name of its file system.
@@ -214,7 +214,8 @@ def command_of(subject: str, work: str, modules: list[str]) -> list[str]:
         python = os.path.realpath(sys.executable)
         ours = [python, "-I", "-S", "-c", RUN, "run", "--no-lab", "--kernel", kernel.version]
         ours += ["--root-mode", subject, "--read", f"/={work}/tree", "--memory", f"{MEMORY_MIB}M"]
-        return [*ours, "--workdir", "/", "--", "/bench/roots"]
+        ours += ["--env", f"REPEAT={repeat}", "--workdir", "/"]
+        return [*ours, "--", "/bench/roots"]
     qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", str(MEMORY_MIB)]
     qemu += ["-M", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     qemu += ["-serial", "stdio", "-kernel", kernel.vmlinuz, "-initrd", f"{work}/initrd"]
@@ -230,7 +231,7 @@ def command_of(subject: str, work: str, modules: list[str]) -> list[str]:
         image = os.path.join(work, kind.partition("+")[0])
         drive = f"if=none,id=d,file={image},format=raw,snapshot=on"
         qemu += ["-drive", drive, "-device", "virtio-blk-pci,drive=d"]
-    return [*qemu, "-append", f"{CMDLINE} -- {root}"]
+    return [*qemu, "-append", f"{CMDLINE} REPEAT={repeat} -- {root}"]
 
 
 def run_guest(subject: str, turn: int, command: list[str], work: str) -> list[Entry]:
@@ -267,7 +268,7 @@ def run_guest(subject: str, turn: int, command: list[str], work: str) -> list[En
     return found
 
 
-def measure(archive: str, rounds: int, subjects: list[str]) -> list[Entry]:
+def measure(archive: str, rounds: int, repeat: int, subjects: list[str]) -> list[Entry]:
     """Run each `rounds` times in turn, after once to warm caches; `archive` holds the tree."""
     from tinyvmm.fileserver.descriptors import raise_nofile_limit
     from tinyvmm.images.erofs.writer import write_image
@@ -284,9 +285,8 @@ def measure(archive: str, rounds: int, subjects: list[str]) -> list[Entry]:
         Path(work, "initrd").write_bytes(data)
         for turn in range(rounds + 1):
             for subject in subjects:
-                command = command_of(subject, work, modules)
+                command = command_of(subject, work, modules, repeat)
                 found += run_guest(subject, turn, command, work)
-                print(subject, turn, *(e[2:] for e in found[-10:]), file=sys.stderr, flush=True)
     return found
 
 
@@ -315,7 +315,9 @@ def main() -> None:
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 
-    rounds = int(os.environ.get("ROUNDS", ROUNDS))
+    rounds, repeat = (
+        int(os.environ.get(name, usual)) for name, usual in (("ROUNDS", ROUNDS), ("REPEAT", REPEAT))
+    )
     wanted = os.environ.get("SUBJECTS", ",".join(SUBJECTS)).split(",")
     if unknown := set(wanted) - set(SUBJECTS):
         sys.exit(f"SUBJECTS: {', '.join(sorted(unknown))}: give some of {','.join(SUBJECTS)}")
@@ -330,11 +332,11 @@ def main() -> None:
             prepare_kernel(None, modules_for(options), mode)[0].close()
         qemu_initrd(os.path.join(tree, "bench/roots"))
         if missing_for_linux() is None:
-            found = measure(archive, rounds, wanted)
+            found = measure(archive, rounds, repeat, wanted)
         else:
             code = (
                 f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.roots import measure"
-                f"; print(json.dumps(measure({archive!r}, {rounds}, {wanted!r})))"
+                f"; print(json.dumps(measure({archive!r}, {rounds}, {repeat}, {wanted!r})))"
             )
             with Lab() as lab:
                 limit = LIMIT * len(wanted) * (rounds + 1)

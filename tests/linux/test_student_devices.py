@@ -137,7 +137,8 @@ def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) 
     assert told["pattern"] in {("abcd" * 7)[start : start + 24] for start in range(4)}
 
     before, used, after = (int(told[name]) for name in ("before", "used", "after"))
-    assert used > before + 180
+    # 200 MiB, but what the guest touched before of huge pages holds some of them already.
+    assert used > before + 140
     assert after < before + 61
     assert int(told["balloon_inflate"]) >= 128 << 20 >> 12
     assert (told["begun"], told["larger"], told["empty"]) == ("16", "32", "0")

@@ -21,7 +21,8 @@ from tinyvmm.fileserver.tree import AT_REMOVEDIR, NO_ID, SETATTR_MODE, Node
 from tinyvmm.fileserver.union import UnionTree, open_tree
 from tinyvmm.fileserver.written import list_changes
 from tinyvmm.images.changed_tree import write_directory
-from tinyvmm.images.layer import XATTR_RECORD, write_layer
+from tinyvmm.images.layer import write_layer
+from tinyvmm.tree_tar import XATTR
 
 ODD = b"a\nb\xff\xe9 \\"
 
@@ -187,7 +188,7 @@ def test_a_layer_has_all_that_a_file_is(machine: Machine, tmp_path: Path, compre
     assert found["srv/fifo"].isfifo()
     assert found["etc/.wh.group"].size == 0
     records = found["srv/first"].pax_headers
-    assert records[f"{XATTR_RECORD}user.note"].encode("utf-8", "surrogateescape") == b"\0\xff\n="
+    assert records[f"{XATTR}user.note"].encode("utf-8", "surrogateescape") == b"\0\xff\n="
     assert records["mtime"] == "1000000000.123456789"
     if os.geteuid() == 0:
         null = found["srv/null"]

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from tinyvmm.errors import ConfigError
 from tinyvmm.tree_entries import PIECE, Entry, Path, Pieces, no_pieces
 
-_XATTR = "SCHILY.xattr."  # as tar(1) of GNU and libarchive have them
+XATTR = "SCHILY.xattr."  # as tar(1) of GNU and libarchive have them
 _KINDS = {
     tarfile.DIRTYPE: stat.S_IFDIR,
     tarfile.SYMTYPE: stat.S_IFLNK,
@@ -32,7 +32,8 @@ DAMAGE = (
     *(EOFError, ValueError, TypeError, OverflowError, LookupError),
 )
 """What tarfile raises for an archive that is damaged, or none; it does not check all of it."""
-_TYPES = {kind: type_ for type_, kind in _KINDS.items()}
+TYPES = {stat.S_IFREG: tarfile.REGTYPE, **{kind: type_ for type_, kind in _KINDS.items()}}
+"""A member's type by st_mode's; a socket is none."""
 
 
 def read(file: BinaryIO) -> Iterator[Entry]:
@@ -86,7 +87,7 @@ def _target(member: tarfile.TarInfo) -> str:
 def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Entry:
     kind = _KINDS.get(member.type, stat.S_IFREG)
     when = _nanoseconds(member, "mtime", member.mtime)
-    prefix = len(_XATTR)
+    prefix = len(XATTR)
     return Entry(
         path=path,
         mode=kind | member.mode & 0o7777,
@@ -101,7 +102,7 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Ent
         xattrs={
             key[prefix:]: value.encode(errors="surrogateescape")
             for key, value in member.pax_headers.items()
-            if key.startswith(_XATTR)
+            if key.startswith(XATTR)
         },
         pieces=_reader(archive, member) if member.isreg() else no_pieces,
     )
@@ -135,16 +136,16 @@ def write(entries: Iterable[Entry], top: str, file: BinaryIO) -> None:
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for entry in entries:
             kind = stat.S_IFMT(entry.mode)
-            if kind == stat.S_IFSOCK:
-                continue  # no archive holds one
+            if kind not in TYPES:
+                continue  # a socket
             member = tarfile.TarInfo("/".join((top, *entry.path)))
-            member.type = _TYPES.get(kind, tarfile.REGTYPE)
+            member.type = TYPES[kind]
             member.mode = entry.mode & 0o7777
             member.uid, member.gid = entry.uid, entry.gid
             member.linkname = entry.target
             member.devmajor, member.devminor = os.major(entry.rdev), os.minor(entry.rdev)
             member.pax_headers = {
-                _XATTR + name: value.decode(errors="surrogateescape")
+                XATTR + name: value.decode(errors="surrogateescape")
                 for name, value in entry.xattrs.items()
                 if is_keyword(name)
             }

@@ -19,17 +19,7 @@ from typing import IO, NamedTuple, Protocol, cast
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.whiteout import NAME_OPAQUE, NAME_PREFIX
 from tinyvmm.fileserver.written import DELETED, Change
-from tinyvmm.tree_tar import is_keyword
-
-_TYPES = {
-    stat.S_IFREG: tarfile.REGTYPE,
-    stat.S_IFDIR: tarfile.DIRTYPE,
-    stat.S_IFLNK: tarfile.SYMTYPE,
-    stat.S_IFIFO: tarfile.FIFOTYPE,
-    stat.S_IFCHR: tarfile.CHRTYPE,
-    stat.S_IFBLK: tarfile.BLKTYPE,
-}
-XATTR_RECORD = "SCHILY.xattr."
+from tinyvmm.tree_tar import TYPES, XATTR, is_keyword
 
 
 class Layer(NamedTuple):
@@ -114,16 +104,16 @@ def _add(
     if st is None:
         return 0
     kind = stat.S_IFMT(st.st_mode)
-    if kind not in _TYPES:
+    if kind not in TYPES:
         warn(f"{os.fsdecode(change.path)} is a socket, which a layer cannot hold: left out")
         return 0
     info = tarfile.TarInfo(_shown(change.path[1:]))
-    info.type = _TYPES[kind]
+    info.type = TYPES[kind]
     info.mode = stat.S_IMODE(st.st_mode)
     info.uid, info.gid = st.st_uid, st.st_gid
     info.mtime = st.st_mtime_ns // 10**9
     xattrs = [(_shown(name), _shown(value)) for name, value in sorted(change.xattrs().items())]
-    records = {XATTR_RECORD + name: value for name, value in xattrs if is_keyword(name)}
+    records = {XATTR + name: value for name, value in xattrs if is_keyword(name)}
     if len(records) < len(xattrs):
         warn(f"{os.fsdecode(change.path)}: attributes whose names a layer cannot hold are left out")
     if st.st_mtime_ns % 10**9:

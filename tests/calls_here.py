@@ -41,25 +41,31 @@ class MachineHere:
     """A machine `web` with a control socket, for `status`, `calls` and `exec_wait`."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self.instance = Instance(State("web", os.getpid(), ["x"], 1, 1, 1.0))
         self.processes: list[subprocess.Popen[bytes]] = []
-        methods: dict[str, Callable[..., Any]] = {
-            "status": self.status,
-            "calls": self.calls,
-            "exec_wait": self.exec_wait,
-        }
-        self._server = ControlServer(self.instance.file("control"), methods)
+        self._server = ControlServer(self.instance.file("control"), self.methods())
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        return {"status": self.status, "calls": self.calls, "exec_wait": self.exec_wait}
 
     def status(self) -> dict[str, str]:
         return {"vsock": self.instance.file("vsock")}
 
     def calls(self, *, port: int) -> dict[str, int]:
-        program = self._directory / f"program{len(self.processes)}"
-        program.write_bytes(build_calls(unix_address(self.instance.file(f"vsock_{port}"))))
+        return {"pid": self.start(build_calls(self.address(port)))}
+
+    def address(self, port: int) -> bytes:
+        """Where what the guest connects to `port` of the host leads."""
+        return unix_address(self.instance.file(f"vsock_{port}"))
+
+    def start(self, code: bytes) -> int:
+        """Start a program of the guest's; its number stands for its process id."""
+        program = self.directory / f"program{len(self.processes)}"
+        program.write_bytes(code)
         program.chmod(0o755)
-        self.processes.append(subprocess.Popen([program], cwd="/"))
-        return {"pid": len(self.processes) - 1}
+        self.processes.append(subprocess.Popen([program], cwd="/", start_new_session=True))
+        return len(self.processes) - 1
 
     def exec_wait(self, *, pid: int, timeout: float) -> int | None:
         try:
@@ -67,8 +73,11 @@ class MachineHere:
         except subprocess.TimeoutExpired:
             return None
 
+    def end(self, process: "subprocess.Popen[bytes]") -> None:
+        assert ended(process)
+
     def close(self) -> None:
         self._server.close()
         for process in self.processes:
-            assert ended(process)
+            self.end(process)
         self.instance.end(0, None)

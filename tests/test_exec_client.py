@@ -2,46 +2,35 @@
 
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.calls_here import MachineHere, unix_address
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.execution import Execution, build_execution, execution_steps
 from tinyvmm.guest.init import search_path
 from tinyvmm.instances import exec_client
-from tinyvmm.instances.control import ControlServer
 from tinyvmm.instances.exec_client import execute
-from tinyvmm.instances.registry import Instance, State
 from tinyvmm.session import HostFiles
 
 PATH = os.environ["PATH"]
 
 
-class Machine:
-    """The control socket of a machine whose guest is this computer."""
+class Machine(MachineHere):
+    """One that executes commands."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.instance = Instance(State("web", os.getpid(), ["x"], 1, 1, 1.0))
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.broken = False
-        self.server = ControlServer(
-            self.instance.file("control"),
-            {"status": self.status, "exec": self.exec, "exec_wait": self.exec_wait},
-        )
+    broken = False
 
-    def status(self) -> dict[str, str]:
-        return {"vsock": self.instance.file("vsock")}
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        return {**super().methods(), "exec": self.exec}
 
     def exec(
         self,
@@ -54,37 +43,21 @@ class Machine:
         terminal: list[int] | None,
     ) -> dict[str, Any]:
         assert user is None
-        path = self.instance.file(f"vsock_{port}")
-        if self.broken:
-            path += "-not"
         size = None if terminal is None else (terminal[0], terminal[1])
         execution = Execution(
             search_path(argv[0], PATH),
             argv,
-            struct.pack("<H", socket.AF_UNIX) + path.encode() + b"\0",
+            unix_address("/nowhere") if self.broken else self.address(port),
             [f"PATH={PATH}", *env],
             cwd or "/",
             size,
         )
-        program = self.directory / f"program{len(self.processes)}"
-        program.write_bytes(build_execution(execution))
-        program.chmod(0o755)
-        self.processes.append(subprocess.Popen([program], start_new_session=True))
         steps = [step.says for step in execution_steps(execution)]
-        return {"pid": len(self.processes) - 1, "steps": steps}
+        return {"pid": self.start(build_execution(execution)), "steps": steps}
 
-    def exec_wait(self, *, pid: int, timeout: float) -> int | None:
-        try:
-            return self.processes[pid].wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def close(self) -> None:
-        self.server.close()
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.instance.end(0, None)
+    def end(self, process: "subprocess.Popen[bytes]") -> None:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

@@ -90,9 +90,9 @@ soak: packages kernel
 	$(BIN)/python -m tests.soak tiny
 	$(BIN)/python -m tests.soak linux
 
-# Very many commands in one machine, and clients of theirs that are killed: is anything left?
+# Very many commands in one machine, some of them killed and some clients: is anything left?
 SOAK_EXECS ?= 1000
-soak-exec: kernel
+soak-exec: packages kernel
 	TINYVMM_SOAK_EXECS=$(SOAK_EXECS) $(BIN)/python -m pytest -s tests/linux/test_control.py -k leave_nothing
 
 clean:

@@ -131,9 +131,9 @@ def alone() -> dict[str, Any]:
         for name in ("changed", "gone"):
             with open(f"{here}/{name}", "w") as file:
                 file.write("old\n")
-        change = f"cat; pwd; cat /etc/hostname > added; cd {here}; echo new >> changed; rm gone"
+        change = f"cat /etc/hostname > {here}/added; cd {here}; echo new >> changed; rm gone"
         lines = write_diff(
-            sh(change.replace("added", f"{here}/added")),
+            sh(f"cat; pwd; {change}"),
             input="in\n",
             text=True,
             stdout=said,

@@ -1,9 +1,11 @@
 """Planning ahead of the guest: what it finds, when it stops, and what it keeps to itself."""
 
+import errno
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.test_stalled_fuse import StallingFuse, fuse
 from tinyvmm.fileserver.stalling import waiting_places
 from tinyvmm.images.erofs import ahead, plan
 from tinyvmm.images.erofs.image import ErofsImage
+from tinyvmm.images.erofs.plan import Plan
 
 __all__ = ["fuse"]
 Open = Callable[[Path], ErofsImage]
@@ -135,6 +138,32 @@ def test_what_is_found_ahead_is_told_when_somebody_comes_there(
     ]
     find(read, b"/deep/deeper/large1")
     assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("unasked", [False, True])
+def test_what_fails_once_is_no_empty_directory_for_ever(
+    unasked: bool, tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_directories(tmp_path, 2)
+    failed = threading.Event()
+    attributes = Plan._directory_xattrs
+
+    def fail(self: Plan, layers: Sequence[int]) -> bytes:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "for a moment")
+        return attributes(self, layers)
+
+    image = opened(tmp_path)
+    monkeypatch.setattr(Plan, "_directory_xattrs", fail)
+    read = Image(reader(image))
+    if unasked:
+        image.plan_ahead()
+        assert failed.wait(30)
+    else:
+        with pytest.raises(OSError, match="for a moment"):
+            find(read, b"/c/c")
+    assert content(read, b"/c/c/file") == b"c"
 
 
 def test_where_looking_may_stall_nobody_looks_unasked(

@@ -213,8 +213,9 @@ class Plan:
         """
         if len(self.meta) < (block + 1) * BLOCK:
             self.meta += bytes((block + 1) * BLOCK - len(self.meta))
-        for nid in self._pending_in.pop(block, ()):
+        for nid in self._pending_in.get(block, ()):
             self._plan(nid)
+        self._pending_in.pop(block, None)  # not before: what fails may be asked for again
 
     def blocks_at(self, start: int) -> bytes:
         """Return the content of the blocks of our own that begin at `start`."""
@@ -227,10 +228,11 @@ class Plan:
     def _plan(self, nid: int) -> None:
         for line in self._untold.pop(nid, ()):
             self._warn(line)
-        directory = self._pending.pop(nid, None)
+        directory = self._pending.get(nid)
         if directory is not None:
             self.planned += 1
             self._place_entries(directory)
+            del self._pending[nid]
 
     def plan_one(self, left_out: Container[tuple[int, int]], *, newest: bool) -> bool:
         """Plan one directory before it is asked for; False if there is none.
@@ -243,15 +245,17 @@ class Plan:
             directory = self._pending.get(nid)
             if directory is None or not self._soon_planned(directory, left_out):
                 continue
-            del self._pending[nid]
             lines: list[str] = []
             warn, self._warn = self._warn, lines.append
             try:
                 self._place_entries(directory)
+            except OSError:
+                return True  # still pending: whoever reads it will hear
             finally:
                 self._warn = warn
-                if lines:
-                    self._untold[nid] = lines
+            del self._pending[nid]
+            if lines:
+                self._untold[nid] = lines
             return True
         return False
 

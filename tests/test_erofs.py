@@ -98,6 +98,41 @@ def test_an_image_made_while_it_is_read_is_the_same_tree(
     assert warnings == []
 
 
+@pytest.mark.skipif(not ROOT, reason="mounting is root's business")
+def test_this_computers_kernel_finds_no_difference_either(torture: Path, tmp_path: Path) -> None:
+    image, at = tmp_path / "image", tmp_path / "mnt"
+    write_image([("/", str(torture))], str(image))
+    at.mkdir()
+    mount = ["mount", "-t", "erofs", "-o", "ro,loop", str(image), str(at)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no EROFS can be mounted here: {done.stderr[-200:]}")
+    try:
+        assert read_tree(at) == read_tree(torture)
+    finally:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+def test_a_directory_of_a_hundred_thousand_entries_has_each_once(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    (top / "many").mkdir(parents=True)
+    wanted = {b"%05d" % number + b"x" * (number % 50) for number in range(100_000)}
+    many = os.open(top / "many", os.O_RDONLY)
+    for name in wanted:
+        os.mknod(name, dir_fd=many)
+    os.close(many)
+    write_image([("/", str(top))], str(tmp_path / "image"))
+    found = read_image(tmp_path / "image")
+    assert {path.removeprefix(b"/many/") for path in found} == wanted | {b"", b"/many"}
+    listed = subprocess.run(
+        ["dump.erofs", "--path=/many/99999" + "x" * 49, str(tmp_path / "image")],
+        capture_output=True,
+        check=True,
+    )
+    assert b"regular file" in listed.stdout
+    subprocess.run(["fsck.erofs", str(tmp_path / "image")], check=True, capture_output=True)
+
+
 def test_names_of_one_file_lead_to_one_inode(torture: Path, tmp_path: Path) -> None:
     image = tmp_path / "image"
     write_image([("/", str(torture))], str(image))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from tinyvmm.errors import ConfigError
 from tinyvmm.images import kernels
 from tinyvmm.images.features import Files, embedded_config, note
+from tinyvmm.images.holding import is_held
 from tinyvmm.images.kernels import InstalledKernel, Progress, stored_kernel
 from tinyvmm.kernel_files.kernel_image import kernel_version
 
@@ -101,7 +102,7 @@ def remove(versions: Sequence[str]) -> None:
             if found is None:
                 known = ", ".join(sorted(kernels.versions())) or "none"
                 raise ConfigError(f"kernel rm {version}: no such version in the store ({known})")
-            if kernels.is_held(found):
+            if is_held(os.path.dirname(found.vmlinuz)):
                 raise ConfigError(
                     f"kernel rm {version}: a machine runs it (tinyvmm ps): stop that first"
                 )

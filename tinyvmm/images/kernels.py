@@ -73,29 +73,12 @@ def find(
 
 def hold(kernel: InstalledKernel, cleanup: "ExitStack") -> None:
     """Keep a kernel in the store until `cleanup`: a machine may want more of its modules."""
-    import fcntl
+    from tinyvmm.images import holding
 
     directory = os.path.dirname(kernel.vmlinuz)
-    if os.path.dirname(directory) != store_dir():
-        return
-    with suppress(FileNotFoundError):  # removed just now: who reads it will say so
-        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-        cleanup.callback(os.close, fd)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-
-
-def is_held(kernel: InstalledKernel) -> bool:
-    """Whether a machine runs that kernel of the store."""
-    import fcntl
-
-    fd = os.open(os.path.dirname(kernel.vmlinuz), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    if os.path.dirname(directory) == store_dir():
+        with suppress(FileNotFoundError):  # removed just now: who reads it will say so
+            holding.hold(directory, cleanup)
 
 
 def look_up(kernel: str) -> InstalledKernel:

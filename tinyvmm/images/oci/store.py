@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.removal import remove_whole
+from tinyvmm.images.holding import hold, is_held
 from tinyvmm.images.oci import reference
 from tinyvmm.images.oci.tree_writer import OPAQUE_XATTR
 
@@ -101,13 +102,11 @@ class Store:
         """Keep the image's layers from being removed until `cleanup`; within `shared`."""
         for diff_id in image.layers:
             try:
-                fd = os.open(self._file("layers", _name(diff_id)), os.O_RDONLY | os.O_CLOEXEC)
+                hold(self._file("layers", _name(diff_id)), cleanup)
             except FileNotFoundError:
                 raise ConfigError(
                     f"image {image.id[:19]} has lost a layer: pull it again"
                 ) from None
-            cleanup.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_SH)
 
     # --- layers -----------------------------------------------------------------------------------
     def has_layer(self, diff_id: str) -> bool:
@@ -262,7 +261,7 @@ class Store:
         freed = 0
         for name in os.listdir(self._file("layers")):
             path = self._file("layers", name)
-            if name in layers or _is_locked(path):
+            if name in layers or is_held(path):
                 continue
             if os.path.exists(os.path.join(path, "size")):  # or it is a draft of somebody's
                 freed += _read_number(os.path.join(path, "size"))
@@ -278,7 +277,7 @@ class Store:
         return freed
 
     def _is_held(self, diff_id: str) -> bool:
-        return _is_locked(self._file("layers", _name(diff_id)))
+        return is_held(self._file("layers", _name(diff_id)))
 
     # --- files ------------------------------------------------------------------------------------
     def _change(self, change: Callable[[dict[str, Image]], None]) -> dict[str, Image]:
@@ -337,21 +336,6 @@ def _sync(path: str) -> None:
             raise OSError(error, os.strerror(error), path)
     finally:
         os.close(fd)
-
-
-def _is_locked(path: str) -> bool:
-    """Whether somebody holds the directory."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _is_opaque(path: str) -> bool:

@@ -31,6 +31,7 @@ SPECIAL_XATTR = b"user.tinyvmm.special"
 XATTR_PREFIX = b"user.tinyvmm.xattr."
 OVERLAY_OPAQUE = b"trusted.overlay.opaque"
 """With XATTR_PREFIX, of a tree that an image is made of: which is to have that attribute."""
+_PRIVILEGED = (b"security.", b"trusted.")
 _TARGET_MAX = 4096  # PATH_MAX
 
 _TYPES = {stat.S_IFLNK: b"symlink", stat.S_IFIFO: b"pipe", stat.S_IFSOCK: b"socket"}
@@ -169,8 +170,11 @@ def get_xattr(fd: int, name: bytes) -> bytes | None:
 
 
 def set_xattr(fd: int, name: bytes, value: bytes, flags: int = 0) -> None:
-    """Set the attribute `name` of a file in a tree with notes: beside it, where it must be."""
-    if get_xattr(fd, name) is None:
+    """Set the attribute `name` of a file in a tree with notes: beside it, where it must be.
+
+    So it is with capabilities whoever we are: a file of the guest's shall have none of this host's.
+    """
+    if not name.startswith(_PRIVILEGED) and get_xattr(fd, name) is None:
         try:
             os.setxattr(fd_path(fd), name, value, flags)
         except OSError as error:

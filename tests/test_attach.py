@@ -3,10 +3,12 @@
 import fcntl
 import os
 import pty
+import select
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import warnings
 from base64 import b64decode
@@ -104,6 +106,29 @@ def attachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Atta
     machine = Attachable()
     yield machine
     machine.close()
+
+
+@pytest.mark.parametrize(("stdin", "sent"), [("<&-", b""), ("0>/dev/null", b"<eof>")])
+def test_a_stdin_that_cannot_be_read_is_none(
+    attachable: Attachable, stdin: str, sent: bytes
+) -> None:
+    command = ["sh", "-c", f'exec "$@" {stdin}', "sh", sys.executable, "-m", "tinyvmm", "attach"]
+    with subprocess.Popen(
+        [*command, "web"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        late = threading.Timer(60, process.kill)
+        late.start()
+        shown = b""
+        while not shown:  # from when it looks on
+            assert process.poll() is None, process.communicate()
+            attachable.log.write("stdout", b"hello\n")
+            if select.select([process.stdout], [], [], 0.1)[0]:
+                shown = os.read(process.stdout.fileno(), 1000)
+        attachable.instance.update(status=4, ended=1.0)
+        _, errors = process.communicate()
+        late.cancel()
+    assert (process.returncode, errors, attachable.stdin) == (4, b"", sent)
 
 
 def test_a_terminal_is_lent_and_taken_back(attachable: Attachable) -> None:

@@ -223,26 +223,36 @@ def test_who_waits_beside_another_is_told_that_the_machine_was_killed(
     assert [state and state.status for state in found] == [255]
 
 
-def test_an_end_that_cannot_be_kept_is_said_and_counts_as_killed() -> None:
-    instance = Instance(state("web"))
+@contextmanager
+def full_disk() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # a full disk, but for the error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # as one, but for the error
     try:
-        with pytest.raises(ConfigError, match="cannot keep how web ended: File too large"):
-            instance.end(0, None, b"last words")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_killed_machine_is_told_of_on_a_full_disk_too(hold: Hold) -> None:
+    process = hold("web")
+    process.kill()
+    process.wait()
+    with full_disk():
+        assert [found.status for found in registry.list_()] == [255]
+    assert registry.find("web").status == 255
+
+
+def test_an_end_that_cannot_be_kept_is_said_and_counts_as_killed() -> None:
+    instance = Instance(state("web"))
+    with full_disk(), pytest.raises(ConfigError, match="cannot keep how web ended: File too large"):
+        instance.end(0, None, b"last words")
     assert registry.find("web").status == 255
 
 
 def test_a_machine_that_cannot_be_made_leaves_nothing(base: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        with pytest.raises(ConfigError, match=r"cannot make a machine in .*: File too large"):
-            Instance(state("web"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused = pytest.raises(ConfigError, match=r"cannot make a machine in .*: File too large")
+    with full_disk(), refused:
+        Instance(state("web"))
     assert list(base.iterdir()) == []
 
 

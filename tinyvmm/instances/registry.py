@@ -215,7 +215,8 @@ def _look(here: str, path: str) -> State | None:
         if state is not None and state.keep:
             lost = "the process that ran it was killed"
             state = state._replace(status=STATUS_LOST, ended=time.time(), message=lost)
-            _write_state(here, state)
+            with suppress(OSError):  # a full disk: whoever looks next says the same
+                _write_state(here, state)
             return state
         _remove(here, path)  # perhaps for somebody who died over it
     return None

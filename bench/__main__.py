@@ -10,6 +10,7 @@ from importlib import import_module
 NAMES = (
     "exits",
     "doorbells",
+    "handover",
     "startup",
     "boot",
     "caching",

@@ -1,5 +1,6 @@
 """The block device against a driver: what is read was written, and nobody gets beyond the disk."""
 
+import errno
 import itertools
 import json
 import os
@@ -414,6 +415,19 @@ def test_a_ring_of_flushes_without_end_stops_the_device(bench: Bench, disk: Memo
     assert bench.driver.status & NEEDS_RESET
     assert len(bench.device._tasks) <= blk.QUEUE_SIZE
     disk.gate.set()
+
+
+def test_without_a_descriptor_for_its_worker_the_device_stops(
+    bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_value: int, _flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "eventfd", none_left)
+        bench.send(FLUSH)
+    assert bench.driver.status & NEEDS_RESET
+    assert disk.calls == []
 
 
 def test_requests_that_wait_keep_none_of_their_many_buffers(disk: MemoryDisk) -> None:

@@ -116,10 +116,10 @@ def test_a_kvm_that_cannot_be_opened_is_one_line_with_the_remedy(
     before = os.listdir("/proc/self/fd")
     opened = os.open
 
-    def refuse(path: str, flags: int, *arguments: int) -> int:
+    def refuse(path: str, flags: int, *arguments: int, **more: int) -> int:
         if path == "/dev/kvm":
             raise OSError(number, os.strerror(number), path)
-        return opened(path, flags, *arguments)
+        return opened(path, flags, *arguments, **more)
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ConfigError, match=remedy) as caught:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,9 @@ def tools(tmp_path: Path) -> Path:
     (top / "empty").mkdir(mode=0o700)
     os.utime(top / "bin/tool", (1_500_000_000, 1_500_000_001))
     return top
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="trusted attributes are root's")
 
 
 def files(top: Path, **patterns: list[str]) -> list[str]:
@@ -247,6 +251,37 @@ def assert_overlayfs_agrees(machine: Machine, where: Path) -> None:
             subprocess.run(["umount", str(merged)], check=True)
     finally:
         subprocess.run(["umount", str(pack)], check=True)
+
+
+@needs_root
+def test_what_is_gone_is_said_where_files_take_no_attributes_of_users(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a tmpfs of Linux 6.1."""
+    machine.remove("etc", "group")
+    machine.remove("srv", "kept")
+    machine.remove("srv/old", "a")
+    machine.remove("srv/old/sub", "b")
+    machine.remove("srv/old", "sub", AT_REMOVEDIR)
+    machine.remove("srv", "old", AT_REMOVEDIR)
+    machine.mkdir("srv", "old")
+    setxattr = os.setxattr
+
+    def refuse(path: int | bytes, name: str | bytes, *more: Any, **named: Any) -> None:
+        if os.fsencode(name).startswith(b"user."):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        setxattr(path, name, *more, **named)
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    for trees in (machine.writes, []):
+        changes = list_changes(machine.reads, machine.writes)
+        packs.write(packs.Files(changes, trees), str(tmp_path / "x.erofs"), "erofs", print)
+        found = read_image(tmp_path / "x.erofs")
+        assert {path for path, entry in found.items() if is_whiteout(entry)} == {
+            b"/etc/group",
+            b"/srv/kept",
+        }
+        assert (b"trusted.overlay.opaque", b"y") in found[b"/srv/old"].xattrs
 
 
 def test_patterns_that_leave_nothing_are_told_of(

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import EOPNOTSUPP
 from typing import Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -136,7 +137,15 @@ def create(name: str, files: Files, source: str, kind: str, warn: Callable[[str]
 def write(files: Files, path: str, kind: str, warn: Callable[[str], None]) -> None:
     """Write a pack of `files` to `path`; it appears there whole, or not at all."""
     if kind == "erofs":
-        _write_erofs(files, path, warn)
+        try:
+            _write_erofs(files, path, warn)
+        except PermissionError:
+            raise  # of what is read: `create` has the words
+        except OSError as error:
+            why = error.strerror or str(error)
+            if error.errno == EOPNOTSUPP:  # an overlay over a tmpfs, for one
+                why = "this file system cannot say what is gone: name a place on another"
+            raise ConfigError(f"cannot write {path}: {why}") from None
     elif kind == "zip":
         _write_zip(files, path, warn)
     else:
@@ -168,7 +177,7 @@ def _write_erofs(files: Files, path: str, warn: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(dir=where, prefix=f"{_DRAFT}gone-") as here:
         if not files.trees:  # what a guest holds: an image is made of what is here
             fill_directory(files.changes, here, warn, for_image=True)
-            write_image([("/", here)], path)
+            write_image([("/", here)], path, keep=lambda _: True)
             return
         gone, wanted = Gone(files.trees, here), set()
         for change in said_once(files.changes):

@@ -43,7 +43,6 @@ from tinyvmm.images.erofs.sources import (
     point_listing,
 )
 
-_KEPT_OPAQUE = beside.XATTR_PREFIX + beside.OVERLAY_OPAQUE
 MEMORY = 0xFFFF_FFFF
 """In place of a directory's number: the blocks hold what was made here, not a file's data."""
 _NEXT_MAX = 1 << 14
@@ -159,7 +158,8 @@ class Plan:
 
         Data gets blocks from `first_block` on, before `end_block`. `strict` makes an error of what
         cannot be read; else the guest gets EIO for it. Directories whose (st_dev, st_ino) is in
-        `veiled` appear empty. `keep` says of a path of this computer whether it is to be in it.
+        `veiled` appear empty. `keep` says of a path of this computer whether it is to be in it;
+        then whiteouts and overlayfs's mark of an opaque directory can be, too.
         """
         self.meta = bytearray(INODE_LEN)  # no inode is number 0
         self.files = Files()
@@ -343,7 +343,10 @@ class Plan:
         listing = Listing([], {}, None)
         if layers and files:
             try:
-                listing = list_directory(self.directories, self._unveiled(layers))
+                verbatim = self._keep is not None
+                listing = list_directory(
+                    self.directories, self._unveiled(layers), verbatim=verbatim
+                )
             except OSError as error:
                 readable = False
                 self._cannot(self.directories.path(layers[0]), error)
@@ -548,14 +551,17 @@ class Plan:
         for shown in sorted(names):
             kept = os.fsencode(shown)
             name = kept.removeprefix(beside.XATTR_PREFIX) if noted else kept
-            ours = name.startswith(PRIVATE_XATTRS) and kept != _KEPT_OPAQUE
-            if ours or (kept == _KEPT_OPAQUE and not noted) or erofs.xattr_index(name) is None:
+            opaque = self._keep is not None and name == beside.OVERLAY_OPAQUE
+            ours = name.startswith(PRIVATE_XATTRS) and not opaque
+            if ours or erofs.xattr_index(name) is None:
                 continue
             try:
                 value = os.getxattr(path, kept, follow_symlinks=follow)
             except OSError as error:
                 if error.errno not in {ENODATA, EOPNOTSUPP}:
                     raise
+                continue
+            if opaque and value != b"y":
                 continue
             if len(value) <= erofs.XATTR_VALUE_MAX:
                 yield name, value

@@ -154,16 +154,21 @@ class Listing(NamedTuple):
     """Which of the directory's layers have the name; None if there is but one layer."""
 
 
-def list_directory(directories: HostDirectories, layers: Sequence[int]) -> Listing:
-    """Unite the layers of a directory, the first searched first; OSError if one is not readable."""
+def list_directory(
+    directories: HostDirectories, layers: Sequence[int], *, verbatim: bool = False
+) -> Listing:
+    """Unite the layers of a directory, the first searched first; OSError if one is not readable.
+
+    With `verbatim` whiteouts are files like others, and hide nothing more than their name.
+    """
     if len(layers) == 1:
-        return _list_one(fd_path(directories.fd(layers[0])))
+        return _list_one(fd_path(directories.fd(layers[0])), verbatim=verbatim)
     found: dict[bytes, list[int]] = {}
     types: dict[bytes, int] = {}
     closed: set[bytes] = set()  # names that lower layers have no say in
     for index, number in enumerate(layers):
         path = fd_path(directories.fd(number))
-        marked = layer_xattr(path, b"opaque") is not None
+        marked = not verbatim and layer_xattr(path, b"opaque") is not None
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
@@ -173,25 +178,27 @@ def list_directory(directories: HostDirectories, layers: Sequence[int]) -> Listi
                 if kind == DT_DIR:
                     types[name] = kind
                     found.setdefault(name, []).append(index)
-                    if index + 1 < len(layers) and layer_xattr(entry.path, b"opaque") == b"y":
+                    lowest = verbatim or index + 1 == len(layers)
+                    if not lowest and layer_xattr(entry.path, b"opaque") == b"y":
                         closed.add(name)
                     continue
                 closed.add(name)
-                if name not in found and not _is_whiteout(entry, kind, marked=marked):
+                hidden = not verbatim and _is_whiteout(entry, kind, marked=marked)
+                if name not in found and not hidden:
                     types[name] = kind
                     found[name] = [index]
     return Listing(sorted(found), types, found)
 
 
-def _list_one(path: bytes) -> Listing:
+def _list_one(path: bytes, *, verbatim: bool) -> Listing:
     types = {}
     marked: bool | None = None
     with os.scandir(path) as entries:
         for entry in entries:
             kind = dtype_of(entry)
-            if kind == _DT_CHR and _is_whiteout(entry, kind, marked=False):
+            if not verbatim and kind == _DT_CHR and _is_whiteout(entry, kind, marked=False):
                 continue
-            if kind == _DT_REG:
+            if not verbatim and kind == _DT_REG:
                 if marked is None:
                     marked = layer_xattr(path, b"opaque") is not None
                 if marked and _is_whiteout(entry, kind, marked=True):

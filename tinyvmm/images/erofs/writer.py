@@ -39,7 +39,8 @@ def write_image(
     """Write an EROFS image of the union of `reads`, (guest path, host directory) each, to `output`.
 
     `name` is the volume's, of 16 bytes at most; `keep` says of a path of this computer whether it
-    is to be in the image. `progress` takes the bytes done, and all there are.
+    is to be in the image, and with it whiteouts can be. `progress` takes the bytes done, and all
+    there are.
     ConfigError for what cannot be read or written: then `output` is what it was.
     """
 

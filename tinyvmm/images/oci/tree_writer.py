@@ -265,18 +265,22 @@ class TreeWriter:
         os.setxattr(self._enter(split(path), path), OPAQUE_XATTR, b"y")
 
     def gone(self, path: bytes) -> None:
-        """Have an image of this tree say that `path` is gone: overlayfs's whiteout is a file of it.
-
-        In the tree itself it hides nothing.
-        """
+        """Have an image of this tree say that `path` is gone: a whiteout of overlayfs's."""
         dir_fd, name = self._place(path)
-        self._stand_in(name, dir_fd, stat.S_IFCHR, 0, Attributes(Owner(0, 0, 0)), b"")
+        if not make_device_whiteout(name, dir_fd):
+            self._stand_in(name, dir_fd, stat.S_IFCHR, 0, Attributes(Owner(0, 0, 0)), b"")
 
     def hides(self, path: bytes) -> None:
         """As `gone`, of all that was in the directory `path`."""
-        os.setxattr(self._enter(split(path), path), XATTR_PREFIX + OVERLAY_OPAQUE, b"y")
-        if not self.pretends:
-            self._mark(b"-")
+        fd = self._enter(split(path), path)
+        try:
+            os.setxattr(fd, OVERLAY_OPAQUE, b"y")  # root's; tmpfs has no others
+        except OSError as error:
+            if error.errno not in {EPERM, EOPNOTSUPP}:
+                raise
+            os.setxattr(fd, XATTR_PREFIX + OVERLAY_OPAQUE, b"y")
+            if not self.pretends:
+                self._mark(b"-")
 
     def finish(self) -> None:
         """Give directories their times, which filling them has changed."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -272,6 +273,51 @@ def test_a_signal_that_comes_between_two_machines_is_not_lost(build: Build) -> N
             options, [], lambda _: None, interruption, bare._Deadline(5.0), typed=False
         )
     assert (result.status, result.reason, again) == (130, "signal", False)
+
+
+def test_streams_that_were_closed_at_the_start_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their numbers may be any file's by now."""
+    monkeypatch.setattr(sys, "__stdout__", None)
+    monkeypatch.setattr(sys, "__stdin__", None)
+    with ExitStack() as cleanup:
+        output, typed = bare._open_serial("stdio", bool, cleanup)
+    assert not typed
+    read_end, write_end = os.pipe()
+    kept = os.dup(1)
+    os.dup2(write_end, 1)
+    try:
+        output(b"not for this file")
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        assert pipe.read() == b""
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("end", ["signal", "timeout"])
+def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: str) -> None:
+    command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--kernel", build("told")]
+    command += ["--timeout", "2"] if end == "timeout" else []
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(select.PIPE_BUF))
+    os.set_blocking(write_end, True)
+    with subprocess.Popen(command, cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE) as process:
+        if end == "signal":
+            sleep(1.5)
+            process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(30) == {"signal": 143, "timeout": 124}[end]
+        finally:
+            process.kill()
+    os.close(read_end)
+    os.close(write_end)
 
 
 # --- files that are no kernels ----------------------------------------------------------------

@@ -14,6 +14,7 @@ thread of its own; the UART's output is written on vCPU threads.
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -77,8 +78,8 @@ class BareOptions(NamedTuple):
 def run_bare(options: BareOptions) -> Result:
     """Run the kernel to its end. Main thread. ConfigError for what cannot be done."""
     with ExitStack() as cleanup:
-        output, typed = _open_serial(options.serial, cleanup)
         console = _Interruption(cleanup)
+        output, typed = _open_serial(options.serial, console.is_over, cleanup)
         deadline = _Deadline(options.timeout)
         disks = open_disks(options.disks, cleanup)
         while True:
@@ -194,6 +195,10 @@ class _Interruption:
         number = STATUS_SIGNAL + signal.SIGINT
         self._end(Result(number, "escape", "stopped by Ctrl-]"))
 
+    def is_over(self) -> bool:
+        """Whether the machine is to end, and with it what it says."""
+        return self.machine is not None and bool(self.machine.cause)
+
     def _end(self, result: Result) -> None:
         if self.result is None:
             self.result = result
@@ -201,7 +206,9 @@ class _Interruption:
             self.machine.stop(StopCause.STOPPED)
 
 
-def _open_serial(where: str, cleanup: ExitStack) -> tuple[Callable[[bytes], None], bool]:
+def _open_serial(
+    where: str, is_over: Callable[[], bool], cleanup: ExitStack
+) -> tuple[Callable[[bytes], None], bool]:
     """Return what takes the UART's output, and whether standard input is typed into it."""
     kind, _, path = where.partition(":")
     if where == "stdio":
@@ -209,7 +216,9 @@ def _open_serial(where: str, cleanup: ExitStack) -> tuple[Callable[[bytes], None
             terminal = Terminal()
             cleanup.callback(terminal.restore)
             terminal.enter_raw()
-        return _writer(1), True
+        # One that was closed at the start may be any file by now, the guest's RAM too.
+        output = _nobody if sys.__stdout__ is None else _writer(1, is_over)
+        return output, sys.__stdin__ is not None
     if where == "none":
         return _nobody, False
     if kind == "file" and path:
@@ -218,22 +227,30 @@ def _open_serial(where: str, cleanup: ExitStack) -> tuple[Callable[[bytes], None
         except OSError as error:
             raise ConfigError(f"--serial {where}: cannot be written ({error.strerror})") from None
         cleanup.callback(os.close, fd)
-        return _writer(fd), False
+        return _writer(fd, is_over), False
     raise ConfigError(f"--serial {where}: give stdio, none or file:PATH")
 
 
-def _writer(fd: int) -> Callable[[bytes], None]:
-    """A sink that forgets what its reader does not want any more."""
+def _writer(fd: int, is_over: Callable[[], bool]) -> Callable[[bytes], None]:
+    """A sink that forgets what its reader does not want any more, or not before the end."""
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
 
     def write(data: bytes) -> None:
-        try:
-            write_all(fd, data)
-        except BrokenPipeError:
-            return
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write what the kernel says: {error.strerror}; see --serial"
-            ) from None
+        # Whoever waits in write(2) for a reader cannot be told to stop; a pipe that has room has it
+        # for this much.
+        for start in range(0, len(data), select.PIPE_BUF):
+            while not poller.poll(_LOOK_AGAIN_MS):
+                if is_over():
+                    return
+            try:
+                write_all(fd, data[start : start + select.PIPE_BUF])
+            except BrokenPipeError:
+                return
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write what the kernel says: {error.strerror}; see --serial"
+                ) from None
 
     return write
 

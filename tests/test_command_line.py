@@ -297,3 +297,18 @@ def test_output_that_cannot_be_written_is_one_line(
     assert done.returncode == 125
     (line,) = done.stderr.splitlines()
     assert re.fullmatch("tinyvmm: cannot .*: No space left on device.*", line)
+
+
+def test_no_file_is_taken_for_a_stream_that_was_closed(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from tinyvmm.cli.main import main
+status = main(["ps"])
+seen = [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)]
+os.write(9, repr((status, seen)).encode())
+"""
+    root = Path(__file__).parent.parent
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&- 9>seen', "sh", sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(root), "XDG_RUNTIME_DIR": str(tmp_path)}
+    subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
+    assert (tmp_path / "seen").read_text() == repr((0, ["/dev/null"] * 3))

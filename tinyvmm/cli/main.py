@@ -112,6 +112,7 @@ def all_modules() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv by default) and return the exit status."""
+    _occupy_streams()
     own, guests = split_argv(sys.argv[1:] if argv is None else argv)
     known = own and own[0] in COMMANDS
     parser = build_parser([COMMANDS[own[0]]] if known else all_modules())
@@ -138,6 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _cannot_write(error)
     return status
+
+
+def _occupy_streams() -> None:
+    """Have no file of ours get the number of a stream that was closed, and be taken for it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _cannot_write(error: OSError) -> int:

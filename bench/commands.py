@@ -12,7 +12,7 @@ init finds the command's streams by names that udev gives; without udevd in the 
 runs, but vng ends with 255. The lab's root is its own, so udev is unpacked there if it is missing.
 Podman's runtime is the first that runs a container here; those that cannot are told of.
 
-RUNS and EXECS in the environment are how many turns of either; with 0 it is left out.
+ROUNDS and EXECS in the environment are how many turns of either; with 0 it is left out.
 """
 
 import json
@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 
 ROOT = Path(__file__).parent.parent
-RUNS, EXECS = int(os.environ.get("RUNS", "5")), int(os.environ.get("EXECS", "15"))
+RUNS, EXECS = int(os.environ.get("ROUNDS", "5")), int(os.environ.get("EXECS", "15"))
 LIMIT = 240  # seconds for one command
 VNG = ROOT / ".cache" / "virtme-ng"
 NAME = "bench"

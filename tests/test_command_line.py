@@ -20,6 +20,7 @@ from tinyvmm.cli.described import Command, describe, walk
 from tinyvmm.cli.environment import variable, with_environment
 from tinyvmm.cli.main import all_modules, build_parser, main
 from tinyvmm.cli.manual import manual
+from tinyvmm.cli.run import open_console
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances.registry import Instance, State
 
@@ -312,3 +313,16 @@ os.write(9, repr((status, seen)).encode())
     environment = {**os.environ, "PYTHONPATH": str(root), "XDG_RUNTIME_DIR": str(tmp_path)}
     subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
     assert (tmp_path / "seen").read_text() == repr((0, ["/dev/null"] * 3))
+
+
+def test_a_console_that_cannot_be_written_is_given_up_and_the_guest_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = open_console("/dev/full")
+    assert write is not None
+    for _ in range(3):
+        write(b"booting\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "tinyvmm: cannot write the console to /dev/full: No space left on device; the rest is lost"
+    )

@@ -299,7 +299,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def open_console(where: str | None) -> Callable[[bytes], None] | None:
-    """Return the sink for `--console`; ConfigError if the file cannot be written."""
+    """Return the sink for `--console`; ConfigError if the file cannot be written.
+
+    From the first failure on (a full disk, say) what comes is dropped: the guest goes on.
+    """
     if where is None:
         return None
     if where == "-":
@@ -312,7 +315,20 @@ def open_console(where: str | None) -> Callable[[bytes], None] | None:
             raise ConfigError(f"cannot write the console to {where}: {error.strerror}") from None
     from tinyvmm.session import write_all
 
-    return lambda data: write_all(fd, data)
+    failed = False
+
+    def write(data: bytes) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            write_all(fd, data)
+        except OSError as error:
+            failed = True
+            if fd != 2:
+                warn(f"cannot write the console to {where}: {error.strerror}; the rest is lost")
+
+    return write
 
 
 def main(args: argparse.Namespace) -> int:

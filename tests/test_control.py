@@ -162,12 +162,17 @@ def test_nobody_there_is_said(tmp_path: Path) -> None:
         (b'{"jsonrpc": "2.0", "id": NaN, "method": "add"}', control.PARSE_ERROR, None),
         (b'{"jsonrpc": "2.0", "id": [1], "method": "add"}', control.INVALID_REQUEST, None),
         (b'{"jsonrpc": "2.0", "id": 1, "method": "\xff"}', control.PARSE_ERROR, None),
+        (request("echo", words=["\ud800"]), control.PARSE_ERROR, None),
     ],
 )
 def test_what_is_wrong_has_its_code(served: Served, line: bytes, code: int, number: Any) -> None:
     answer = served.ask(line)
     assert (answer["error"]["code"], answer["id"]) == (code, number)
     assert answer["error"]["message"]
+
+
+def test_bytes_that_are_no_text_go_both_ways(served: Served) -> None:
+    assert served.ask(request("echo", words=["\udcff"]))["result"][0] == ["\udcff"]
 
 
 def test_a_notification_is_done_and_not_answered(served: Served) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.pid1 import POWERED_OFF, Start, needs_namespaces
 from tests.pid1 import start as start  # noqa: PLC0414 (a fixture)
 from tests.test_execution import Executed, ended
+from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.host import HostTree
 from tinyvmm.guest import protocol
 from tinyvmm.own_init import resolve, stop_signal
@@ -100,3 +101,15 @@ def test_a_signal_has_many_names(text: str) -> None:
 
     expected = {"37": 37, "RTMIN+4": signal.SIGRTMIN + 4, "SIGRTMIN+3": signal.SIGRTMIN + 3}
     assert signal_number(text) == expected.get(text, signal.SIGTERM)
+
+
+_NINES = "9" * 5000
+_NONE = ["", "0", "65", "-1", "RTMIN+", "RTMIN+99", "RTMIN+x", "TERM+1", "x", "\u0663"]
+
+
+@pytest.mark.parametrize("text", [*_NONE, _NINES, f"RTMIN+{_NINES}"])
+def test_what_is_no_signal_is_refused(text: str) -> None:
+    from tinyvmm.methods.supervisor import signal_number
+
+    with pytest.raises(ConfigError, match="is no signal"):
+        signal_number(text)

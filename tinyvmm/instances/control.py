@@ -258,6 +258,8 @@ class Client:
         """Do as a message says, or see to it that somebody does."""
         try:
             message = _decoder.decode(line.decode())
+            if b"\\u" in line:  # half of a pair, which is no character, can be written so
+                json.dumps(message, ensure_ascii=False).encode(errors="surrogateescape")
         except (ValueError, RecursionError) as error:
             self._answer(_failure(None, PARSE_ERROR, f"no JSON: {error}"))
             return

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 INPUT_MAX = 1 << 16  # bytes of one `stdin`
 STOP_TIMEOUT = 10.0  # podman's
 
-Seconds = Annotated[float, limits(minimum=0)]
+Seconds = Annotated[float, limits(minimum=0, maximum=1 << 32)]
 Size = Annotated[int, limits(minimum=1, maximum=0xFFFF)]
 Port = Annotated[int, limits(minimum=1, maximum=(1 << 32) - 2)]
 Base64 = Annotated[str, limits(maxLength=INPUT_MAX // 3 * 4 + 4)]
@@ -510,6 +510,7 @@ class Supervisor:
                 self._input = None
 
 
+_DIGITS_MAX = 3  # of a signal's number
 _SIGKILL = int(signal.SIGKILL)
 _KILLED = Result(STATUS_SIGNAL + _SIGKILL, "signal")
 
@@ -517,13 +518,18 @@ _KILLED = Result(STATUS_SIGNAL + _SIGKILL, "signal")
 def signal_number(given: str | int) -> int:
     """Return a signal's number: `TERM`, `SIGTERM`, `15`, `RTMIN+3`; ConfigError for none."""
     text = str(given).upper()
-    if text.isascii() and text.isdigit() and 0 < int(text) <= signal.SIGRTMAX:
-        return int(text)
-    name, plus, more = (text if text.startswith("SIG") else f"SIG{text}").partition("+")
-    number = signal.Signals.__members__.get(name, 0) + (int(more) if more.isdecimal() else 0)
-    if name not in signal.Signals.__members__ or (plus and name != "SIGRTMIN"):
+    number = 0
+    if text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX:
+        number = int(text)
+    elif not text.isdigit():
+        name, plus, more = (text if text.startswith("SIG") else f"SIG{text}").partition("+")
+        number = signal.Signals.__members__.get(name, 0)
+        if plus:
+            counted = more.isascii() and more.isdigit() and len(more) <= _DIGITS_MAX
+            number = number + int(more) if counted and name == "SIGRTMIN" else 0
+    if not 0 < number <= signal.SIGRTMAX:
         raise ConfigError(f"{given!r} is no signal; give e.g. TERM or 15")
-    return min(number, signal.SIGRTMAX)
+    return int(number)
 
 
 def exit_status(status: int) -> int:

@@ -31,7 +31,7 @@ packages:
 	  git:git cpio:cpio depmod:kmod objdump:binutils lz4:lz4 script:bsdutils diod:diod \
 	  sqlite3:sqlite3 qemu-img:qemu-utils mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils getfattr:attr nbdinfo:libnbd-bin socat:socat zsh:zsh passt:passt ip:iproute2 ethtool:ethtool iperf3:iperf3 zstd:zstd rpmbuild:rpm fio:fio dbench:dbench stress-ng:stress-ng \
 	  docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci podman:podman zstd:zstd \
-	  busybox:busybox-static openssl:openssl nbd-client:nbd-client
+	  busybox:busybox-static systemctl:systemd openssl:openssl nbd-client:nbd-client
 
 kernel: $(BIN)/pytest
 	@$(BIN)/python -m tinyvmm kernel list --json | grep -q version || \

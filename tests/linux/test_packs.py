@@ -52,6 +52,15 @@ NAMES = (
 )
 
 
+# What it wrote and removed, as a pack over the root of another.
+AGAIN = """
+test ! -e /etc/passwd
+ls /etc | grep ^passwd$ || cat /etc/of-erofs
+ls /opt/z /etc/group
+"""
+AGAIN_SAID = "erofs\nmore\n/etc/group\n\n/opt/z:\nnew\n"
+
+
 def test_packs_are_joined_with_the_root_and_written_over(guest: Runner) -> None:
     made = guest.directory("packs")
     for kind, name, mode in (("erofs", "etc/of-erofs", 0o640), ("zip", "of-zip", 0o4755)):
@@ -75,13 +84,16 @@ def test_packs_are_joined_with_the_root_and_written_over(guest: Runner) -> None:
         (cli("diff", "web"), ok(CHANGES)),
         (cli("commit", "web", "-o", "/tmp/packs.tar"), 0),
         (sh("tar -tf /tmp/packs.tar"), ok("\n".join(NAMES.split()) + "\n")),
+        (cli("commit", "web", "-o", "/dev/shm/packs.erofs"), 0),
         (cli("kill", "web"), 0),
         (cli("wait", "web"), ok("137\n")),
         (cli("diff", "web"), 125),
         (cli("rm", "web"), ok("web\n")),
+        (run("--pack", "/dev/shm/packs.erofs", "--", "sh", "-ec", AGAIN), ok(AGAIN_SAID)),
+        (sh("rm /tmp/packs.tar /dev/shm/packs.erofs"), ok()),
     ]
     found = do(guest, [step for step, _ in script])
     for (step, expected), got in zip(script, found, strict=True):
         seen = got["status"] if isinstance(expected, int) else got
         assert seen == expected, (step, got)
-    assert "was in its own memory" in found[7]["stderr"]
+    assert "was in its own memory" in found[8]["stderr"]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from tests.linux.conftest import MAIN, Runner
 from tests.oci import Entry, directory, entry, image, layer, symlink
+from tests.test_oci_unpack import seen, union
+from tinyvmm.fileserver import ownership
+from tinyvmm.fileserver.union import open_tree
 from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.oci.pull import pull
 from tinyvmm.images.oci.store import Store
@@ -16,7 +20,20 @@ from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
 
-APPLETS = ("sh", "ls", "cat", "id", "stat", "readlink", "find", "chown", "chmod", "touch", "env")
+APPLETS = (
+    "sh",
+    "ls",
+    "cat",
+    "id",
+    "stat",
+    "readlink",
+    "find",
+    "chown",
+    "chmod",
+    "touch",
+    "env",
+    "ln",
+)
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 PASSWD = b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n"
 GROUP = b"root:x:0:\napp:x:1001:\nextra:x:7:app\n"
@@ -70,6 +87,10 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
     )
     found = pull(name, store)
     (where / "tinyvmm/kernels").symlink_to(Path("~/.local/share/tinyvmm/kernels").expanduser())
+    kept = where / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(ownership, "must_pretend", lambda: True)
+    open_tree([], [("/", str(kept))]).close()  # a write tree of such a user's from now on
 
     def run(*arguments: str) -> list[str]:
         command = python_command(MAIN, ["run", "--no-lab", "--image", found.id, *arguments])
@@ -91,11 +112,13 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
         "types": "find /home /null -type c -o -type l",
         "volume": "stat -c %F /volume",
         "writes": "touch /home/app/new && stat -c '%u:%g' /home/app/new",
+        "made": "ln -s to /home/app/made && stat -c '%u:%g %F' /home/app/made",
         "forbidden": "touch /etc/x 2>&1 || true",
     }
     lines = [f"echo '=={what}'; {command}" for what, command in questions.items()]
     answers: dict[str, list[str]] = {}
-    for line in run("--env", "GREETING=good day", "--", "\n".join(lines)):
+    options = ("--env", "GREETING=good day", "--write", str(kept))
+    for line in run(*options, "--", "\n".join(lines)):
         if line.startswith("=="):
             answers[line[2:]] = []
         else:
@@ -119,8 +142,14 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
         "types": ["/home/link", "/null"],
         "volume": ["directory"],
         "writes": ["1000:1001"],
+        "made": ["1000:1001 symbolic link"],
         "forbidden": ["touch: /etc/x: Permission denied"],
     }
+    with union(kept) as tree:
+        made = seen(tree, "home/app/made")
+        assert (stat.S_ISLNK(made.st_mode), made.st_uid, made.st_gid) == (True, 1000, 1001)
+        assert seen(tree, "home/app/new").st_uid == 1000
+    assert (kept / "home/app/made").read_text() == "to"  # here, a file
     # And as a disk, which is made of the same trees.
     script = (
         f"echo $0 $# $HOME; pwd; {questions['owners']}; {questions['device']}; "

@@ -131,7 +131,8 @@ def lines(steps: Steps, methods: dict[str, Any]) -> Iterator[tuple[bytes, str | 
             if 0 < chosen <= len(VALUES):
                 params[key] = VALUES[chosen - 1]
         message = {"jsonrpc": "2.0", "id": number, "method": name, "params": params}
-        yield json.dumps(message).encode(), name
+        line = json.dumps(message).encode()
+        yield line, None if b"\\ud800" in line else name  # half a character: then it is no JSON
 
 
 def play(data: bytes, place: Place) -> None:

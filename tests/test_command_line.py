@@ -273,6 +273,18 @@ def test_a_wheel_installs_the_page_and_every_module(tmp_path: Path) -> None:
     assert any(name.endswith(".data/data/share/man/man1/tinyvmm.1") for name in names)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--cpus", "0"), ("--memory", "lots"), ("--timeout", "soon")]
+)
+def test_a_value_that_is_none_is_a_mistake_of_usage(option: str, value: str) -> None:
+    command = [sys.executable, "-m", "tinyvmm", "run", option, value, "--", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    usage, line = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert usage.startswith("usage: tinyvmm run ")
+    assert line.startswith(f"tinyvmm run: error: argument {option}: '{value}'")
+
+
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize(
     "words", [["ps"], ["kernel", "list"], ["completion", "bash"], ["serve", "--listen", "unix:S"]]

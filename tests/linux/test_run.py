@@ -310,7 +310,7 @@ def test_sigterm_leaves_nothing_behind(guest: Runner) -> None:
         (["--read", "/x=/etc/passwd"], r"/etc/passwd.*directory"),
         (["--write", "/nowhere"], r"/nowhere"),
         (["--memory", "32M"], r"memory"),
-        (["--cpus", "0"], r"--cpus 0"),
+        (["--cpus", "300"], r"--cpus 300"),
         (["--console", "/nowhere/log"], r"/nowhere/log: No such file"),
     ],
 )

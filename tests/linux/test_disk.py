@@ -82,7 +82,7 @@ def test_linux_uses_every_kind_of_disk(guest: Runner) -> None:
     ):
         arguments += ["--disk", disk]
     with guest.standing(f"truncate -s 24M {plain}", f"rm -f {plain}"):
-        done = guest.run(*arguments, "--", "sh", "-c", QUESTIONS)
+        done = guest.run(*arguments, "--", "sh", "-c", QUESTIONS, timeout=480)
         host_blocks = guest.program(["stat", "-c", "%b", plain]).stdout
         checked = guest.program(["e2fsck", "-fn", plain])
     assert (done.status, done.stderr) == (0, b"")

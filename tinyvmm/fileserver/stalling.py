@@ -14,6 +14,7 @@ Any thread may call.
 
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 
@@ -84,12 +85,9 @@ def devices() -> tuple[frozenset[int], frozenset[int]]:
     """The st_dev of every mount here that may stall, and of every one that is the kernel's own."""
     stalling: set[int] = set()
     kernels: set[int] = set()
-    with open("/proc/self/mountinfo") as table:
-        for line in table:
-            kind = line.rpartition(" - ")[2].split(" ", 1)[0].partition(".")[0]
-            if kind in STALLING or kind in KERNELS_OWN:
-                dev = os.makedev(*map(int, line.split(" ", 3)[2].split(":")))
-                (stalling if kind in STALLING else kernels).add(dev)
+    for dev, _, kind in _mounts():
+        if kind in STALLING or kind in KERNELS_OWN:
+            (stalling if kind in STALLING else kernels).add(dev)
     return frozenset(stalling), frozenset(kernels)
 
 
@@ -99,13 +97,11 @@ def waiting_places() -> frozenset[tuple[int, int]]:
     Those are the directories of mount points whose file systems may stall, or that are mounted when
     somebody comes (autofs).
     """
-    points = []
-    with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            kind = os.fsdecode(line.rpartition(b" - ")[2].split(b" ", 1)[0].partition(b".")[0])
-            if kind in STALLING or kind == "autofs":
-                escaped = line.split(b" ", 5)[4]
-                points.append(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), escaped))
+    points = [
+        _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), point)
+        for _, point, kind in _mounts()
+        if kind in STALLING or kind == "autofs"
+    ]
     found = set()
     for point in points:
         above = os.path.dirname(point)
@@ -115,3 +111,13 @@ def waiting_places() -> frozenset[tuple[int, int]]:
             st = os.stat(above)
             found.add((st.st_dev, st.st_ino))
     return frozenset(found)
+
+
+def _mounts() -> Iterator[tuple[int, bytes, str]]:
+    """The st_dev, mount point (with what is escaped in it) and type of every mount here."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            where, _, what = line.rpartition(b" - ")
+            device, _, point = where.split(b" ", 5)[2:5]
+            kind = what.split(b" ", 1)[0].partition(b".")[0]
+            yield os.makedev(*map(int, device.split(b":"))), point, os.fsdecode(kind)

@@ -140,7 +140,6 @@ def run_guest(
     from tinyvmm.guest.archive import init_archive
     from tinyvmm.machine import Machine
     from tinyvmm.session import HostFiles, Ports, Session
-    from tinyvmm.streams import PortInput, PortOutput
     from tinyvmm.vcpu import StopCause
 
     counts: dict[str, int] = {}
@@ -185,15 +184,8 @@ def run_guest(
             machine.add_virtio(device)
         archives = [modules.archive, init_archive(config)]
         machine.boot_linux(kernel, initrd=archives, cmdline=f"{CMDLINE} pci=noearly quiet")
-        stdin, stdout, stderr, control = ports
         session = Session(
-            Ports(
-                PortInput(stdin),
-                PortOutput(stdout),
-                PortOutput(stderr),
-                PortOutput(control),
-                PortInput(control),
-            ),
+            Ports.of(ports),
             command=argv[0],
             files=HostFiles(to_guest, from_guest, 2),
         )

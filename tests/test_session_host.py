@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinyvmm.guest.protocol import EXEC_FAILED, EXITED, RECORD, SETUP_FAILED, SIGNAL, STARTED
 from tinyvmm.session import HostFiles, Ports, Result, Session, write_all
-from tinyvmm.streams import PortInput, PortOutput, SocketInput, SocketOutput
+from tinyvmm.streams import PortOutput, SocketInput, SocketOutput
 
 
 class GuestPort:
@@ -72,13 +72,7 @@ class Guest(NamedTuple):
         self.control.send(RECORD.pack(kind, value))
 
     def ports(self) -> Ports:
-        return Ports(
-            PortInput(self.stdin),
-            PortOutput(self.stdout),
-            PortOutput(self.stderr),
-            PortOutput(self.control),
-            PortInput(self.control),
-        )
+        return Ports.of(self)
 
 
 class Host:

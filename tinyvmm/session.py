@@ -27,10 +27,10 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tinyvmm.guest.protocol import (
     EXEC_FAILED,
@@ -41,7 +41,7 @@ from tinyvmm.guest.protocol import (
     STARTED,
     WINSIZE,
 )
-from tinyvmm.streams import CHUNK, Input, Output
+from tinyvmm.streams import CHUNK, ConsolePort, Input, Output, PortInput, PortOutput
 
 if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
@@ -81,6 +81,18 @@ class Ports(NamedTuple):
     stderr: Output
     control: Output
     control_in: Input
+
+    @classmethod
+    def of(cls, consoles: Sequence[ConsolePort]) -> Self:
+        """Those over the ports of a console: stdin, stdout, stderr and control."""
+        stdin, stdout, stderr, control = consoles
+        return cls(
+            PortInput(stdin),
+            PortOutput(stdout),
+            PortOutput(stderr),
+            PortOutput(control),
+            PortInput(control),
+        )
 
 
 class HostFiles(NamedTuple):

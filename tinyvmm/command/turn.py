@@ -37,7 +37,6 @@ from tinyvmm.session import (
     Session,
     host_files,
 )
-from tinyvmm.streams import PortInput, PortOutput
 from tinyvmm.vcpu import StopCause
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
@@ -138,15 +137,8 @@ class Turn:
         with ExitStack() as cleanup:
             machine, ports, vsock = self._machine(cleanup)
             machine.boot_linux(kernel, initrd=initrd, cmdline=cmdline(self._options))
-            stdin, stdout, stderr, control = ports
             session = Session(
-                Ports(
-                    PortInput(stdin),
-                    PortOutput(stdout),
-                    PortOutput(stderr),
-                    PortOutput(control),
-                    PortInput(control),
-                ),
+                Ports.of(ports),
                 command="".join(self._options.argv[:1]),
                 timeout=self._timeout,
                 terminal=self._terminal,

@@ -387,11 +387,7 @@ class UnionFile(UnionNode):
                 os.close(copy)
             write.discard(temporary)
             raise
-        st = os.fstat(copy)
-        os.dup2(copy, fd, inheritable=False)
-        os.close(copy)
-        self.layer = UPPER
-        self.dev, self.ino = st.st_dev, st.st_ino
+        st = self._become(fd, copy)
         if not self.dead:
             self.tree.remember(write, st, self.identity)
         for reader, contents in readers:
@@ -434,11 +430,16 @@ class UnionFile(UnionNode):
             write.discard(temporary)
             raise
         self.tree.forget(write, before)
+        self.tree.remember(write, self._become(fd, copy), self.identity)
+
+    def _become(self, fd: int, copy: int) -> os.stat_result:
+        """Have `fd`, this file's, be the upper file behind `copy`, which it closes; its stat."""
         st = os.fstat(copy)
         os.dup2(copy, fd, inheritable=False)
         os.close(copy)
+        self.layer = UPPER
         self.dev, self.ino = st.st_dev, st.st_ino
-        self.tree.remember(write, st, self.identity)
+        return st
 
     def forget_reader(self, reader: "_LowerReader") -> None:
         """Note that a file open for reading is being closed."""

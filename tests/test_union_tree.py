@@ -633,6 +633,33 @@ def test_a_failed_copy_up_changes_nothing(layers: Layers, monkeypatch: pytest.Mo
     assert read(tree, "f") == b"upper"
 
 
+def test_a_copy_up_that_finds_no_place_leaves_no_descriptor(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layers.lower / "f").write_bytes(b"lower")
+    tree = layers.mount()
+    node = find(tree, "f")
+    readers = [node.open(os.O_RDONLY) for _ in range(3)]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", full)
+        with refusal(errno.ENOSPC):
+            node.open(os.O_RDWR)
+        before = os.listdir("/proc/self/fd")
+        with refusal(errno.ENOSPC):
+            node.open(os.O_RDWR)
+        assert os.listdir("/proc/self/fd") == before
+    assert os.listdir(layers.upper / ".tinyvmm-work") == []
+    node.open(os.O_RDWR).close()
+    for reader in readers:
+        assert get(reader) == b"lower"
+        reader.close()
+    node.close()
+
+
 def test_a_full_write_tree_is_told_to_the_guest_and_once_to_the_host(
     layers: Layers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

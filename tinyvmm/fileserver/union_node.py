@@ -360,33 +360,28 @@ class UnionFile(UnionNode):
         if not self.dead:
             parent.copy_up()
         fd = self.path_fd()
-        temporary = write.temporary()
-        copy = -1
-        try:
-            copy = copy_file(
-                fd,
-                self._lower_stat(),
-                temporary,
-                write.work(),
-                write.owners,
-                data=data,
-                noted=self.notes() is not None,
+        with write.copying() as copying:
+            copy = copying.keep(
+                copy_file(
+                    fd,
+                    self._lower_stat(),
+                    copying.name,
+                    write.work(),
+                    write.owners,
+                    data=data,
+                    noted=self.notes() is not None,
+                )
             )
             readers = [
-                (reader, open_contents(copy, self.kind, os.O_RDONLY, ours=True))
+                (reader, copying.keep(open_contents(copy, self.kind, os.O_RDONLY, ours=True)))
                 for reader in self._readers or ()
             ]
             if self.dead:
-                write.discard(temporary)  # nameless like what it is a copy of
+                write.discard(copying.name)  # nameless like what it is a copy of
             else:
                 if self.stands_in(copy):
                     write.note_special(parent.layers().upper)
-                parent.place_copy(temporary, self.name)
-        except BaseException:
-            if copy >= 0:
-                os.close(copy)
-            write.discard(temporary)
-            raise
+                parent.place_copy(copying.name, self.name)
         st = self._become(fd, copy)
         if not self.dead:
             self.tree.remember(write, st, self.identity)
@@ -416,19 +411,13 @@ class UnionFile(UnionNode):
         )
         if self.dead or before.st_nlink != 1 or not write.owners.stands_in(self.kind, *wanted):
             return
-        temporary, upper = write.temporary(), parent.layers().upper
-        copy = -1
-        try:
-            work = write.work()
-            owned = altered(before, uid=wanted[0], gid=wanted[1])
-            copy = copy_file(fd, owned, temporary, work, write.owners, data=True, noted=False)
-            write.note_special(upper)
-            parent.place_copy(temporary, self.name)
-        except BaseException:
-            if copy >= 0:
-                os.close(copy)
-            write.discard(temporary)
-            raise
+        owned = altered(before, uid=wanted[0], gid=wanted[1])
+        with write.copying() as copying:
+            name, work = copying.name, write.work()
+            copy = copy_file(fd, owned, name, work, write.owners, data=True, noted=False)
+            copying.keep(copy)
+            write.note_special(parent.layers().upper)
+            parent.place_copy(name, self.name)
         self.tree.forget(write, before)
         self.tree.remember(write, self._become(fd, copy), self.identity)
 

@@ -457,29 +457,25 @@ class MergedDirectory(UnionNode):
         parent, write, layers = self.parent, self.write, self.layers()
         if parent is None or write is None:
             raise os_error(EROFS)
-        temporary = write.temporary()
-        fd = -1
-        try:
+        with write.copying() as copying:
+            name, work = copying.name, write.work()
             if layers.lowers:
-                fd = copy_file(
-                    layers.lowers[0],
-                    self._below(),
-                    temporary,
-                    write.work(),
-                    write.owners,
-                    data=False,
-                    noted=layers.notes[0] is not None,
+                fd = copying.keep(
+                    copy_file(
+                        layers.lowers[0],
+                        self._below(),
+                        name,
+                        work,
+                        write.owners,
+                        data=False,
+                        noted=layers.notes[0] is not None,
+                    )
                 )
             else:
-                os.mkdir(temporary, 0o755, dir_fd=write.work())
-                fd = open_path(temporary, write.work())
+                os.mkdir(name, 0o755, dir_fd=work)
+                fd = copying.keep(open_path(name, work))
                 os.chmod(fd_path(fd), 0o755)
-            parent.place_copy(temporary, self.name)
-        except BaseException:
-            if fd >= 0:
-                os.close(fd)
-            write.discard(temporary)
-            raise
+            parent.place_copy(name, self.name)
         st = os.fstat(fd)
         layers.add_upper(fd, st)
         self.index()  # of what was no upper layer: both empty, as the new directory is

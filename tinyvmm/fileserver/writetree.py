@@ -13,7 +13,8 @@ Guarded by the lock of the union it belongs to.
 import fcntl
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from errno import EAGAIN
 
 from tinyvmm.errors import ConfigError
@@ -69,6 +70,21 @@ class WrittenNames:
         if layer_xattr(fd_path(fd), b"opaque") == b"y":
             return True
         return self.by_name and _exists(NAME_OPAQUE, fd)
+
+
+class Copying:
+    """What is being made in the work area under `name`; `fds` are open for as long as it works."""
+
+    __slots__ = ("fds", "name")
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.fds: list[int] = []
+
+    def keep(self, fd: int) -> int:
+        """Have `fd` closed if the copy fails."""
+        self.fds.append(fd)
+        return fd
 
 
 class WriteTree(WrittenNames):
@@ -136,6 +152,18 @@ class WriteTree(WrittenNames):
         """A name that is free in the work area."""
         self._serial += 1
         return b"%d" % self._serial
+
+    @contextmanager
+    def copying(self) -> "Generator[Copying, None, None]":
+        """A copy to be made in the work area and placed; if that fails, nothing is left of it."""
+        copying = Copying(self.temporary())
+        try:
+            yield copying
+        except BaseException:
+            for fd in copying.fds:
+                os.close(fd)
+            self.discard(copying.name)
+            raise
 
     def make(self, make: Callable[[bytes, int], None], dir_fd: int) -> bytes:
         """Have `make(name, dir_fd)` work in the work area; it inherits as in directory `dir_fd`."""

@@ -700,12 +700,17 @@ def test_without_passt_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_options_are_read() -> None:
     user = options.parse_net("user,mac=52:54:00:12:34:56,mtu=1400")
+    assert user is not None
     assert (user.kind, user.mac, user.mtu, user.address) == ("user", MAC, 1400, "10.0.2.15/24")
     text = "tap=br0,address=192.0.2.2/24,gateway=192.0.2.1,dns=1.1.1.1,dns=9.9.9.9"
     tap = options.parse_net(text)
+    assert tap is not None
     assert tap[1:-1] == ("br0", None, None, "192.0.2.2/24", "192.0.2.1", ("1.1.1.1", "9.9.9.9"))
-    assert options.parse_net("tap,queues=4").queues == 4
-    assert options.parse_net("tap").address is None
+    plain, wide = options.parse_net("tap"), options.parse_net("tap,queues=4")
+    assert plain is not None
+    assert plain.address is None
+    assert wide == plain._replace(queues=4)
+    assert options.parse_net("none") is None
     assert options.random_mac()[0] & 3 == 2
 
 

@@ -206,7 +206,7 @@ def _disks(given: Sequence[str]) -> Any:
 
 
 def _net(given: str | None) -> Any:
-    if given is None or given == "none":
+    if given is None:
         return None
     from tinyvmm.net.options import parse_net
 

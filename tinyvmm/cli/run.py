@@ -149,7 +149,7 @@ def parse_net(text: str) -> "NetOptions | None":
     from tinyvmm.net import options
 
     try:
-        return None if text == "none" else options.parse_net(text)
+        return options.parse_net(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--net ")) from None
 

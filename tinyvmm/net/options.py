@@ -48,12 +48,17 @@ class Published(NamedTuple):
     guest: int
 
 
-def parse_net(text: str) -> NetOptions:
-    """Parse `user[,mac=M][,mtu=N]` or `tap[=NAME][,address=A/P][,gateway=G][,dns=D][,queues=N]`."""
+def parse_net(text: str) -> NetOptions | None:
+    """Parse `user[,mac=M][,mtu=N]`, `tap[=NAME][,address=A/P][,gateway=G][,dns=D][,queues=N]`.
+
+    Or `none`, for which it returns None. ConfigError for anything else.
+    """
+    if text == "none":
+        return None
     head, *pairs = text.split(",")
     kind, equals, name = head.partition("=")
     if kind not in {"user", "tap"} or (equals and (kind == "user" or not name)):
-        raise ConfigError(f"--net {text}: give user, tap or tap=NAME")
+        raise ConfigError(f"--net {text}: give user, tap, tap=NAME or none")
     options = NetOptions(kind, tap=name or TAP_NAME)
     if kind == "user":
         options = options._replace(

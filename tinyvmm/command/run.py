@@ -18,7 +18,7 @@ from tinyvmm.command.init import context, init_config, open_terminal, with_stop_
 from tinyvmm.command.options import MODULES, RunOptions, modules_for
 from tinyvmm.command.parts import load_devices, open_disks, open_root_disks
 from tinyvmm.command.trees import open_trees, pack_trees
-from tinyvmm.command.turn import Ends, Turn
+from tinyvmm.command.turn import Ends, Opened, Turn
 from tinyvmm.fileserver.tree import Tree
 from tinyvmm.guest.archive import ModuleArchive, init_archive, module_archive
 from tinyvmm.guest.init import describe_step
@@ -69,20 +69,12 @@ def run_command(
             supervisor.begin(context(options, root, installed.modules, modules))
         initrd = [modules.archive, init_archive(config)]
         ends = Ends(files, sinks or {}, on_session)
+        opened = Opened(
+            options, served, disks, root_disks, own_devices, terminal, warn, supervisor, ends
+        )
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to
-            turn = Turn(
-                options,
-                served,
-                disks,
-                root_disks,
-                own_devices,
-                terminal,
-                timeout,
-                warn,
-                supervisor,
-                ends,
-            )
+            turn = Turn(opened, timeout)
             result = turn.run(kernel, initrd, lambda step: describe_step(config, step))
             if not (turn.rebooted and options.on_reboot == "reset"):
                 return result

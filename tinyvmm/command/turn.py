@@ -99,33 +99,30 @@ class Ends(NamedTuple):
     on_session: Callable[[Session], None] | None
 
 
+class Opened(NamedTuple):
+    """What a run has, and every machine of it: what was asked for, and what was opened for that."""
+
+    options: RunOptions
+    trees: "Sequence[tuple[str, Tree]]"
+    disks: "list[RawDisk | Qcow2Image]"
+    root_disks: "RootDisks | None"
+    own_devices: "list[OwnDevice]"
+    terminal: "Terminal | None"
+    warn: Callable[[str], None]
+    supervisor: "Supervisor | None"
+    ends: Ends
+
+
 class Turn:
     """One machine, from its making to its end; `rebooted` says that the guest wanted another."""
 
-    def __init__(
-        self,
-        options: RunOptions,
-        trees: "Sequence[tuple[str, Tree]]",
-        disks: "list[RawDisk | Qcow2Image]",
-        root_disks: "RootDisks | None",
-        own_devices: "list[OwnDevice]",
-        terminal: "Terminal | None",
-        timeout: float | None,
-        warn: Callable[[str], None],
-        supervisor: "Supervisor | None",
-        ends: Ends,
-    ) -> None:
-        self._supervisor = supervisor
-        self._ends = ends
-        self._options = options
-        self._warn = warn
-        self._trees = trees
-        self._disks = disks
-        self._root_disks = root_disks
-        self._own_devices = own_devices
-        self._terminal = terminal
+    def __init__(self, opened: Opened, timeout: float | None) -> None:
+        """The machine of `opened` that may take `timeout` seconds."""
+        self._opened = opened
+        self._options = opened.options
+        self._supervisor = opened.supervisor
         self._timeout = timeout
-        self._tail = _Tail(options.console)
+        self._tail = _Tail(opened.options.console)
         self._executor: Executor | None = None
         self._vsock_host: VsockHost | None = None
         self.rebooted = False
@@ -141,19 +138,19 @@ class Turn:
                 Ports.of(ports),
                 command="".join(self._options.argv[:1]),
                 timeout=self._timeout,
-                terminal=self._terminal,
+                terminal=self._opened.terminal,
                 describe_step=describe,
                 files=self._files(),
-                sinks=self._ends.sinks,
+                sinks=self._opened.ends.sinks,
                 stops=stops(self._options),
                 on_record=self._on_record,
             )
-            if self._ends.on_session is not None:
-                self._ends.on_session(session)
+            if self._opened.ends.on_session is not None:
+                self._opened.ends.on_session(session)
             self._supervise(machine, session, vsock)
             machine.start()
-            if self._root_disks is not None:
-                self._root_disks.image.plan_ahead()
+            if self._opened.root_disks is not None:
+                self._opened.root_disks.image.plan_ahead()
             arguments = (machine, session, self._tail, self._options.own_init)
             watch = threading.Thread(target=_watch, args=arguments, daemon=True)
             watch.start()
@@ -183,9 +180,9 @@ class Turn:
 
     def _files(self) -> HostFiles:
         """The session's ends on this side; a detached command has only what it is sent."""
-        if self._ends.files is not None:
-            return self._ends.files
-        if self._supervisor is None or not self._ends.sinks:
+        if self._opened.ends.files is not None:
+            return self._opened.ends.files
+        if self._supervisor is None or not self._opened.ends.sinks:
             return host_files()
         return HostFiles(self._supervisor.stdin, None, None)
 
@@ -212,7 +209,7 @@ class Turn:
         if vsock_at is None and self._supervisor is not None:
             vsock_at = (self._supervisor.vsock_path, GUEST_CID)
         self._vsock_host = vsock_host = open_vsock(vsock_at, cleanup)
-        net = open_net(options, self._warn, cleanup)
+        net = open_net(options, self._opened.warn, cleanup)
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,
@@ -229,11 +226,11 @@ class Turn:
             from tinyvmm.devices.virtio.balloon import VirtioBalloon
 
             machine.add_virtio(VirtioBalloon(machine.memory, options.balloon))
-        add_devices(machine, self._own_devices)
-        for tag, tree in self._trees:
+        add_devices(machine, self._opened.own_devices)
+        for tag, tree in self._opened.trees:
             machine.add_virtio(Virtio9P(tag, FileSession(tree, name=tag)))
-        add_disks(machine, options.disks, self._disks)
-        add_root_disks(machine, self._root_disks)
+        add_disks(machine, options.disks, self._opened.disks)
+        add_root_disks(machine, self._opened.root_disks)
         vsock = None
         if vsock_at is not None and vsock_host is not None:
             vsock = add_vsock(machine, vsock_host, vsock_at[1])

@@ -2,8 +2,7 @@
 
 A local file system answers when its disk does. One that asks another computer or another program
 may answer tomorrow, and nothing that must go on may wait for it. The mount table says which is
-which without asking any of them: proc_pid_mountinfo(5), of which we take st_dev (`major:minor`) and
-the type behind the ` - `. A device not in it (a subvolume's) is local.
+which without asking any of them (mountinfo.py). A device not in it (a subvolume's) is local.
 
 What the kernel shows as regular files in proc, sysfs and their like are its own functions: to read
 one may wait for ever (kmsg, trace_pipe), or be somebody's memory (kcore, PID/mem); to write one
@@ -13,10 +12,10 @@ Any thread may call.
 """
 
 import os
-import re
-from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
+
+from tinyvmm.mountinfo import Mount, mounts
 
 STALLING = {
     "9p",
@@ -55,7 +54,6 @@ KERNELS_OWN = {
     "sysfs",
     "tracefs",
 }
-_OCTAL = re.compile(rb"\\([0-7]{3})")
 _GOOD_FOR = 2.0  # seconds; device numbers are used again
 
 _devices: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
@@ -85,9 +83,11 @@ def devices() -> tuple[frozenset[int], frozenset[int]]:
     """The st_dev of every mount here that may stall, and of every one that is the kernel's own."""
     stalling: set[int] = set()
     kernels: set[int] = set()
-    for dev, _, kind in _mounts():
-        if kind in STALLING or kind in KERNELS_OWN:
-            (stalling if kind in STALLING else kernels).add(dev)
+    for mount in _mounts():
+        if mount.kind in STALLING:
+            stalling.add(mount.dev)
+        elif mount.kind in KERNELS_OWN:
+            kernels.add(mount.dev)
     return frozenset(stalling), frozenset(kernels)
 
 
@@ -98,9 +98,7 @@ def waiting_places() -> frozenset[tuple[int, int]]:
     somebody comes (autofs).
     """
     points = [
-        _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), point)
-        for _, point, kind in _mounts()
-        if kind in STALLING or kind == "autofs"
+        mount.point for mount in _mounts() if mount.kind in STALLING or mount.kind == "autofs"
     ]
     found = set()
     for point in points:
@@ -113,11 +111,6 @@ def waiting_places() -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
-def _mounts() -> Iterator[tuple[int, bytes, str]]:
-    """The st_dev, mount point (with what is escaped in it) and type of every mount here."""
+def _mounts() -> list[Mount]:
     with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            where, _, what = line.rpartition(b" - ")
-            device, _, point = where.split(b" ", 5)[2:5]
-            kind = what.split(b" ", 1)[0].partition(b".")[0]
-            yield os.makedev(*map(int, device.split(b":"))), point, os.fsdecode(kind)
+        return list(mounts(table))

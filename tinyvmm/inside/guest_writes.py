@@ -12,7 +12,6 @@ guest_files.py checks.
 """
 
 import os
-import re
 import stat
 from collections.abc import Generator, Iterator, Sequence
 from io import BufferedReader, RawIOBase
@@ -26,12 +25,12 @@ from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.fileserver.written import ADDED, CHANGED, Change, Deleted, find_below, names_below
 from tinyvmm.inside.guest_calls import Guest, entries, read_file, readlinkat
 from tinyvmm.inside.guest_files import walk
+from tinyvmm.mountinfo import mounts, unescape
 from tinyvmm.tree_entries import Entry
 
 OPAQUE, REDIRECT = "trusted.overlay.opaque", "trusted.overlay.redirect"
 _MOUNTINFO_MAX = 1 << 20
 _FD = "/proc/1/fd"
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class GuestChange:
@@ -129,22 +128,15 @@ def uppers(guest: Guest) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def _overlays(mountinfo: bytes) -> dict[str, str]:
-    """Return upper directory -> mount point of each overlay (proc(5), /proc/PID/mountinfo)."""
+def _overlays(table: bytes) -> dict[str, str]:
+    """Return upper directory -> mount point of each overlay (mountinfo.py)."""
     found = {}
-    for line in os.fsdecode(mountinfo).splitlines():
-        mount, _, super_ = line.partition(" - ")
-        fields, kind = mount.split(" "), super_.split(" ")
-        if len(fields) < 5 or len(kind) < 3 or kind[0] != "overlay":
-            continue
-        for option in kind[2].split(","):
-            if option.startswith("upperdir="):
-                found[_unescape(option.removeprefix("upperdir="))] = _unescape(fields[4])
+    for mount in mounts(table.split(b"\n")):
+        for option in mount.options.split(b","):
+            if mount.kind == "overlay" and option.startswith(b"upperdir="):
+                upper = unescape(option.removeprefix(b"upperdir="))
+                found[os.fsdecode(upper)] = os.fsdecode(mount.point)
     return found
-
-
-def _unescape(text: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 class _Lister:

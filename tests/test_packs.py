@@ -475,6 +475,26 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(
     assert [p.name for p in store.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("kind", packs.KINDS)
+def test_what_is_cut_short_is_no_pack(
+    kind: str, tools: Path, tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert create("tools", str(tools), "--format", kind) == 0
+    whole = Path(packs.find("tools").path).read_bytes()
+    short = tmp_path / "short"
+    short.write_bytes(whole[:-20])
+    capsys.readouterr()
+    assert main(["pack", "get", "short", f"file://{short}"]) == 125
+    assert "is cut short" in capsys.readouterr().err
+    assert sorted(p.name for p in store.iterdir()) == [".lock", "tools"]
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_only_a_regular_file_is_fetched(path: str) -> None:
+    with pytest.raises(ConfigError, match="no regular file"):
+        packs.get("x", f"file://{path}", None, lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("url", "digest", "why"),
     [

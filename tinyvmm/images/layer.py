@@ -12,13 +12,14 @@ import os
 import stat
 import tarfile
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from hashlib import sha256
 from typing import IO, NamedTuple, Protocol, cast
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.whiteout import NAME_OPAQUE, NAME_PREFIX
 from tinyvmm.fileserver.written import DELETED, Change
+from tinyvmm.images.draft import drafted
 from tinyvmm.tree_tar import TYPES, XATTR, is_keyword
 
 
@@ -42,23 +43,20 @@ def write_layer(
     `warn` takes a line about what a layer cannot hold: sockets. ConfigError for what would be
     something else in a layer, or if `path` cannot be written.
     """
-    draft = f"{path}.{os.getpid()}.tmp"
     try:
-        with ExitStack() as cleanup:
-            file = cleanup.enter_context(open(draft, "xb"))
-            cleanup.callback(_remove, draft)
+        with drafted(path) as draft, open(draft, "xb") as file:
             inner = outer = _Hashing(file)
-            if compress:
-                packed = cleanup.enter_context(
-                    gzip.GzipFile(filename="", mode="wb", fileobj=cast("IO[bytes]", outer), mtime=0)
-                )
-                inner = _Hashing(packed)
-            entries = write_tar(changes, inner, warn)
-            if compress:
-                packed.close()
+            with ExitStack() as cleanup:
+                if compress:
+                    packed = cleanup.enter_context(
+                        gzip.GzipFile(
+                            filename="", mode="wb", fileobj=cast("IO[bytes]", outer), mtime=0
+                        )
+                    )
+                    inner = _Hashing(packed)
+                entries = write_tar(changes, inner, warn)
             file.flush()
-            os.replace(draft, path)
-            return Layer(outer.digest(), inner.digest(), outer.size, entries)
+        return Layer(outer.digest(), inner.digest(), outer.size, entries)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -143,11 +141,6 @@ def _add(
                 f"{os.fsdecode(change.path)} became shorter while it was read: try again"
             ) from None
     return 1
-
-
-def _remove(draft: str) -> None:
-    with suppress(FileNotFoundError):  # it is complete, and has its name
-        os.unlink(draft)
 
 
 def _marker(directory: bytes, name: bytes) -> tarfile.TarInfo:

@@ -24,6 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DRAFT = ".draft-"
 _COPY_LEN = 1 << 20
 _EROFS_MAGIC = b"\xe2\xe1\xf5\xe0"  # EROFS_SUPER_MAGIC_V1, of the superblock at byte 1024
+_SUPERBLOCK, _BLOCK_BITS, _BLOCKS = 1024, 12, 36  # where it is, and blkszbits and blocks in it
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # APPNOTE.TXT, 4.3.7 and 4.3.16
 
 Progress = Callable[[str, int, int], None]
@@ -80,11 +81,15 @@ def kind_of(path: str, shown: str | None = None) -> str:
     try:
         with open(path, "rb") as file:
             head = file.read(4)
-            file.seek(1024)
-            superblock = file.read(4)
+            file.seek(_SUPERBLOCK)
+            superblock = file.read(_BLOCKS + 4)
+            size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise ConfigError(f"pack {shown}: {error.strerror}") from None
-    if superblock == _EROFS_MAGIC:
+    if superblock[:4] == _EROFS_MAGIC:
+        whole = int.from_bytes(superblock[_BLOCKS:], "little") << superblock[_BLOCK_BITS]
+        if size < whole:
+            raise ConfigError(f"pack {shown} is cut short: {size} bytes of {whole}; get it again")
         return "erofs"
     if head in _ZIP_MAGICS:
         return "zip"
@@ -153,16 +158,12 @@ def write(files: Files, path: str, kind: str, warn: Callable[[str], None]) -> No
 
 
 def _write_zip(files: Files, path: str, warn: Callable[[str], None]) -> None:
+    from tinyvmm.images.draft import drafted
     from tinyvmm.images.zips import write_zip
 
-    draft = f"{path}.{os.getpid()}.tmp"
     try:
-        try:
+        with drafted(path) as draft:
             write_zip(files.changes, draft, warn)
-            os.replace(draft, path)
-        finally:
-            if os.path.exists(draft):
-                os.unlink(draft)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -219,10 +220,20 @@ def get(name: str, url: str, digest: str | None, progress: Progress) -> Pack:
                 f"pack get {url}: its SHA-256 is {found}, not {wanted}: it is another"
             )
         kind = kind_of(path, url)
+        if kind == "zip":
+            _check_zip(path, url)
         os.rename(path, os.path.join(draft, f"pack.{kind}"))
         return kind
 
     return _install(name, fill, url)
+
+
+def _check_zip(path: str, shown: str) -> None:
+    """ConfigError if the directory at the end of an archive is not there."""
+    from zipfile import is_zipfile
+
+    if not is_zipfile(path):
+        raise ConfigError(f"pack {shown} is cut short: its directory is not there; get it again")
 
 
 def remove(names: Iterable[str]) -> None:
@@ -311,6 +322,10 @@ def _fetch(url: str, path: str, progress: Progress) -> str:
     from hashlib import sha256
 
     hashed = sha256()
+    if url.lower().startswith("file:"):  # a device may never end, a fifo never begin
+        local = urllib.request.url2pathname(url.partition(":")[2].removeprefix("//"))
+        if os.path.exists(local) and not os.path.isfile(local):
+            raise ConfigError(f"pack get {url}: no regular file; name one")
     try:
         opened = urllib.request.urlopen(url, timeout=60)  # noqa: S310 - `get` looked at the scheme
         with opened as source, open(path, "xb") as file:

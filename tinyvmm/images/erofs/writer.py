@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.hostfile import os_error
 from tinyvmm.fileserver.maps import Path
+from tinyvmm.images.draft import drafted
 from tinyvmm.images.erofs.format import BLOCK
 from tinyvmm.images.erofs.image import ErofsImage
 from tinyvmm.images.erofs.plan import MEMORY, identity
@@ -48,20 +49,16 @@ def write_image(
         raise ConfigError(line)
 
     image = ErofsImage(reads, warn, whole=True, name=name, keep=keep)
-    draft = f"{output}.{os.getpid()}"
     try:
-        # Only now, or it would be in an image of the directory it is in.
-        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            os.ftruncate(fd, image.size)
-            _write_data(image, fd, progress)
-            _write_metadata(image, fd)
-            os.replace(draft, output)
-        except BaseException:
-            os.unlink(draft)
-            raise
-        finally:
-            os.close(fd)
+        with drafted(output) as draft:
+            # Only now, or it would be in an image of the directory it is in.
+            fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                os.ftruncate(fd, image.size)
+                _write_data(image, fd, progress)
+                _write_metadata(image, fd)
+            finally:
+                os.close(fd)
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror}") from None
     finally:

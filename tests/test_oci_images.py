@@ -524,7 +524,8 @@ def test_policies_say_when_an_image_is_pulled(tmp_path: Path, store: Store) -> N
     [
         (["pull", "oci:/nonexistent"], "there is no such directory"),
         (["pull", "oci:/etc/passwd"], "a file; give oci-archive:"),
-        (["pull", "oci-archive:/etc/passwd"], "no archive of an image"),
+        (["pull", "oci-archive:/etc/passwd"], "no archive of an image: no tar"),
+        (["pull", "oci-archive:/dev/zero"], "no regular file"),
         (["pull", "docker-archive:/etc"], "is no image: it has neither"),
         (["pull", "UPPER"], "in lower case"),
         (["rmi", "absent"], "is not here"),

@@ -51,7 +51,9 @@ class TarFiles:
             self._tar = tarfile.open(path)  # noqa: SIM115 - closed by `close`
             self._members = {os.path.normpath(m.name): m for m in self._tar}
         except (tarfile.TarError, EOFError, ValueError) as error:
-            why = str(error).partition(":")[0]  # of a line for every compression there is
+            why = str(error).partition(":")[0]
+            if "\n" in str(error):  # a line for every compression there is
+                why = "no tar, compressed or not"
             raise ConfigError(f"{path} is no archive of an image: {why}") from None
         self._path = path
 
@@ -234,6 +236,8 @@ def open_source(where: reference.Elsewhere) -> Source:
     is_directory = os.path.isdir(where.path)
     if not os.path.exists(where.path):
         raise ConfigError(f"{shown}: there is no such {_expected(where.transport)}")
+    if not is_directory and not os.path.isfile(where.path):
+        raise ConfigError(f"{shown}: no regular file, which is read to and fro; save it to one")
     if where.transport == "oci" and not is_directory:
         raise ConfigError(f"{shown}: a file; give oci-archive:{where.path}")
     try:

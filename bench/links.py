@@ -1,13 +1,13 @@
 """What leads out of a guest: network interfaces, vsock, console ports; beside QEMU's.
 
 The same stock kernel boots, by turns, in our VMM, with doorbells that are exits ("inline") and with
-ioeventfds ("thread"), and in QEMU's (`-accel kvm`, q35 machine), with
-one vCPU and the same things behind its devices: a tap (vhost off), a passt of each one's own
-(`-netdev stream`), this computer's sockets (QEMU has AF_VSOCK there, by vhost, which is the
-kernel's; ours are Unix sockets) and one console port that is led to a Unix socket. PID 1 is a C
-program, which also answers on the host; for the throughput of interfaces it runs Debian's iperf3.
-All times are by the guest's own clock. Where this computer's KVM cannot run Linux all of it happens
-in one lab, where Python is slowed down more than C is. A first round only warms caches.
+ioeventfds ("thread"), and in QEMU's (`-accel kvm`, q35 machine), with one vCPU and the same things
+behind its devices: a tap (vhost off), a passt of each one's own (`-netdev stream`), this computer's
+sockets (QEMU has AF_VSOCK there, by vhost, which is the kernel's; ours are Unix sockets, and in a
+third turn, "vhost", the kernel's as well) and one console port that is led to a Unix socket. PID 1
+is a C program, which also answers on the host; for the throughput of interfaces it runs Debian's
+iperf3. All times are by the guest's own clock. Where this computer's KVM cannot run Linux all of it
+happens in one lab, where Python is slowed down more than C is. A first round only warms caches.
 
 Everything is in a network namespace of its own, so this needs root where there is no lab.
 """
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 C_PROGRAM = Path(__file__).with_suffix(".c")
 COUNT, MIB, ROUNDS = 200, 16, 3
 OURS = ("inline", "thread")
+VHOST = "vhost"
 LIMIT = 400  # seconds for one guest
 PORT = 5000
 TAP = "bench0"
@@ -99,14 +100,20 @@ class Bench(NamedTuple):
         return os.path.join(self.where, "console")
 
 
+def ours(what: Sequence[str]) -> Sequence[str]:
+    """The turns of our VMM."""
+    return (*OURS, VHOST) if tuple(what) == ("vsock",) else OURS
+
+
 def passt_options() -> list[str]:
     """How each VMM's passt is run."""
     options = ["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0"]
     return [*options, "--gateway", "10.0.2.2"]
 
 
-def add_ours(bench: Bench, machine: "Machine", cleanup: ExitStack) -> None:
+def add_ours(bench: Bench, vmm: str, machine: "Machine", cleanup: ExitStack) -> None:
     """Give our machine its devices."""
+    from tinyvmm.command.parts import add_vhost_vsock
     from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
     from tinyvmm.devices.virtio.net import VirtioNet
     from tinyvmm.devices.virtio.vsock import VirtioVsock
@@ -135,7 +142,9 @@ def add_ours(bench: Bench, machine: "Machine", cleanup: ExitStack) -> None:
         device = VirtioNet([passt.frames], mac, mtu=USER_MTU)
         machine.add_virtio(device)
         passt.frames.pump.start(device.pairs[0], failed)
-    if "vsock" in bench.what:
+    if vmm == VHOST:
+        add_vhost_vsock(machine, 3, cleanup)
+    elif "vsock" in bench.what:
         host = VsockHost(bench.vsock)
         cleanup.callback(host.close)
         vsock = VirtioVsock(3, host)
@@ -181,9 +190,9 @@ def run_ours(bench: Bench, vmm: str) -> list[str]:
 
     shown = bytearray()
     with ExitStack() as cleanup:
-        machine = Machine(memory=512 << 20, ioeventfd=vmm == "thread")
+        machine = Machine(memory=512 << 20, ioeventfd=vmm in {"thread", VHOST})
         machine.add_board(console=shown.extend)
-        add_ours(bench, machine, cleanup)
+        add_ours(bench, vmm, machine, cleanup)
         cleanup.enter_context(machine)
         kernel = cleanup.enter_context(load_kernel(bench.vmlinuz))
         machine.boot_linux(kernel, initrd=[bench.archive], cmdline=f"reboot=a {bench.cmdline}")
@@ -315,7 +324,7 @@ def measure(program: str, what: Sequence[str], rounds: int) -> list[Entry]:
         cmdline = f"{COMMON} -- {','.join(what)} {COUNT} {MIB} {' '.join(modules)}"
         bench = Bench(what, where, kernels.find().vmlinuz, archive, cmdline)
         for turn in range(rounds + 1):
-            for vmm in OURS:
+            for vmm in ours(what):
                 found += entries(run_ours(bench, vmm), vmm, turn)
             found += entries(run_qemu(bench), "QEMU", turn)
     return found
@@ -323,19 +332,20 @@ def measure(program: str, what: Sequence[str], rounds: int) -> list[Entry]:
 
 def show(found: list[Entry]) -> None:
     """Print one line for each thing done."""
-    columns = *OURS, "QEMU", "ratio", "ratio"
+    mine = [vmm for vmm in (*OURS, VHOST) if any(entry.vmm == vmm for entry in found)]
+    columns = *mine, "QEMU", *["ratio"] * len(mine)
     print(f"{'microseconds for each':26}" + "".join(f"{name:>11}" for name in columns))
     for what in dict.fromkeys(entry.what for entry in found):
         middle = {
             vmm: median(
                 e.ns / e.often / 1000 for e in found if (e.vmm, e.what) == (vmm, what) and e.turn
             )
-            for vmm in (*OURS, "QEMU")
+            for vmm in (*mine, "QEMU")
         }
         print(
             f"{what:26}"
             + "".join(f"{middle[vmm]:11.1f}" for vmm in middle)
-            + "".join(f"{middle[vmm] / middle['QEMU']:11.2f}" for vmm in OURS)
+            + "".join(f"{middle[vmm] / middle['QEMU']:11.2f}" for vmm in mine)
         )
 
 
@@ -360,7 +370,7 @@ def main(what: Sequence[str] = tuple(MODULES)) -> None:
             status, stdout, stderr = done.returncode, done.stdout, done.stderr
         else:
             with Lab() as lab:
-                ran = lab.run(command, timeout=LIMIT * 3 * (rounds + 1))
+                ran = lab.run(command, timeout=LIMIT * 4 * (rounds + 1))
             status, stdout, stderr = ran.status, ran.stdout, ran.stderr
         if status:
             sys.exit(stderr.decode())

@@ -125,8 +125,7 @@ class LocalGuests:
             session,
             executor,
             lambda: b"booted\n",
-            Running(),
-            host,
+            (Running(), host),
         )
         supervisor.attach(*attached)
         session.on_started(1)

@@ -27,6 +27,7 @@ LAYERS = [
         "scratch",
         "net",
         "vsock_host",
+        "vhost",
         "eventfds",
         "tree_entries",
         "tree_tar",

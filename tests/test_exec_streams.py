@@ -24,7 +24,7 @@ from tinyvmm.instances import control
 from tinyvmm.instances.control import Client, ControlClient, ControlServer, remote
 from tinyvmm.instances.control_schema import check
 from tinyvmm.methods.exec_streams import ExecStreams
-from tinyvmm.methods.supervisor import Supervisor, _Turn
+from tinyvmm.methods.supervisor import Supervisor, _Turn, _Way
 from tinyvmm.vsock_host import HostStream, VsockHost
 
 PATH = os.environ["PATH"]
@@ -128,10 +128,11 @@ class Machine(Supervisor):
         self.host = VsockHost(self.vsock_path)
         self.guest = Guest(directory, self.host)
         self.streams = ExecStreams(self.host)
-        self._turn = _Turn(None, None, self.guest, bytes, None, self.streams, self.host)  # type: ignore[arg-type]
+        way = _Way(None, self.host, self.streams)  # type: ignore[arg-type]
+        self._turn = _Turn(None, None, self.guest, bytes, way)  # type: ignore[arg-type]
         self.server = ControlServer(str(directory / "control"), {**self.methods(), "big": self.big})
 
-    def _execution(self, turn: Any, argv: Any, port: int, env: Any, *_more: Any) -> Execution:
+    def _execution(self, argv: Any, port: int, env: Any, *_more: Any) -> Execution:
         terminal = _more[-1]
         size = None if terminal is None else (terminal[0], terminal[1])
         address = self.guest.address(port)

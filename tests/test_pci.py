@@ -49,12 +49,16 @@ class Line:
     def __init__(self, sent: list[tuple[int, int]]) -> None:
         self.sent = sent
         self.message = (0, 0)
+        self.fd = -1
 
     def route(self, address: int, data: int) -> None:
         self.message = (address, data)
 
     def fire(self) -> None:
         self.sent.append(self.message)
+
+    def fileno(self) -> int:
+        return self.fd
 
 
 class Board:
@@ -64,7 +68,8 @@ class Board:
         self.device = device or Echo()
         self.ram = Ram()
         self.sent: list[tuple[int, int]] = []
-        self.transport = VirtioPci(self.device, self.ram, lambda: Line(self.sent))
+        self.lines: list[Line] = []
+        self.transport = VirtioPci(self.device, self.ram, self.line)
         self.bus = PciBus()
         self.slot = self.bus.add(self.transport.function)
         self.ecam = Ecam(self.bus)
@@ -72,6 +77,10 @@ class Board:
         self.mmio = Bus("mmio")
         self.transport.function.on_map = self.map
         self.transport.function.place(BAR_GPA)
+
+    def line(self) -> Line:
+        self.lines.append(Line(self.sent))
+        return self.lines[-1]
 
     def map(self, gpa: int | None) -> None:
         self.mmio.remove(self.transport)

@@ -21,6 +21,7 @@ from examples.crc_device import CrcDevice
 from examples.dice_port import Dice
 from examples.pattern_rng import PatternRng
 from tests.bad_guests import TRANSPORTS, VIRTIO, Made, OverPci
+from tests.fake_vhost import Kernel
 from tests.test_board_devices import DEVICES, World
 from tinyvmm.devices.debug_exit import DebugExit
 from tinyvmm.devices.device import Device
@@ -43,9 +44,17 @@ from tinyvmm.devices.virtio.p9 import NinePHandler, Virtio9P
 from tinyvmm.devices.virtio.pci import CommonConfiguration, VirtioFunction, VirtioPci
 from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.devices.virtio.vhost_vsock import VhostVsock
 from tinyvmm.devices.virtio.vsock import VirtioVsock
+from tinyvmm.devices.virtio.vsock_device import VsockDevice
 
-BASES = {Device, NinePHandler, RegisterDevice, VirtioDevice}  # which are nothing by themselves
+BASES = {
+    Device,
+    NinePHandler,
+    RegisterDevice,
+    VirtioDevice,
+    VsockDevice,
+}  # which are nothing by themselves
 
 
 def classes() -> list[type]:
@@ -100,12 +109,30 @@ def pci_function() -> None:
     assert second.read_config(0x3C, 1) == 0x5A
 
 
+def vhost_vsock() -> Made:
+    """One whose rings the kernel serves, which goes on where its own are."""
+    kernels: list[Kernel] = []
+
+    def open_kernel() -> Kernel:
+        kernels.append(Kernel([]))
+        return kernels[-1]
+
+    def failed(error: BaseException) -> None:
+        raise error
+
+    device = VhostVsock(3, open_kernel, failed)
+    return Made(device, lambda _: kernels[-1].running and set(kernels[-1].eventfds) == {0, 1})
+
+
+MADE = VIRTIO | {"vhost vsock": vhost_vsock}
+
+
 def virtio(name: str, *transports: str) -> Callable[[], None]:
     """A driver that has used a device goes on with another one, on the same transport."""
 
     def do() -> None:
         for transport in transports or TRANSPORTS:
-            first, second = VIRTIO[name](), VIRTIO[name]()
+            first, second = MADE[name](), MADE[name]()
             try:
                 goes_on_elsewhere(first, second, transport)
             finally:
@@ -154,7 +181,12 @@ def loaded(where: Any, state: dict[str, Any]) -> None:
         parts[name].load(part)
 
 
-PAGES = {"p9": "virtio-9p", "msix": "virtio-pci", "queue": "virtio-mmio"}
+PAGES = {
+    "p9": "virtio-9p",
+    "msix": "virtio-pci",
+    "queue": "virtio-mmio",
+    "vhost_vsock": "virtio-vsock",
+}
 DOCS = Path(__file__).parent.parent / "docs" / "devices"
 
 DOINGS: dict[type, Callable[[], None]] = {
@@ -174,6 +206,7 @@ DOINGS: dict[type, Callable[[], None]] = {
     VirtioBalloon: virtio("balloon"),
     VirtioBlk: virtio("block"),
     VirtioVsock: virtio("vsock"),
+    VhostVsock: virtio("vhost vsock"),
     VirtioNet: virtio("net"),
     Virtqueue: virtio("rng"),
     VirtioMmio: virtio("rng", "mmio"),

@@ -72,8 +72,7 @@ class Run:
             self.session,  # type: ignore[arg-type]
             self.executor,
             lambda: b"kernel says\xff",
-            vsock,
-            self.vsock_host,
+            (vsock, self.vsock_host),
         )
         machine.start()
 
@@ -305,7 +304,8 @@ def test_a_machine_that_starts_or_is_just_ending_is_killed_too(run: Run, ask: As
     ask.call("kill")
     assert run.session.ended == []
     assert turn is not None
-    run.supervisor.attach(*turn[:5], turn.vsock_host)
+    assert turn.way is not None
+    run.supervisor.attach(*turn[:4], (turn.way.vsock, turn.way.host))
     assert run.session.ended == [Result(137, "signal")]
 
 

@@ -9,7 +9,8 @@ own above, and KVM's table of routes says which message to which local APIC that
 
 An *ioeventfd* is an address whose writes become events: the vCPU that rings a doorbell goes on with
 the guest at once, and the thread of a `Doorbells` serves the queue. Whether that is quicker than to
-serve it inline, on the vCPU's thread and at the price of an exit: docs/decisions/0004.
+serve it inline, on the vCPU's thread and at the price of an exit: docs/decisions/0004. Where the
+kernel answers, there are `Bells` alone: vhost.py.
 
 Threads: a vCPU's thread sets routes and places doorbells; any thread fires a line; each `Doorbells`
 has one of its own, which is inside `VirtioDevice.notify` or asleep. `MsiRoutes` has a lock for its
@@ -19,7 +20,7 @@ table, taken with an Msix's held; doorbells are placed under the lock of the PCI
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tinyvmm import kvm, trace
@@ -115,6 +116,10 @@ class MsiLine:
         if self._message is not None:
             os.eventfd_write(self._fd, 1)
 
+    def fileno(self) -> int:
+        """Return the eventfd, for whom fires by itself; -1 if it leads nowhere."""
+        return -1 if self._message is None else self._fd
+
     def close(self) -> None:
         """Close the eventfd, and with it the irqfd."""
         self._message = None
@@ -132,25 +137,14 @@ class Notified(Protocol):
         """Serve queue `index`."""
 
 
-class Doorbells:
-    """The doorbells of one device, and the thread that answers them."""
+class Bells:
+    """The doorbells of one device: where they are, and the eventfds of whoever answers them."""
 
-    def __init__(
-        self, vm: kvm.VM, device: Notified, count: int, on_error: Callable[[BaseException], None]
-    ) -> None:
-        """Make `count` doorbells, not yet at any address; `on_error` takes a bug of ours."""
+    def __init__(self, vm: kvm.VM, fds: Sequence[int]) -> None:
+        """Have a bell for each of `fds`, those of the first queues, not yet at any address."""
         self._vm = vm
-        self._notify = device.notify
-        self._name = device.name
-        self._on_error = on_error
+        self._fds = fds
         self._placed: list[tuple[int, int, int, int | None]] = []
-        self._thread: threading.Thread | None = None
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        self._fds = [os.eventfd(0, flags) for _ in range(count)]
-        self._end = os.eventfd(0, flags)
-        self.poller = select.poll()
-        for fd in (*self._fds, self._end):
-            self.poller.register(fd, select.POLLIN)
 
     def place_pci(self, gpa: int | None, stride: int) -> None:
         """Have bell n at `gpa` + n * `stride`, for writes of any length; None takes them away."""
@@ -171,6 +165,25 @@ class Doorbells:
         for where in wanted:
             self._vm.ioeventfd(*where)
             self._placed.append(where)
+
+
+class Doorbells(Bells):
+    """The doorbells of one device, and the thread that answers them."""
+
+    def __init__(
+        self, vm: kvm.VM, device: Notified, count: int, on_error: Callable[[BaseException], None]
+    ) -> None:
+        """Make `count` doorbells, not yet at any address; `on_error` takes a bug of ours."""
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        super().__init__(vm, [os.eventfd(0, flags) for _ in range(count)])
+        self._notify = device.notify
+        self._name = device.name
+        self._on_error = on_error
+        self._thread: threading.Thread | None = None
+        self._end = os.eventfd(0, flags)
+        self.poller = select.poll()
+        for fd in (*self._fds, self._end):
+            self.poller.register(fd, select.POLLIN)
 
     def start(self) -> None:
         """Start to answer."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tinyvmm.devices.reset_control import ResetControl
     from tinyvmm.devices.uart import Uart
     from tinyvmm.devices.virtio.device import VirtioDevice
-    from tinyvmm.eventfds import Doorbells, MsiRoutes
+    from tinyvmm.eventfds import Bells, Doorbells, MsiRoutes
 
 # A thread that wants the interpreter lock asks its holder to let go after this long (seconds). At
 # the default of 5 ms one busy thread beside a vCPU costs it 99 of 100 exits; `make bench` shows it.
@@ -251,12 +251,15 @@ class Machine:
         transport.function.on_map = remap
         transport.function.place(layout.PCI_WINDOW_GPA + slot * layout.PCI_SLOT_STRIDE)
 
-    def _add_doorbells(self, device: "VirtioDevice") -> "Doorbells | None":
-        """Make `device` a thread for its doorbells, unless they are to be exits."""
+    def _add_doorbells(self, device: "VirtioDevice") -> "Bells | None":
+        """Make `device` a thread for its doorbells, unless the kernel answers, or exits do."""
         wanted = self._ioeventfd if self._ioeventfd is not None else device.ioeventfd
         if not wanted:
             return None
-        from tinyvmm.eventfds import Doorbells
+        from tinyvmm.eventfds import Bells, Doorbells
+
+        if device.kicks:
+            return Bells(self.open_vm(), device.kicks)
 
         def failed(error: BaseException) -> None:
             self.stop(StopCause.ERROR, error)
@@ -376,7 +379,8 @@ class Machine:
 
         From any thread but a vCPU's. Then registers and RAM can be read and changed, and vCPUs
         stepped (`Vcpu.step`). Devices go on: they finish what the guest has asked of them, and
-        interrupts that they raise arrive once the guest goes on. Harmless when paused, ended or
+        interrupts that they raise arrive once the guest goes on; but for those that the kernel
+        serves, which leave RAM alone while every vCPU is paused. Harmless when paused, ended or
         not yet started; then it starts paused.
         """
         with self._pause_lock:
@@ -398,6 +402,9 @@ class Machine:
                         continue
                 self._beside(device)
             self.paused = all(vcpu.pausing for vcpu in self.vcpus)
+            if self.paused:
+                for device in self._virtio_devices:
+                    device.suspend()
 
     def _unhalt(self, device: "VirtioDevice") -> bool:
         """Have `device` serve again, unless the run has ended; whether it has left something."""
@@ -431,6 +438,8 @@ class Machine:
         From any thread.
         """
         with self._pause_lock:
+            for device in self._virtio_devices:
+                device.resume()
             for vcpu in self.vcpus if cpu is None else [self.vcpus[cpu]]:
                 vcpu.resume()
             self.paused = False

@@ -42,8 +42,11 @@ class Mover(Device):
     def write(self, offset: int, size: int, value: int) -> None:
         del offset, size, value
         for transport in Movable.made:
-            with transport.device.lock:  # a thread of its own may serve it
+            device = transport.device
+            with device.lock:  # a thread of its own may serve it
+                device.suspend()  # or the kernel
                 transport.load(json.loads(json.dumps(transport.save())))
+                device.resume()
         self.moves += 1
 
 

@@ -1,11 +1,13 @@
-"""vsock with Linux's own driver: programs on both sides, socat in the guest; and a console."""
+"""vsock with Linux's own driver, ours and the host's kernel's: programs on both sides, socat in the
+guest; and a console.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner, interpreter
+from tests.linux.conftest import MAIN, ROOT, Runner, interpreter
 from tests.own_hvc import COLS, ROWS
 from tinyvmm.lab.lab import python_command
 
@@ -45,4 +47,46 @@ def test_programs_on_both_sides_talk(guest: Runner) -> None:
         "left behind": "0",
         "status": "0",
         "socket": "False",
+    }
+
+
+VHOST_TALK = Path(__file__).parent / "vhost_talk.py"
+MOVER = MAIN.replace("tinyvmm.cli.main import main", "tests.linux.device_mover import run as main")
+VHOST_GUEST = """
+socat VSOCK-LISTEN:1024,fork,backlog=64 EXEC:cat 2> /dev/null &
+echo ready
+echo "from the guest" | socat -t 60 - VSOCK-CONNECT:2:5000
+socat -u /dev/null VSOCK-CONNECT:2:5001 2>&1 | grep -o 'Connection re[a-z ]*'
+read -r word || exit 0
+printf 1 | dd of=/dev/port bs=1 seek=1328 conv=notrunc status=none
+echo $word
+cat
+"""
+
+
+def test_the_hosts_kernel_carries_it_through_pauses_and_moves(guest: Runner) -> None:
+    run = ("run", "--no-lab", "--device", "tests.linux.device_mover:Mover")
+    command = [interpreter(), "-I", "-S", str(VHOST_TALK), str(ROOT), *python_command(MOVER, run)]
+    done = guest.program([*command, "--", VHOST_GUEST], timeout=400)
+    assert done.stderr.decode() == (
+        "tinyvmm: --vsock vhost: another guest of this computer has CID 7: give one of its own "
+        "(--vsock vhost,cid=8)\n"
+    )
+    assert done.status == 0
+    found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
+    assert "run it without --vsock vhost" in found.pop("exec")
+    assert found == {
+        "guest": "ready",
+        "asked": r"[7, b'from the guest\n']",
+        "told": "from the host",
+        "refused": "Connection reset by peer",
+        "echo": "[True, True]",  # and nothing comes while the machine is paused
+        "short": f"[{SHORT}, 0]",
+        "taken": "[125, b'']",
+        "moved": "move",
+        "old": "reset",
+        "new": "[True, True]",
+        "status": "0",
+        "mmio": "[True, True]",
+        "mmio status": "0",
     }

@@ -93,7 +93,7 @@ def _run(
     )
     options = options._replace(keep_writes=instance.file(WRITES))
     result = Result(STATUS_FAILED, "machine", "interrupted")
-    vsock = instance.file("vsock") if options.vsock is None else options.vsock[0]
+    vsock = (options.vsock and options.vsock[0]) or instance.file("vsock")
     supervisor = Supervisor(vsock, keep_stdin=args.detach and args.interactive)
     try:
         started = False

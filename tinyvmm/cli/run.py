@@ -130,9 +130,9 @@ def parse_pack(text: str) -> "PackMap":
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_vsock(text: str) -> tuple[str, int]:
-    """Parse `PATH[,cid=N]` into (absolute path, the guest's CID)."""
-    from tinyvmm.devices.virtio.vsock import CID_MAX, CID_MIN
+def parse_vsock(text: str) -> tuple[str | None, int]:
+    """Parse `PATH[,cid=N]` into (absolute path, or None for `vhost`; the guest's CID)."""
+    from tinyvmm.devices.virtio.vsock_device import CID_MAX, CID_MIN
 
     path, comma, number = text.rpartition(",cid=")
     if not comma:
@@ -141,7 +141,7 @@ def parse_vsock(text: str) -> tuple[str, int]:
         raise argparse.ArgumentTypeError(f"{text!r} names no socket")
     if not number.isascii() or not number.isdigit() or not CID_MIN <= int(number) <= CID_MAX:
         raise argparse.ArgumentTypeError(f"{text!r}: give a CID of {CID_MIN} to {CID_MAX}")
-    return os.path.abspath(path), int(number)
+    return None if path == "vhost" else os.path.abspath(path), int(number)
 
 
 def parse_net(text: str) -> "NetOptions | None":
@@ -277,8 +277,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--vsock",
         type=parse_vsock,
-        metavar="PATH[,cid=N]",
-        help="a Unix socket that leads to the guest's AF_VSOCK, and PATH_N what leads from it",
+        metavar="PATH|vhost[,cid=N]",
+        help="a Unix socket that leads to the guest's AF_VSOCK, and PATH_N what leads from it; or "
+        "vhost: this computer's own AF_VSOCK, where the guest is CID N (3)",
     )
     add(
         "--ioeventfd",

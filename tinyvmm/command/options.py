@@ -96,8 +96,11 @@ class RunOptions(NamedTuple):
     """Ports of this computer's that lead to the guest's."""
     on_reboot: str = "exit"
     """What a reset by the guest does: "exit" ends the run, "reset" boots it anew."""
-    vsock: tuple[str, int] | None = None
-    """Path of the host's Unix socket to the guest's AF_VSOCK, and the guest's CID."""
+    vsock: tuple[str | None, int] | None = None
+    """Path of the host's Unix socket to the guest's AF_VSOCK, and the guest's CID.
+
+    No path: the host's kernel has it, by vhost.
+    """
     ioeventfd: bool | None = None
     """Whether virtio queues are served on devices' threads; None: as each device's class says."""
 

@@ -100,9 +100,9 @@ def add_root_disks(machine: Machine, root: "RootDisks | None") -> None:
         machine.add_virtio(VirtioBlk(root.upper, serial=UPPER_SERIAL))
 
 
-def open_vsock(given: tuple[str, int] | None, cleanup: ExitStack) -> "VsockHost | None":
-    """Listen for the vsock device, until `cleanup`."""
-    if given is None:
+def open_vsock(given: tuple[str | None, int] | None, cleanup: ExitStack) -> "VsockHost | None":
+    """Listen for the vsock device, until `cleanup`; None if there is none, or none of ours."""
+    if given is None or given[0] is None:
         return None
     from tinyvmm.vsock_host import VsockHost
 
@@ -123,6 +123,22 @@ def add_vsock(machine: Machine, host: "VsockHost", cid: int) -> "VirtioVsock":
 
     host.start(device, failed)
     return device
+
+
+def add_vhost_vsock(machine: Machine, cid: int, cleanup: ExitStack) -> None:
+    """Add a vsock device that the kernel serves; ConfigError, with the remedy, where it cannot."""
+    from tinyvmm.devices.virtio.vhost_vsock import VhostVsock
+    from tinyvmm.vhost import VhostVsock as Kernel
+
+    def failed(error: BaseException) -> None:
+        machine.stop(StopCause.ERROR, error)
+
+    def open_kernel() -> Kernel:
+        return Kernel(cid, machine.memory.regions)
+
+    device = VhostVsock(cid, open_kernel, failed)
+    cleanup.callback(device.close)
+    machine.add_virtio(device)
 
 
 def open_net(

@@ -17,6 +17,7 @@ from tinyvmm.command.parts import (
     add_disks,
     add_net,
     add_root_disks,
+    add_vhost_vsock,
     add_vsock,
     open_net,
     open_vsock,
@@ -187,13 +188,14 @@ class Turn:
         return HostFiles(self._supervisor.stdin, None, None)
 
     def _supervise(self, machine: Machine, session: Session, vsock: "VirtioVsock | None") -> None:
-        host = self._vsock_host
-        if self._supervisor is None or vsock is None or host is None:
+        if self._supervisor is None:
             return
         from tinyvmm.inside.executor import Executor
 
+        host = self._vsock_host
+        way = None if vsock is None or host is None else (vsock, host)
         self._executor = Executor(session.send)
-        self._supervisor.attach(machine, session, self._executor, self._tail.last, vsock, host)
+        self._supervisor.attach(machine, session, self._executor, self._tail.last, way)
 
     def _on_record(self, kind: int, value: int) -> None:
         if self._executor is not None and self._supervisor is not None:
@@ -234,6 +236,8 @@ class Turn:
         vsock = None
         if vsock_at is not None and vsock_host is not None:
             vsock = add_vsock(machine, vsock_host, vsock_at[1])
+        elif vsock_at is not None:
+            add_vhost_vsock(machine, vsock_at[1], cleanup)
         if net is not None:
             add_net(machine, net)
         return machine, ports, vsock

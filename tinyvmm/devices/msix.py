@@ -33,6 +33,9 @@ class MessageLine(Protocol):
     def fire(self) -> None:
         """Send the message; it has been routed before."""
 
+    def fileno(self) -> int:
+        """Return an eventfd whose events send the message; -1 if there is none."""
+
 
 class Msix(Device):
     """The table, a vector for each of `lines`; as a device, the table's bytes."""
@@ -69,6 +72,12 @@ class Msix(Device):
                 self._lines[vector].fire()
             elif self.enabled:
                 self._pending[vector] = True
+
+    def fileno(self, vector: int) -> int:
+        """Return the eventfd that fires `vector`; -1 while it may not, or where there is none."""
+        with self._lock:
+            known = 0 <= vector < self.vectors and self._open[vector]
+            return self._lines[vector].fileno() if known else -1
 
     def read(self, offset: int, size: int) -> int:
         """Answer a read of the table; 0 past its end."""

@@ -97,9 +97,15 @@ class _Turn(NamedTuple):
     session: "Session"
     executor: Executor
     console: Callable[[], bytes]
+    way: "_Way | None"
+
+
+class _Way(NamedTuple):
+    """How a program in the guest connects to us: by a vsock of ours."""
+
     vsock: "VirtioDevice"
+    host: "VsockHost"
     streams: "ExecStreams"
-    vsock_host: "VsockHost"
 
 
 class Supervisor:
@@ -120,7 +126,7 @@ class Supervisor:
         self._began = time.monotonic()
         self._watching = Watching(lambda: None if self._turn is None else self._turn.machine)
         self._inspection = Inspection(lambda: self._now().machine, self._watching)
-        self._shares = Shares(lambda: self._now().vsock_host, self, self._modules)
+        self._shares = Shares(lambda: self._way().host, self, self._modules)
         self._input_lock = threading.Lock()  # guards the descriptor below
         self.stdin: int | None = None
         self._input: int | None = None
@@ -140,15 +146,16 @@ class Supervisor:
         session: "Session",
         executor: Executor,
         console: Callable[[], bytes],
-        vsock: "VirtioDevice",
-        vsock_host: "VsockHost",
+        vsock: "tuple[VirtioDevice, VsockHost] | None",
     ) -> None:
-        """Answer for this machine from now on."""
-        from tinyvmm.methods.exec_streams import ExecStreams
+        """Answer for this machine from now on; without a vsock of ours, for less of it."""
+        way = None
+        if vsock is not None:
+            from tinyvmm.methods.exec_streams import ExecStreams
 
-        streams = ExecStreams(vsock_host)
+            way = _Way(*vsock, ExecStreams(vsock[1]))
         with self._changed:
-            self._turn = _Turn(machine, session, executor, console, vsock, streams, vsock_host)
+            self._turn = _Turn(machine, session, executor, console, way)
             self._changed.notify_all()
             if self._closing is not None:
                 session.end(self._closing)
@@ -159,7 +166,8 @@ class Supervisor:
             turn, self._turn = self._turn, None
         if turn is not None:
             turn.executor.close()
-            turn.streams.close()
+            if turn.way is not None:
+                turn.way.streams.close()
             self._shares.close()
             self.last_console = turn.console()
 
@@ -324,7 +332,7 @@ class Supervisor:
         and `exec_exited` of this connection. With `port` it connects to that port of the vsock
         socket four times: control, stdin, stdout, stderr. With neither nobody hears what it says.
         """
-        turn = self._now()
+        turn, way = self._now(), self._way()
         from tinyvmm.guest.execution import build_execution, execution_steps
 
         if port is not None and stream is not None:
@@ -332,10 +340,10 @@ class Supervisor:
         command: Command | None = None
         if port is None:
             whose = None if stream is None else client
-            command = turn.streams.open(whose, stream or os.urandom(8).hex(), argv[0])
+            command = way.streams.open(whose, stream or os.urandom(8).hex(), argv[0])
             port = command.port
         try:
-            execution = self._execution(turn, argv, port, env or [], cwd, user, terminal)
+            execution = self._execution(argv, port, env or [], cwd, user, terminal)
             execution = execution._replace(merged=merged)
             steps = [step.says for step in execution_steps(execution)]
             if command is not None:
@@ -343,9 +351,9 @@ class Supervisor:
             pid = turn.executor.start(build_execution(execution))
         except BaseException:
             if command is not None:
-                turn.streams.forget(command)
+                way.streams.forget(command)
             raise
-        self._when_ended(turn, pid, command)
+        self._when_ended(turn, way, pid, command)
         return {"pid": pid, "steps": steps}
 
     @remote(waits=True, lane="exec_stdin", lane_by="stream", client=True)
@@ -356,31 +364,31 @@ class Supervisor:
 
         Answers when all of it is on its way, or wanted no more.
         """
-        streams = self._now().streams
+        streams = self._way().streams
         streams.write(streams.find(client, stream), decode(data), eof=eof)
 
     @remote(waits=True, client=True)
     def exec_signal(self, *, client: Client, stream: Name, signal: str | int) -> None:
         """Send a command of this client's a signal, by name or number."""
-        streams = self._now().streams
+        streams = self._way().streams
         streams.tell(streams.find(client, stream), SIGNAL, signal_number(signal))
 
     @remote(waits=True, client=True)
     def exec_resize(self, *, client: Client, stream: Name, rows: Size, columns: Size) -> None:
         """Tell the terminal of a command of this client's its size."""
-        streams = self._now().streams
+        streams = self._way().streams
         streams.tell(streams.find(client, stream), WINSIZE, rows | columns << 16)
 
     @remote(waits=True)
     def calls(self, *, port: Port) -> Calls:
         """Start guest/calls.py, which connects to `port` of the vsock socket: guest_calls.py."""
-        turn = self._now()
+        turn, way = self._now(), self._way()
         from tinyvmm.guest.calls import build_calls
         from tinyvmm.guest.execution import vsock_address
 
-        program = build_calls(vsock_address(port), self._vsock_modules(turn))
+        program = build_calls(vsock_address(port), self._vsock_modules(way))
         pid = turn.executor.start(program)
-        self._when_ended(turn, pid)
+        self._when_ended(turn, way, pid)
         return {"pid": pid}
 
     @remote(waits=True, client=True)
@@ -437,6 +445,15 @@ class Supervisor:
             raise ConfigError("the machine does not run")
         return turn
 
+    def _way(self) -> _Way:
+        way = self._now().way
+        if way is None:
+            raise ConfigError(
+                "the guest's vsock is this computer's own, and nothing more can be started or "
+                "mounted in it: run it without --vsock vhost for that"
+            )
+        return way
+
     def _cpu(self, number: int | None) -> int | None:
         vcpus = len(self._now().machine.vcpus)
         if number is not None and number >= vcpus:
@@ -445,7 +462,6 @@ class Supervisor:
 
     def _execution(
         self,
-        turn: _Turn,
         argv: Sequence[str],
         port: int,
         env: Sequence[str],
@@ -480,25 +496,27 @@ class Supervisor:
             cwd=context.cwd if cwd is None else cwd,
             terminal=size,
             user=account,
-            modules=self._vsock_modules(turn),
+            modules=self._vsock_modules(self._way()),
         )
 
-    def _when_ended(self, turn: _Turn, pid: int, command: "Command | None" = None) -> None:
+    def _when_ended(
+        self, turn: _Turn, way: _Way, pid: int, command: "Command | None" = None
+    ) -> None:
         """Once a program has ended remove what clients left that died before theirs connected."""
         from tinyvmm.instances.exec_client import FIRST_PORT, PORTS
 
         def act() -> None:
             if command is not None:
-                turn.streams.ended(command)
-            turn.vsock_host.tidy(range(FIRST_PORT, FIRST_PORT + PORTS))
+                way.streams.ended(command)
+            way.host.tidy(range(FIRST_PORT, FIRST_PORT + PORTS))
 
         turn.executor.when_ended(pid, act)
 
-    def _vsock_modules(self, turn: _Turn) -> Sequence[tuple[str, bytes]]:
+    def _vsock_modules(self, way: _Way) -> Sequence[tuple[str, bytes]]:
         """Return what a program has to insert before it can connect."""
         from tinyvmm.guest.init import VSOCK_MODULES
 
-        return () if turn.vsock.running else self._modules(VSOCK_MODULES)
+        return () if way.vsock.running else self._modules(VSOCK_MODULES)
 
     def _modules(self, names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         return () if self._context is None else self._context.modules(names)

@@ -56,6 +56,8 @@ class VirtioDevice:
 
     docs/decisions/0004 says which suits what.
     """
+    kicks: Sequence[int] = ()
+    """The doorbells of the first queues, where not we answer but the kernel: eventfds; vhost.py."""
 
     def __init__(
         self,
@@ -113,6 +115,12 @@ class VirtioDevice:
                 queue.cut_short = False
                 self.notify(queue.index)
 
+    def suspend(self) -> None:
+        """Stop what the kernel does by itself: every vCPU is paused. From any thread."""
+
+    def resume(self) -> None:
+        """Go on with that. From any thread."""
+
     def detach(self) -> None:
         """Leave the transport, forgetting the driver: the machine is being taken apart."""
         with self.lock:
@@ -161,6 +169,17 @@ class VirtioDevice:
                 queue.enable(self._memory, self.driver_features)
             except VirtqueueError as error:
                 self.fail(str(error))
+
+    def disable_queue(self, queue: Virtqueue) -> None:
+        """Stop to use `queue`."""
+        with self.lock:
+            queue.disable()
+
+    def route(self, index: int, fd: int) -> None:
+        """Know of eventfd `fd` that it interrupts for queue `index`; -1 when nothing does but us.
+
+        Only told to, and of use to, a device with `kicks`.
+        """
 
     def reset(self) -> None:
         """Forget the driver; a subclass adds what it knows of it. The lock is held."""

@@ -145,7 +145,7 @@ class VirtioMmio(RegisterDevice):
             if value & 1:
                 self.device.enable_queue(queue)
             else:
-                queue.disable()
+                self.device.disable_queue(queue)
 
     def write_QueueNum(self, value: int) -> None:
         """Take the queue's size."""

@@ -311,11 +311,21 @@ class VirtioPci(Device):
             self._notify((offset - NOTIFY) // NOTIFY_OFF_MULTIPLIER)
         elif part == COMMON:
             self.common.write(offset, size, value)
+            self.reroute()
         elif part == CONFIG:
             with self.device.lock:
                 self.device.write_config(offset - CONFIG, size, value)
         elif part == TABLE:
             self.msix.write(offset - TABLE, size, value)
+            self.reroute()
+
+    def reroute(self) -> None:
+        """Tell a device whose queues the kernel serves what interrupts for each of them now."""
+        device = self.device
+        if device.kicks:
+            with device.lock:
+                for index, vector in enumerate(self.common.queue_vectors):
+                    device.route(index, self.msix.fileno(vector))
 
     def _interrupt(self, source: int) -> None:
         """Interrupt for a queue, or for CONFIGURATION; the device's lock is held."""
@@ -346,6 +356,7 @@ class VirtioPci(Device):
             self.common.load(state["common"])
             self.msix.load(state["msix"])
             self._isr = state["isr"]
+            self.reroute()
             self.device.load(state["device"])
 
 
@@ -405,6 +416,7 @@ class VirtioFunction(Function):
         flags_at = self._msix_at + 2
         if offset < flags_at + 2 and offset + size > flags_at:
             self._transport.msix.set_flags(self.get(flags_at, 2))
+            self._transport.reroute()
 
     def _window(self, size: int) -> int | None:
         """Where in the BAR the window is; None unless it is just `size` bytes wide (4.1.4.9)."""

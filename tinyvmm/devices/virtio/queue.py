@@ -232,6 +232,12 @@ class Virtqueue:
         elif not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
             self.on_used()
 
+    def take_over(self, last_avail: int) -> None:
+        """Go on from `last_avail`, where somebody else stopped who served these rings."""
+        if self.ready:
+            self.last_avail = last_avail & 0xFFFF
+            self.used_idx = self._used[1]
+
     def save(self) -> dict[str, Any]:
         """Return registers and positions; the rings themselves are in RAM."""
         return {

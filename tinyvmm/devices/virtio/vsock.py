@@ -1,8 +1,8 @@
 """virtio socket device: stream sockets between guest and host: virtio 1.2, section 5.10.
 
-Device ID 19. Queues rx (0), tx (1) and event (2); the configuration space is the guest's CID. The
-host is CID 2. Every chain is one packet, a header of 44 bytes and perhaps data. Read `_packet`,
-what the guest may say, then `_fill`, what we say to it.
+What guest and driver see of it is in vsock_device.py. The host is CID 2. Every chain is one packet,
+a header of 44 bytes and perhaps data. Read `_packet`, what the guest may say, then `_fill`, what we
+say to it.
 
 A connection is two ports, ours and the guest's. Either side opens it (REQUEST, then RESPONSE or
 RST). Flow control is by credit (5.10.6.3): each side says how large its buffer is and how much of
@@ -23,15 +23,13 @@ the device's lock. A `Peer` and the `Dialer` are called with it held, and do not
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+from tinyvmm.devices.virtio.vsock_device import EVENT, RX, TX, VsockDevice
 from tinyvmm.views import cut, scatter, size_of
 
-VIRTIO_ID_VSOCK = 19
 VMADDR_CID_HOST = 2
-CID_MIN, CID_MAX = 3, 0xFFFF_FFFE
 
 VIRTIO_VSOCK_TYPE_STREAM = 1
 VIRTIO_VSOCK_OP_REQUEST = 1
@@ -43,10 +41,7 @@ VIRTIO_VSOCK_OP_CREDIT_UPDATE = 6
 VIRTIO_VSOCK_OP_CREDIT_REQUEST = 7
 VIRTIO_VSOCK_SHUTDOWN_RCV = 1 << 0
 VIRTIO_VSOCK_SHUTDOWN_SEND = 1 << 1
-VIRTIO_VSOCK_EVENT_TRANSPORT_RESET = 0
 
-RX, TX, EVENT = 0, 1, 2
-QUEUE_SIZE = 128
 BUF_ALLOC = 64 * 1024  # of a connection
 CONNECTIONS_MAX = 1024
 ANSWERS_MAX = 256  # packets that wait for an rx buffer, before tx has to wait
@@ -109,23 +104,16 @@ class Connection:
         return max(0, self.guest_buf_alloc - (self.sent - self.guest_fwd_cnt & _U32))
 
 
-class VirtioVsock(VirtioDevice):
+class VirtioVsock(VsockDevice):
     """The device: guest `cid` on one side, a `dialer` and `connect` on the other."""
 
     def __init__(self, cid: int, dialer: Dialer) -> None:
-        super().__init__(
-            "virtio-vsock",
-            VIRTIO_ID_VSOCK,
-            queue_sizes=(QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE),
-            config=struct.pack("<Q", cid),
-        )
-        self.cid = cid
+        super().__init__(cid)
         self._dialer = dialer
         self._connections: dict[tuple[int, int], Connection] = {}  # by guest's and host's port
         self._by_peer: dict[Peer, Connection] = {}
         self._thirsty: set[Connection] = set()  # those that would read, were there rx buffers
         self._due: deque[Connection | tuple[int, int]] = deque()  # who has answers; RST to nobody
-        self._transport_reset = False
         self._next_port = FIRST_HOST_PORT
 
     @property
@@ -139,12 +127,11 @@ class VirtioVsock(VirtioDevice):
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._due.clear()
-        self._transport_reset = False
 
     def handle(self, queue: Virtqueue) -> None:
         """Serve `queue`: packets from the guest, or room for packets to it."""
         if queue.index == EVENT:
-            self._flush_event()
+            self.flush_event()
             return
         if queue.index == RX:
             self._fill()
@@ -423,23 +410,6 @@ class VirtioVsock(VirtioDevice):
             connection.forwarded & _U32,
         )
         scatter(chain.writable, head)
-
-    def _flush_event(self) -> None:
-        queue = self.queues[EVENT]
-        if self._transport_reset and (chain := queue.pop()) is not None:
-            self._transport_reset = False
-            data = struct.pack("<I", VIRTIO_VSOCK_EVENT_TRANSPORT_RESET)
-            queue.push(chain, scatter(chain.writable, data))
-
-    # --- state ------------------------------------------------------------------------------
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Become what `save` described; the guest is told that its connections are gone."""
-        with self.lock:
-            super().load(state)
-            self._transport_reset = self.running
-            if self.running:
-                self._flush_event()
 
 
 class _Nobody:

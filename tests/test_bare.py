@@ -334,6 +334,9 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
         (["--kernel", "KERNEL", "--serial", "file:/nowhere/x"], "cannot be written"),
         (["--kernel", "KERNEL", "--module", "/nowhere/x"], "module /nowhere/x: cannot be opened"),
         (["--kernel", "KERNEL", "--fw-cfg", "a=/nowhere"], "fw_cfg file /nowhere"),
+        (["--kernel", "KERNEL", "--fw-cfg", "a=/dev"], "fw_cfg file /dev: is no regular file"),
+        (["--kernel", "KERNEL", "--module", "/dev/zero"], "module /dev/zero: is no regular file"),
+        (["--kernel", "KERNEL", "--initrd", "FIFO"], "is no regular file"),
         (["--kernel", "KERNEL", "--fw-cfg", f"{'n' * 56}=/etc/hostname"], "1 to 55"),
         (["--kernel", "KERNEL", "--boot-protocol", "pvh"], "is no ELF file with a PVH entry"),
         (["--kernel", "/bin/true"], "where no kernel can be"),
@@ -341,9 +344,12 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
     ],
 )
 @pytest.mark.kvm
-def test_what_cannot_be_is_one_line(build: Build, arguments: list[str], why: str) -> None:
-    kernel = build("told")
-    done = tinyvmm(*[word.replace("KERNEL", kernel) for word in arguments])
+def test_what_cannot_be_is_one_line(
+    build: Build, tmp_path: Path, arguments: list[str], why: str
+) -> None:
+    there = {"KERNEL": build("told"), "FIFO": str(tmp_path / "fifo")}
+    os.mkfifo(there["FIFO"])
+    done = tinyvmm(*[there.get(word, word) for word in arguments])
     assert done.returncode == 125
     assert done.stdout == b""
     (line,) = done.stderr.decode().splitlines()

@@ -16,6 +16,7 @@ drives, APM; kernels below 1 MiB.
 """
 
 import os
+import stat
 from collections.abc import Sequence
 from struct import Struct, pack, unpack_from
 from typing import NamedTuple
@@ -138,10 +139,15 @@ def read_file(path: str, what: str) -> bytes:
         size = status.st_size
     else:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK: a FIFO is refused below, not waited for
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ConfigError(f"{what} {path}: cannot be opened ({error.strerror})") from None
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise ConfigError(f"{what} {path}: is no regular file; name one")
+        size = status.st_size
     with open(fd, "rb") as file:
         if size > FILE_MAX:
             raise ConfigError(f"{what} {path}: is larger than {FILE_MAX >> 20} MiB")

@@ -4,9 +4,10 @@
 //   init KIND DEVICE MODULE...     as PID 1 of QEMU's guests: insert the modules, mount the root, of
 //                                  KIND 9p, ext4 or KIND+overlay, and measure in there
 //
-// All of it REPEAT times, if that is in the environment. Prints "begin SECONDS" (of the kernel's
-// life), then "end WHAT NANOSECONDS STATUS" of each command and "done"; what a command prints goes
-// to /dev/null.
+// All of it, or what begins with ONLY, REPEAT times, if those are in the environment. Prints "begin SECONDS REQUESTS SECTORS" (of
+// the kernel's life), then "end WHAT NANOSECONDS STATUS REQUESTS SECTORS" of each command and "done";
+// what a command prints goes to /dev/null. REQUESTS and SECTORS are what was read of the first
+// virtio disk meanwhile, which is the root's if it has one.
 
 #include <errno.h>
 #include <fcntl.h>
@@ -48,6 +49,17 @@ static long long now(clockid_t clock) {
   return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+struct reads { unsigned long long requests, sectors; };
+
+static struct reads reads(void) {  // Documentation/block/stat.rst
+  struct reads r = {0, 0};
+  FILE *file = fopen("/sys/block/vda/stat", "r");
+  if (!file) return r;
+  need(fscanf(file, "%llu %*u %llu", &r.requests, &r.sectors) == 2, "/sys/block/vda/stat");
+  fclose(file);
+  return r;
+}
+
 static void forget(void) {
   sync();
   int fd = open("/proc/sys/vm/drop_caches", O_WRONLY);
@@ -59,13 +71,16 @@ static void measure(void) {
   setenv("PATH", "/usr/local/bin:/usr/bin:/bin", 1);
   setenv("HOME", "/tmp", 1);
   unsetenv("PYTHONPATH");
-  printf("begin %.3f\n", now(CLOCK_BOOTTIME) / 1e9);
+  struct reads before = reads();
+  printf("begin %.3f %llu %llu\n", now(CLOCK_BOOTTIME) / 1e9, before.requests, before.sectors);
   fflush(stdout);
-  const char *repeat = getenv("REPEAT");
+  const char *repeat = getenv("REPEAT"), *only = getenv("ONLY");
   size_t count = sizeof COMMANDS / sizeof *COMMANDS, times = repeat ? atoi(repeat) : 1;
   for (size_t n = 0; n < count * times; n++) {
     size_t i = n % count;
+    if (only && strncmp(COMMANDS[i].what, only, strlen(only))) continue;
     if (strstr(COMMANDS[i].what, "cold")) forget();
+    before = reads();
     long long begin = now(CLOCK_MONOTONIC);
     pid_t child = fork();
     need(child >= 0, "fork");
@@ -77,7 +92,10 @@ static void measure(void) {
     }
     int status;
     need(waitpid(child, &status, 0) == child, "wait");
-    printf("end %s %lld %d\n", COMMANDS[i].what, now(CLOCK_MONOTONIC) - begin, status);
+    long long took = now(CLOCK_MONOTONIC) - begin;
+    struct reads after = reads();
+    printf("end %s %lld %d %llu %llu\n", COMMANDS[i].what, took, status,
+           after.requests - before.requests, after.sectors - before.sectors);
     fflush(stdout);
   }
   puts("done");
@@ -122,6 +140,7 @@ int main(int argc, char **argv) {
     }
     need(!mount("devtmpfs", "/root/dev", "devtmpfs", 0, NULL), "/dev");
     need(!mount("proc", "/root/proc", "proc", 0, NULL), "/proc");
+    need(!mount("sysfs", "/root/sys", "sysfs", 0, NULL), "/sys");
     need(!chroot("/root") && !chdir("/"), "chroot");
   }
   measure();

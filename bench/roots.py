@@ -6,12 +6,14 @@ by virtio-9p-pci (`local`, cache=loose, an overlay in RAM over it, as for our ER
 that mkfs.ext4 made of it before, which takes writes, by virtio-blk-pci; or such an image of ext4 or
 EROFS, read-only, under an overlay as ours has one, which tells what is the overlay's part. One vCPU
 each. In each guest one C program runs the commands and takes the time; cold is with the guest's
-caches dropped, but not the host's: the tree and the images are in its RAM.
+caches dropped, but not the host's: the tree and the images are in its RAM. What each step read of
+the root's disk is counted by the guest's kernel, so it depends on no clock and no load.
 
 The first turn only boots each, which warms the host's caches. `python -m bench roots` takes one
 round, ROUNDS=3 in the environment three, and REPEAT=3 has each guest do everything three times;
-SUBJECTS='erofs,QEMU ext4' takes only those. Medians are told of all. Where this computer's KVM
-cannot run Linux all of it happens in one lab, where Python is slowed down more than C is.
+SUBJECTS='erofs,QEMU ext4' takes only those, ONLY=git only what begins so. Medians are told of all.
+Where this computer's KVM cannot run Linux all of it happens in one lab, where Python is slowed down
+more than C is.
 """
 
 import json
@@ -30,7 +32,7 @@ from typing import NamedTuple
 from bench.kernels import ROOT, RUN
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
-ROUNDS = REPEAT = 1
+ROUNDS = 1
 LIMIT = 600  # seconds for one guest
 MEMORY_MIB = 1024
 SUBJECTS = ("9p", "erofs", "QEMU 9p", "QEMU ext4", "QEMU ext4+overlay", "QEMU erofs+overlay")
@@ -69,6 +71,10 @@ class Entry(NamedTuple):
     turn: int
     what: str
     seconds: float
+    requests: int
+    """To read the root's disk, as the guest's kernel counts them; 0 if it is none."""
+    sectors: int
+    """Of 512 bytes, read by those."""
 
 
 # --- the tree ------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ def qemu_initrd(init: str) -> tuple[bytes, list[str]]:
     return initramfs(init, (*QEMU_MODULES, "ext4"))
 
 
-def command_of(subject: str, work: str, modules: list[str], repeat: int) -> list[str]:
+def command_of(subject: str, work: str, modules: list[str], env: list[str]) -> list[str]:
     """Return the command that boots a subject and prints what its guest does.
 
     In `work` there are tree, initrd, and an image by the name of its file system.
@@ -214,8 +220,9 @@ def command_of(subject: str, work: str, modules: list[str], repeat: int) -> list
         python = os.path.realpath(sys.executable)
         ours = [python, "-I", "-S", "-c", RUN, "run", "--no-lab", "--kernel", kernel.version]
         ours += ["--root-mode", subject, "--read", f"/={work}/tree", "--memory", f"{MEMORY_MIB}M"]
-        ours += ["--env", f"REPEAT={repeat}", "--workdir", "/"]
-        return [*ours, "--", "/bench/roots"]
+        for variable in env:
+            ours += ["--env", variable]
+        return [*ours, "--workdir", "/", "--", "/bench/roots"]
     qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", str(MEMORY_MIB)]
     qemu += ["-M", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     qemu += ["-serial", "stdio", "-kernel", kernel.vmlinuz, "-initrd", f"{work}/initrd"]
@@ -231,7 +238,7 @@ def command_of(subject: str, work: str, modules: list[str], repeat: int) -> list
         image = os.path.join(work, kind.partition("+")[0])
         drive = f"if=none,id=d,file={image},format=raw,snapshot=on"
         qemu += ["-drive", drive, "-device", "virtio-blk-pci,drive=d"]
-    return [*qemu, "-append", f"{CMDLINE} REPEAT={repeat} -- {root}"]
+    return [*qemu, "-append", f"{CMDLINE} {' '.join(env)} -- {root}"]
 
 
 def run_guest(subject: str, turn: int, command: list[str], work: str) -> list[Entry]:
@@ -253,23 +260,30 @@ def run_guest(subject: str, turn: int, command: list[str], work: str) -> list[En
             lines.append(line.strip())
             word, *rest = lines[-1].split() or [""]
             if word == "begin":
-                found.append(Entry(subject, turn, "userspace, from exec", monotonic() - begin))
-                found.append(Entry(subject, turn, "userspace, from boot", float(rest[0])))
+                took, seconds = monotonic() - begin, float(rest[0])
+                counts = [int(number) for number in rest[1:]]
+                found.append(Entry(subject, turn, "userspace, from exec", took, *counts))
+                found.append(Entry(subject, turn, "userspace, from boot", seconds, *counts))
                 if not turn:
                     process.terminate()
             elif word == "end":
-                what, ns, status = rest
+                what, ns, status, *read = rest
                 if status != "0":
                     raise RuntimeError(f"{subject}: {what} failed in the guest: {status}")
-                found.append(Entry(subject, turn, what.replace("-", ", "), int(ns) / 1e9))
+                counts = [int(number) for number in read]
+                what = what.replace("-", ", ")
+                found.append(Entry(subject, turn, what, int(ns) / 1e9, *counts))
     if not found or (turn and "done" not in lines):
         shown = "\n".join(lines[-10:])
         raise RuntimeError(f"{subject}, {deadline - monotonic():.0f} s left: {shown}")
     return found
 
 
-def measure(archive: str, rounds: int, repeat: int, subjects: list[str]) -> list[Entry]:
-    """Run each `rounds` times in turn, after once to warm caches; `archive` holds the tree."""
+def measure(archive: str, rounds: int, env: list[str], subjects: list[str]) -> list[Entry]:
+    """Run each `rounds` times in turn, after once to warm caches; `archive` holds the tree.
+
+    `env` is what the program in the guests goes by, `NAME=VALUE` each.
+    """
     from tinyvmm.fileserver.descriptors import raise_nofile_limit
     from tinyvmm.images.erofs.writer import write_image
 
@@ -285,19 +299,21 @@ def measure(archive: str, rounds: int, repeat: int, subjects: list[str]) -> list
         Path(work, "initrd").write_bytes(data)
         for turn in range(rounds + 1):
             for subject in subjects:
-                command = command_of(subject, work, modules, repeat)
+                command = command_of(subject, work, modules, env)
                 found += run_guest(subject, turn, command, work)
     return found
 
 
 def show(found: list[Entry], subjects: list[str]) -> None:
-    """Print one line for each thing done, with what the goals compare."""
+    """Print one line for each thing done, with what the goals compare; then what was read."""
     ratios = [(a, b) for a, b in RATIOS if a in subjects and b in subjects]
     shown = [f"{a} / {b}".replace("QEMU ", "Q") for a, b in ratios]
     print(f"{'seconds':22}" + "".join(f"{name:>20}" for name in (*subjects, *shown)))
-    for what in dict.fromkeys(entry.what for entry in found if entry.turn):
+    measured = [entry for entry in found if entry.turn]
+    steps = list(dict.fromkeys(entry.what for entry in measured))
+    for what in steps:
         of = {
-            subject: median(e.seconds for e in found if e[:3:2] == (subject, what) and e.turn)
+            subject: median(e.seconds for e in measured if e[:3:2] == (subject, what))
             for subject in subjects
         }
         print(
@@ -305,6 +321,16 @@ def show(found: list[Entry], subjects: list[str]) -> None:
             + "".join(f"{seconds:20.3f}" for seconds in of.values())
             + "".join(f"{of[a] / of[b]:20.2f}" for a, b in ratios)
         )
+    on_disks = [name for name in subjects if not name.endswith("9p")]
+    print(f"{'requests, KiB':22}" + "".join(f"{name:>20}" for name in on_disks))
+    for what in steps:
+        line = f"{what:22}"
+        for subject in on_disks:
+            read = [e for e in measured if e[:3:2] == (subject, what)]
+            requests = median(e.requests for e in read)
+            kib = median(e.sectors for e in read) / 2
+            line += f"{f'{requests:.0f}, {kib:.0f}':>20}"
+        print(line)
 
 
 def main() -> None:
@@ -315,9 +341,8 @@ def main() -> None:
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 
-    rounds, repeat = (
-        int(os.environ.get(name, usual)) for name, usual in (("ROUNDS", ROUNDS), ("REPEAT", REPEAT))
-    )
+    rounds = int(os.environ.get("ROUNDS", ROUNDS))
+    env = [f"{name}={os.environ[name]}" for name in ("REPEAT", "ONLY") if name in os.environ]
     wanted = os.environ.get("SUBJECTS", ",".join(SUBJECTS)).split(",")
     if unknown := set(wanted) - set(SUBJECTS):
         sys.exit(f"SUBJECTS: {', '.join(sorted(unknown))}: give some of {','.join(SUBJECTS)}")
@@ -332,11 +357,11 @@ def main() -> None:
             prepare_kernel(None, modules_for(options), mode)[0].close()
         qemu_initrd(os.path.join(tree, "bench/roots"))
         if missing_for_linux() is None:
-            found = measure(archive, rounds, repeat, wanted)
+            found = measure(archive, rounds, env, wanted)
         else:
             code = (
                 f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.roots import measure"
-                f"; print(json.dumps(measure({archive!r}, {rounds}, {repeat}, {wanted!r})))"
+                f"; print(json.dumps(measure({archive!r}, {rounds}, {env!r}, {wanted!r})))"
             )
             with Lab() as lab:
                 limit = LIMIT * len(wanted) * (rounds + 1)

@@ -374,6 +374,17 @@ def test_a_reset_opens_the_kernels_side_anew_so_that_the_host_hears_of_it(host: 
     assert len(host.kernels) == 2
 
 
+def test_once_closed_a_driver_that_still_runs_has_it_open_nothing(host: Host) -> None:
+    driver = Driver(host.device)
+    driver.start()
+    host.device.close()
+    host.take()
+    driver.start()
+    driver.write(0x050, TX)
+    assert host.take() == []
+    assert len(host.kernels) == 1
+
+
 def test_a_cid_that_somebody_took_during_a_reset_is_asked_for_again(host: Host) -> None:
     driver = Driver(host.device)
     driver.start()

@@ -15,7 +15,7 @@ Offered is what the kernel offers: SEQPACKET too, where it has that. Connections
 sockets are told as well. To `save` what goes on, `suspend` it before.
 
 Threads: vCPU threads through the transport, `suspend` and `resume` from any, and one of its own for
-the eventfds; all hold the device's lock. That thread does so for a moment, and is joined without.
+the eventfds; all hold the device's lock. The thread is joined without.
 """
 
 import os
@@ -87,7 +87,7 @@ class VhostVsock(VsockDevice):
     def _settle(self) -> None:
         """Have the kernel serve if it is to, and only then; the lock is held."""
         ready = self.queues[RX].ready and self.queues[TX].ready
-        wanted = self.running and ready and not self._suspended
+        wanted = self.running and ready and not (self._suspended or self._closed)
         if wanted == self._serving:
             return
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner
+from tests.linux.conftest import MAIN, ROOT, Runner
 from tests.oci import Entry, directory, entry, image, layer, symlink
 from tests.test_oci_unpack import seen, union
 from tinyvmm.fileserver import ownership
@@ -34,6 +34,16 @@ APPLETS = (
     "env",
     "ln",
 )
+# What runs in the machine, and is in no entrypoint, as `podman exec` has it.
+FROM_PYTHON = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import tinyvmm
+with tinyvmm.Machine(image=sys.argv[1], env={{"GREETING": "good day"}}) as machine:
+    ask = "id; pwd; echo $GREETING $KEPT $HOME; cat /home/app/secret; touch /etc/x || echo no"
+    machine.run(["sh", "-c", ask + "; ls /opaque"], stderr=tinyvmm.DEVNULL, check=True)
+    print(machine.run(["id", "-u"], user="root", capture_output=True, text=True).stdout, end="")
+"""
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 PASSWD = b"root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n"
 GROUP = b"root:x:0:\napp:x:1001:\nextra:x:7:app\n"
@@ -159,3 +169,11 @@ def test_an_image_unpacked_by_nobody_in_particular_runs_as_it_was_meant(
         *("--root-mode", "erofs", "--entrypoint", '["/bin/sh", "-c"]', "--user", "0"),
         *("--workdir", "/home", "--", script, "zero", "one"),
     ) == ["zero 1 /root", "/home", *answers["owners"], *answers["device"], "5:6", "new"]
+    # And from Python, as the root of a machine that commands are run in.
+    code = ["env", f"XDG_DATA_HOME={where}", *python_command(FROM_PYTHON, [found.id])]
+    done = guest.program(code)
+    assert (done.status, done.stderr) == (0, b""), done
+    assert done.stdout.decode().splitlines() == [
+        *(*answers["who"], *answers["where"], *answers["env"], *answers["secret"]),
+        *("no", "new", "0"),
+    ]

@@ -122,7 +122,7 @@ def test_one_writes_or_many_read(image: Path) -> None:
     path = str(image)
     with contextlib.closing(RawDisk(path)):
         for read_only in (False, True):
-            with pytest.raises(ConfigError, match="in use by another machine"):
+            with pytest.raises(ConfigError, match="in use by another machine, or named twice"):
                 RawDisk(path, read_only=read_only)
     with contextlib.closing(RawDisk(path, read_only=True)):
         with pytest.raises(ConfigError, match="overlay"):

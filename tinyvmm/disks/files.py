@@ -71,7 +71,7 @@ def _problem(fd: int, *, writable: bool) -> str | None:
         return "neither a file nor a block device: name one"
     if not lock(fd, writable=writable):
         way_out = ", or add overlay=FILE or ephemeral" if writable else ""
-        return f"in use by another machine: stop that{way_out}"
+        return f"in use by another machine, or named twice: stop that{way_out}"
     return None
 
 

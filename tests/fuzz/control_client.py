@@ -26,7 +26,7 @@ from tinyvmm.instances.control import ControlServer
 from tinyvmm.instances.control_schema import check
 from tinyvmm.memory import GuestMemory
 from tinyvmm.methods.exec_streams import ExecStreams
-from tinyvmm.methods.supervisor import Context, Supervisor, _Turn
+from tinyvmm.methods.supervisor import Context, Supervisor, _Turn, _Way
 from tinyvmm.session import Result
 
 STEPS_MAX = 40
@@ -90,7 +90,8 @@ class Place:
         supervisor = Supervisor(f"{self.path}-vsock")
         root = SimpleNamespace()
         supervisor.begin(Context(["PATH=/bin"], "/", cast("Any", root), lambda _: ()))
-        turn = (machine, session, Executor(), lambda: b"console", VirtioRng(), streams, host)
+        way = _Way(VirtioRng(), cast("Any", host), streams)
+        turn = (machine, session, Executor(), lambda: b"console", way)
         supervisor._turn = _Turn(*cast("Any", turn))
         supervisor._result = Result(0, "exited")
         return supervisor, streams

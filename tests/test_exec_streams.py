@@ -72,9 +72,9 @@ class Guest:
                 threading.Thread(target=pump, args=pair, daemon=True)
                 for pair in ((theirs, stream.sock), (stream.sock, theirs))
             ]
-            self.connections.append((theirs, stream, pumps))
             for thread in pumps:
                 thread.start()
+            self.connections.append((theirs, stream, pumps))
 
     def start(self, program: bytes) -> int:
         path = self.directory / f"program{len(self.processes)}"

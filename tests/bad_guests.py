@@ -15,6 +15,7 @@ from typing import NamedTuple
 from examples.crc_device import CrcDevice
 from examples.dice_port import Dice
 from examples.pattern_rng import PatternRng
+from tests.fake_vhost import Kernel
 from tests.test_pci import BAR_GPA
 from tests.test_pci import Board as PciBoard
 from tests.test_pci import Driver as PciDriver
@@ -47,6 +48,7 @@ from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.net import VirtioNet
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.devices.virtio.rng import VirtioRng
+from tinyvmm.devices.virtio.vhost_vsock import VhostVsock
 from tinyvmm.devices.virtio.vsock import VirtioVsock
 from tinyvmm.disks.raw import RawDisk
 from tinyvmm.fileserver.host import HostTree
@@ -219,8 +221,11 @@ class Made(NamedTuple):
 
     device: VirtioDevice
     works: Callable[[list[Queue]], bool]
-    asked: int = 0
-    """The index of a queue of requests: one that the device looks at as soon as it is kicked."""
+    asked: int | None = 0
+    """The index of a queue of requests: one that the device looks at as soon as it is kicked.
+
+    None if all of them are for the host's kernel to look at.
+    """
     close: Callable[[], object] = _nothing
     """Lets go of what the device was given."""
 
@@ -344,6 +349,28 @@ def _vsock() -> Made:
     return Made(VirtioVsock(3, NobodyHome()), works, asked=1)
 
 
+def _vhost_vsock() -> Made:
+    opened: list[Kernel] = []
+
+    def open_kernel() -> Kernel:
+        opened[:] = [Kernel([])]
+        return opened[0]
+
+    def failed(error: BaseException) -> None:
+        raise error
+
+    device = VhostVsock(3, open_kernel, failed)
+
+    def works(queues: list[Queue]) -> bool:
+        """A kick has to reach the kernel that serves now; the rest is for it to do."""
+        kick = opened[0].eventfds[1][0]
+        os.eventfd_read(kick)  # that of the start
+        queues[1].send([b"x" * 44], [])
+        return opened[0].running and os.eventfd_read(kick) == 1
+
+    return Made(device, works, asked=None)
+
+
 def _block() -> Made:
     fd, path = tempfile.mkstemp(prefix="tinyvmm-test-")
     os.truncate(fd, 64 << 10)
@@ -368,6 +395,7 @@ VIRTIO: dict[str, Callable[[], Made]] = {
     "balloon": _balloon,
     "block": _block,
     "vsock": _vsock,
+    "vhost vsock": _vhost_vsock,
     "net": _net,
     "net of several": _net_of_several,
     "example pattern": _pattern,

@@ -42,6 +42,7 @@ class Guest:
         self.listeners: list[socket.socket] = []
         self.connections: list[tuple[socket.socket, HostStream, list[threading.Thread]]] = []
         self.accepting: threading.Thread | None = None
+        self.accepted: list[threading.Thread] = []  # all there have been of those
         self.unreachable = False
 
     def address(self, port: int) -> bytes:
@@ -57,6 +58,7 @@ class Guest:
         else:
             self.accepting = threading.Thread(target=self.accept, args=(listener, port))
             self.accepting.start()
+            self.accepted.append(self.accepting)
         return struct.pack("<H", socket.AF_UNIX) + path.encode() + b"\0"
 
     def accept(self, listener: socket.socket, port: int) -> None:
@@ -101,6 +103,10 @@ class Guest:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for listener in self.listeners:
+            listener.shutdown(socket.SHUT_RDWR)  # whoever accepts does so no more
+        for thread in self.accepted:
+            thread.join()
         for listener in self.listeners:
             listener.close()
         for sock, stream, pumps in self.connections:

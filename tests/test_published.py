@@ -98,14 +98,28 @@ def test_ports_that_cannot_be_are_refused(text: str) -> None:
         options.parse_publish(text)
 
 
+def taken_port(kind: socket.SocketKind, others: socket.SocketKind) -> socket.socket:
+    """Return a socket at a port which nobody has for the other protocol."""
+    while True:
+        taken = socket.socket(socket.AF_INET, kind)
+        taken.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM:
+            taken.listen()
+        with socket.socket(socket.AF_INET, others) as other:
+            try:
+                other.bind(taken.getsockname())
+            except OSError:  # some program's own
+                taken.close()
+            else:
+                return taken
+
+
 @pytest.mark.parametrize(
     ("protocol", "kind"), [("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)]
 )
 def test_a_port_in_use_is_one_line(protocol: str, kind: socket.SocketKind) -> None:
-    with socket.socket(socket.AF_INET, kind) as taken:
-        taken.bind(("127.0.0.1", 0))
-        if protocol == "tcp":
-            taken.listen()
+    others = socket.SOCK_DGRAM if kind == socket.SOCK_STREAM else socket.SOCK_STREAM
+    with taken_port(kind, others) as taken:
         port = taken.getsockname()[1]
         for address in (None, "127.0.0.1"):
             with pytest.raises(ConfigError, match=f"Address already in use for {protocol} port"):

@@ -21,7 +21,6 @@ from examples.crc_device import CrcDevice
 from examples.dice_port import Dice
 from examples.pattern_rng import PatternRng
 from tests.bad_guests import TRANSPORTS, VIRTIO, Made, OverPci
-from tests.fake_vhost import Kernel
 from tests.test_board_devices import DEVICES, World
 from tinyvmm.devices.debug_exit import DebugExit
 from tinyvmm.devices.device import Device
@@ -109,30 +108,12 @@ def pci_function() -> None:
     assert second.read_config(0x3C, 1) == 0x5A
 
 
-def vhost_vsock() -> Made:
-    """One whose rings the kernel serves, which goes on where its own are."""
-    kernels: list[Kernel] = []
-
-    def open_kernel() -> Kernel:
-        kernels.append(Kernel([]))
-        return kernels[-1]
-
-    def failed(error: BaseException) -> None:
-        raise error
-
-    device = VhostVsock(3, open_kernel, failed)
-    return Made(device, lambda _: kernels[-1].running and set(kernels[-1].eventfds) == {0, 1})
-
-
-MADE = VIRTIO | {"vhost vsock": vhost_vsock}
-
-
 def virtio(name: str, *transports: str) -> Callable[[], None]:
     """A driver that has used a device goes on with another one, on the same transport."""
 
     def do() -> None:
         for transport in transports or TRANSPORTS:
-            first, second = MADE[name](), MADE[name]()
+            first, second = VIRTIO[name](), VIRTIO[name]()
             try:
                 goes_on_elsewhere(first, second, transport)
             finally:

@@ -2,13 +2,17 @@
 
 import socket
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pytest
+
 from tinyvmm.fileserver.address import Address
-from tinyvmm.fileserver.host import HostTree
+from tinyvmm.fileserver.host import HostNode, HostTree
+from tinyvmm.fileserver.hostfile import HostFile
 from tinyvmm.fileserver.server import Server
 
-HANG = 30.0  # seconds; nothing here takes one
+HANG = 120.0  # seconds; nothing here takes one
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
 
@@ -41,3 +45,55 @@ class Service:
         sock.settimeout(HANG)
         sock.connect(self.path)
         return sock
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    for _ in range(int(HANG * 100)):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to that")
+
+
+class Gate:
+    """Where reads of the file `slow` wait until the test lets them pass."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Semaphore(0)
+        self.passes = threading.Semaphore(0)
+
+    def wait_until_reached(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self.arrived.acquire(timeout=HANG)
+
+    def wait(self) -> None:
+        self.arrived.release()
+        assert self.passes.acquire(timeout=HANG)
+
+
+def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Have reads of `slow` wait at the gate which this gives."""
+    gate = Gate()
+
+    class GatedFile(HostFile):
+        __slots__ = ()  # laid out as a HostFile, which is made one below
+
+        def readv_now(self, buffers: Sequence[memoryview], offset: int) -> None:
+            del buffers, offset
+
+        def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
+            gate.wait()
+            return super().readv(buffers, offset)
+
+    def open_gated(node: HostNode, flags: int) -> object:
+        file = opened(node, flags)
+        if node.name == b"slow":
+            assert isinstance(file, HostFile)
+            file.__class__ = GatedFile
+        return file
+
+    opened = HostNode.open
+    monkeypatch.setattr(HostNode, "open", open_gated)
+    yield gate
+    gate.passes.release(10_000)

@@ -23,6 +23,7 @@ import struct
 from collections import deque
 from contextlib import suppress
 from errno import EAGAIN
+from math import inf
 from threading import Condition, RLock
 from time import monotonic
 
@@ -54,6 +55,7 @@ class Connection:
         self._waiting = 0
         self._held: deque[bytes] = deque()
         self._held_size = 0
+        self._replied = -inf  # when the last request that had waited was answered
         self._replies = memoryview(bytearray(FIRST_MAX + READ_AHEAD))
         self._filled = 0  # bytes of replies not sent yet; 0 whenever nobody has the lock
         self._submitting = False
@@ -132,14 +134,28 @@ class Connection:
 
     def _receive(self, room: memoryview) -> int:
         """Read what there is; gives 0 when no more will come."""
+        sock, left = self._sock, 0.0
         while True:
             try:
-                return self._sock.recv_into(room)
+                count = sock.recv_into(room)
             except ConnectionError:
                 return 0
             except BlockingIOError:
-                if not self._busy():  # who waits for us may be silent
+                left = self._patience()
+                if left <= 0:
                     raise
+                _time_out(sock, max(left, _AT_ONCE))
+                continue
+            if left:
+                _time_out(sock, self._idle)
+            return count
+
+    def _patience(self) -> float:
+        """Seconds for which a client that was silent for so long may go on."""
+        with self._lock:  # no reply is on its way to it
+            if self._busy():
+                return self._idle
+            return self._replied + self._idle - monotonic()  # it had none to begin with until then
 
     def _begin(self, request: memoryview) -> None:
         """Answer a Tversion, which ends all that was before it."""
@@ -209,6 +225,7 @@ class Connection:
                 self._send(reply)
                 self._answer_held()
                 self._send_replies()
+            self._replied = monotonic()
 
     def _send_replies(self) -> None:
         """Send the replies made."""

@@ -4,11 +4,12 @@
 //       WHAT is tap, passt (interfaces, told apart by the last byte of their address), vsock or
 //       console (port 1 of the first console device). Prints "end WHAT COUNT NANOSECONDS" lines on
 //       the console, and powers off.
-//   serve tcp PORT | unix PATH | vsock PORT
+//   serve tcp PORT | unix PATH | vsock PORT  [GUESTS TURNS]
 //
 // On every kind of stream the guest says what it wants: 'P', and each byte is sent back, until a
 // 'q'; 'S' and a length, and that many bytes are taken, then answered by one; 'R' and a length, and
-// that many bytes come.
+// that many bytes come; 'T', and it may go on when it is its turn, which ends with its next 'T':
+// GUESTS of them have TURNS each, one after the other, and are told 'g', or 'e' for no more.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -77,19 +78,40 @@ static int take(int fd, char *to, long length) {
 
 // --- the host's end ---
 
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  // guards the next line
+static int guests = 1, arrived, left = 1, turn;           // turns left, and whose the next one is
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+
+// Wait for the turn of guest `number`, or of a new one for -1, whose turn it was or who is gone.
+static char next_turn(int *number, int gone) {
+  pthread_mutex_lock(&lock);
+  if (*number < 0) *number = arrived++;
+  else if (left > 0) left--, turn = (turn + 1) % guests;
+  if (gone) left = 0;
+  pthread_cond_broadcast(&changed);
+  while (left > 0 && (arrived < guests || turn != *number)) pthread_cond_wait(&changed, &lock);
+  char word = left > 0 ? 'g' : 'e';
+  pthread_mutex_unlock(&lock);
+  return word;
+}
+
 static void *answer(void *argument) {
-  int fd = (long)argument;
+  int fd = (long)argument, number = -1;
   char *own = calloc(1, CHUNK), word;
   long length;
   while (read_all(fd, &word, 1)) {
     if (word == 'P') {
       while (read_all(fd, &word, 1) && write_all(fd, &word, 1) && word != 'q');
+    } else if (word == 'T') {
+      word = next_turn(&number, 0);
+      if (!write_all(fd, &word, 1)) break;
     } else {
       if (!read_all(fd, (char *)&length, sizeof length)) break;
       if (!(word == 'S' ? take(fd, own, length) && write_all(fd, "", 1) : put(fd, own, length)))
         break;
     }
   }
+  if (number >= 0) next_turn(&number, 1);
   close(fd);
   free(own);
   return NULL;
@@ -266,15 +288,23 @@ static void console(int count, long mib) {
     if (fd < 0) usleep(10000);
   }
   need(fd >= 0, "console port");
-  round_trips("console", fd, count);
-  bulk("console", fd, 'S', mib);
-  bulk("console", fd, 'R', mib);
+  for (;;) {
+    char word = 'T';
+    need(write_all(fd, &word, 1) && read_all(fd, &word, 1), "turn");
+    if (word != 'g') return;
+    round_trips("console", fd, count);
+    bulk("console", fd, 'S', mib);
+    bulk("console", fd, 'R', mib);
+  }
 }
 
 int main(int argc, char **argv) {
   setvbuf(stdout, NULL, _IOLBF, 0);
   if (argc < 4) return 1;
-  if (!strcmp(argv[1], "serve")) return serve(argv[2], argv[3]);
+  if (!strcmp(argv[1], "serve")) {
+    if (argc > 5) guests = atoi(argv[4]), left = guests * atoi(argv[5]);
+    return serve(argv[2], argv[3]);
+  }
   init = 1;
   int count = atoi(argv[2]), mib = atoi(argv[3]);
   for (int i = 4; i < argc; i++) {

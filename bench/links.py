@@ -8,6 +8,7 @@ third turn, "vhost", the kernel's as well) and one console port that is led to a
 is a C program, which also answers on the host; for the throughput of interfaces it runs Debian's
 iperf3. All times are by the guest's own clock. Where this computer's KVM cannot run Linux all of it
 happens in one lab, where Python is slowed down more than C is. A first round only warms caches.
+bench/console.py has its guests up all at once, and they take turns.
 
 Everything is in a network namespace of its own, so this needs root where there is no lab.
 """
@@ -276,8 +277,10 @@ def insert(name: str) -> None:
 
 
 @contextmanager
-def hosting(what: Sequence[str], program: str, where: str) -> Iterator[None]:
-    """Be what the guests talk to."""
+def hosting(
+    what: Sequence[str], program: str, where: str, turns: Sequence[str] = ("1", "1")
+) -> Iterator[None]:
+    """Be what the guests talk to; `turns` is how many use the console, and how often."""
     for link, (module, device) in HOST_MODULES.items():
         if (link in what or (link == "tap" and "passt" in what)) and not os.path.exists(device):
             insert(module)
@@ -297,7 +300,7 @@ def hosting(what: Sequence[str], program: str, where: str) -> Iterator[None]:
         commands.append([program, "serve", "unix", os.path.join(where, f"vsock_{PORT}")])
         commands.append([program, "serve", "vsock", str(PORT)])
     if "console" in what:
-        commands.append([program, "serve", "unix", os.path.join(where, "console")])
+        commands.append([program, "serve", "unix", os.path.join(where, "console"), *turns])
     running = []
     try:
         for command in commands:
@@ -351,18 +354,25 @@ def show(found: list[Entry]) -> None:
 
 def main(what: Sequence[str] = tuple(MODULES)) -> None:
     """Measure, here or in the lab, and print."""
+    show(run("links", what, int(os.environ.get("ROUNDS", ROUNDS))))
+
+
+def run(module: str, what: Sequence[str], *arguments: object) -> list[Entry]:
+    """Have `measure` of a module of bench/ measure, here or in the lab.
+
+    `arguments` are what it takes besides the C program and `what`.
+    """
     from tinyvmm.lab.lab import Lab, python_command
     from tinyvmm.lab.probe import missing_for_linux
 
-    rounds = int(os.environ.get("ROUNDS", ROUNDS))
     with tempfile.TemporaryDirectory() as directory:
         program = os.path.join(directory, "program")
         gcc = ["gcc", "-O2", "-static", "-pthread", "-o", program, str(C_PROGRAM)]
         subprocess.run(gcc, check=True)
         initramfs(program, what)  # which fills the cache that the lab sees as well
         code = (
-            f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.links import measure"
-            f"; print(json.dumps(measure({program!r}, {tuple(what)!r}, {rounds})))"
+            f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.{module} import measure"
+            f"; print(json.dumps(measure({program!r}, {tuple(what)!r}, *{arguments!r})))"
         )
         command = ["unshare", "-n", *python_command(code, [])]
         if missing_for_linux() is None:
@@ -370,9 +380,8 @@ def main(what: Sequence[str] = tuple(MODULES)) -> None:
             status, stdout, stderr = done.returncode, done.stdout, done.stderr
         else:
             with Lab() as lab:
-                ran = lab.run(command, timeout=LIMIT * 4 * (rounds + 1))
+                ran = lab.run(command, timeout=LIMIT * 20)
             status, stdout, stderr = ran.status, ran.stdout, ran.stderr
         if status:
             sys.exit(stderr.decode())
-        found = [Entry(*entry) for entry in json.loads(stdout.splitlines()[-1])]
-    show(found)
+        return [Entry(*entry) for entry in json.loads(stdout.splitlines()[-1])]

@@ -16,6 +16,7 @@ from tinyvmm.command.checks import check_options
 from tinyvmm.command.options import RunOptions
 from tinyvmm.devices.device import Device, GuestMemory, IrqLine
 from tinyvmm.devices.virtio.device import VirtioDevice
+from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.errors import ConfigError
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
@@ -233,6 +234,83 @@ def test_what_a_device_or_the_machine_refuses_is_one_line() -> None:
             own_device.add(own_device.load("examples.dice_port:Dice"), machine)
 
 
+class Wrong(Device):
+    """Does what `how` says, once it is asked."""
+
+    PORTS = (0x500, 1)
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def read(self, offset: int, size: int) -> int:
+        if self.how == "raises":
+            raise RuntimeError("no\nteeth")
+        if self.how == "exits":
+            sys.exit(4)
+        if self.how == "says nothing":
+            return None  # type: ignore[return-value]
+        return super().read(offset, size) if self.how == "has none" else 0
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", r"RuntimeError: no \(/.*test_own_device.py line \d+\)"),
+        ("exits", r"SystemExit: 4 \(/.*test_own_device.py line \d+\)"),
+        ("says nothing", "read gave None, and is to give an int"),
+        ("has none", "there is no method read"),
+        ("cannot write", "there is no method write"),
+    ],
+)
+def test_what_a_device_raises_when_the_guest_asks_ends_the_run_with_one_line(
+    how: str, words: str
+) -> None:
+    with Machine(memory=1 << 20, irqchip=False) as machine:
+        own_device.add(own_device.load(f"{HERE}:Wrong,how={how}"), machine)
+        machine.boot_real_mode(bytes.fromhex("ba 00 05  ec  ee  f4"))  # in al, dx; out dx, al
+        machine.start()
+        with pytest.raises(ConfigError, match=f"^--device {HERE}:Wrong,how={how}: {words}$"):
+            machine.wait(20)
+
+
+class Chain(VirtioDevice):
+    """As ill as it is told; one that is not raises once it is kicked."""
+
+    def __init__(self, ill: str) -> None:
+        if ill != "made":
+            device_id = 64 if ill == "numbered" else 42
+            super().__init__("chain", device_id, queue_sizes=(3 if ill == "sized" else 4,))
+
+    def handle(self, queue: Virtqueue) -> None:
+        raise RuntimeError(f"queue {queue.index}")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("ill", "words"),
+    [
+        ("made", r"Chain: its __init__ does not call super\(\)"),
+        ("numbered", "Chain: device_id 64: give one"),
+        ("sized", "Chain: a queue of 3: give a power of two"),
+    ],
+)
+def test_a_virtio_device_that_no_transport_can_carry_is_one_line(ill: str, words: str) -> None:
+    with Machine(memory=1 << 20) as machine:
+        with pytest.raises(ConfigError, match=f"--device {HERE}:Chain,ill={ill}: {words}"):
+            own_device.add(own_device.load(f"{HERE}:Chain,ill={ill}"), machine)
+        assert machine.virtio_devices == ()
+
+
+@pytest.mark.kvm
+def test_what_a_virtio_device_raises_is_one_line() -> None:
+    with Machine(memory=1 << 20) as machine:
+        own_device.add(own_device.load(f"{HERE}:Chain,ill=not"), machine)
+        (device,) = machine.virtio_devices
+        with pytest.raises(ConfigError, match=r"ill=not: RuntimeError: queue 0 \(/.* line \d+\)$"):
+            device.handle(device.queues[0])
+
+
 @pytest.mark.kvm
 def test_a_guest_reads_a_device_of_the_users_own() -> None:
     guest = bytes.fromhex("ba 00 05  ec  a2 00 20  ec  a2 01 20  f4")  # two throws, to 0x2000
@@ -272,11 +350,16 @@ def test_registers_in_memory_have_pages_of_their_own_and_never_overlap() -> None
         ({"PORTS": (0x500, 1), "MMIO_LEN": 4}, "either PORTS"),
         ({"PORTS": (0x500, 0)}, "1 to 255 ports"),
         ({"PORTS": (0xFFFF, 2)}, "below 0x10000"),
+        ({"PORTS": 0x500}, r"PORTS 1280: give two numbers, \(first, count\)"),
+        ({"PORTS": (0x500,)}, "give two numbers"),
+        ({"PORTS": ("500", 1)}, "give two numbers"),
         ({"PORTS": (-1, 1)}, "below 0x10000"),
         ({"PORTS": (0x60, 4)}, "port 0x61 is KVM's own"),
         ({"MMIO_LEN": -1}, "no length"),
+        ({"MMIO_LEN": "4K"}, "'4K' is no length"),
         ({"MMIO_LEN": 0x800_0001}, "no room"),
         ({"MMIO_LEN": 4, "HID": "mine"}, "make it like ABCD0123"),
+        ({"MMIO_LEN": 4, "HID": 5}, "make it like ABCD0123"),
     ],
 )
 def test_a_place_that_cannot_be_had_is_refused(attributes: dict[str, Any], words: str) -> None:

@@ -12,6 +12,8 @@ Every other parameter is a key of the command line, converted as it is annotated
 float, bool (on or off) or str, which is what it is without annotation. A comma in a value is
 written twice.
 
+What its methods raise ends the run with one line, which says where: `add` sees to that.
+
 The module is looked for in the current directory, then on Python's path; on the way out the current
 directory is the last on that path, so that a file there is never taken for one of Python's own.
 """
@@ -23,7 +25,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -33,6 +35,8 @@ from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.errors import ConfigError
 from tinyvmm.machine import Machine
 
+DEVICE_IDS = range(1, 64)  # whose PCI device IDs are 0x1040 and on (virtio 1.2, 4.1.2.1)
+QUEUE_SIZES = [1 << bits for bits in range(16)]  # section 2.7
 COLLABORATORS = ("irq", "memory", "on_exit")
 _BOOLEANS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 _FORM = "give package.module:Class[,key=value...]"
@@ -90,17 +94,61 @@ def add(own: OwnDevice, machine: Machine) -> None:
             given[name] = machine.memory if name == "memory" else machine.end
     try:
         device = own.cls(**own.values, **given)
-    except Exception as error:  # noqa: BLE001 (it is the user's code: whatever it raises)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (the user's code: whatever it raises)
         raise ConfigError(f"--device {own.text}: {_describe(error)}") from None
-    if isinstance(device, VirtioDevice):
-        machine.add_virtio(device)
-        return
-    if not hasattr(device, "name"):  # the bus calls it so in traces
-        device.name = own.cls.__name__
+    _guard(device, own.text)
     try:
+        if isinstance(device, VirtioDevice):
+            machine.add_virtio(device)
+            return
+        if not hasattr(device, "name"):  # the bus calls it so in traces
+            device.name = own.cls.__name__
         machine.add_device(device, gsi)
     except ConfigError as error:
         raise ConfigError(f"--device {own.text}: {error}") from None
+
+
+def _guard(device: Device | VirtioDevice, text: str) -> None:
+    """Have what goes wrong in the user's methods end the run with one line that says where."""
+    names: Sequence[str] = ("read", "write")
+    if isinstance(device, VirtioDevice):
+        if why := _ill_made(device):
+            raise ConfigError(f"--device {text}: {type(device).__name__}: {why}")
+        names = ("handle", "write_config", "reset")
+    for name in names:
+        vars(device)[name] = _guarded(getattr(device, name), text, answers=name == "read")
+
+
+def _ill_made(device: VirtioDevice) -> str | None:
+    """Say what no transport could carry of a virtio device, if anything."""
+    if not hasattr(device, "queues"):
+        return "its __init__ does not call super().__init__"
+    if device.device_id not in DEVICE_IDS:
+        return f"device_id {device.device_id!r}: give one of virtio 1.2, section 5: 1 to 63"
+    for queue in device.queues:
+        if queue.size_max not in QUEUE_SIZES:
+            return f"a queue of {queue.size_max!r}: give a power of two, 32768 at most"
+    return None
+
+
+def _guarded(method: Callable[..., Any], text: str, *, answers: bool) -> Callable[..., Any]:
+    """Call `method`, of which a number is wanted if it `answers`."""
+
+    def call(*args: Any) -> Any:
+        try:
+            value = method(*args)
+        except ConfigError:
+            raise
+        except NotImplementedError as error:
+            what = str(error) or f"there is no method {method.__name__}"
+            raise ConfigError(f"--device {text}: {what}") from error
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"--device {text}: {_describe(error)}") from error
+        if answers and not isinstance(value, int):
+            raise ConfigError(f"--device {text}: read gave {value!r}, and is to give an int")
+        return value
+
+    return call
 
 
 def _import(text: str, module: str) -> types.ModuleType:

@@ -7,6 +7,7 @@ guest's program may map them without seeing another device. Interrupts are given
 downwards.
 """
 
+import operator
 import re
 from collections.abc import Sequence
 
@@ -25,14 +26,21 @@ def place(device: Device, gsi: int | None, others: Sequence[DeviceNode]) -> Devi
     what = type(device).__name__
     if len(others) >= DEVICES_MAX:
         raise ConfigError(f"{what}: more than {DEVICES_MAX} devices: leave one out")
-    if not _HID.fullmatch(device.HID):
+    if not (isinstance(device.HID, str) and _HID.fullmatch(device.HID)):
         raise ConfigError(f"{what}: HID {device.HID!r} is none: make it like ABCD0123")
     if (device.PORTS is None) == (not device.MMIO_LEN):
         raise ConfigError(f"{what}: give the class either PORTS = (first, count) or MMIO_LEN")
+    if not isinstance(device.MMIO_LEN, int):
+        raise ConfigError(f"{what}: MMIO_LEN {device.MMIO_LEN!r} is no length")
     if device.PORTS is None:
         base = _free_range(what, device.MMIO_LEN, others)
         return DeviceNode(device.HID, base, device.MMIO_LEN, port=False, gsi=gsi)
-    first, count = device.PORTS
+    try:
+        first, count = map(operator.index, device.PORTS)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{what}: PORTS {device.PORTS!r}: give two numbers, (first, count)"
+        ) from None
     if not (1 <= count <= PORTS_MAX and 0 <= first <= 0x10000 - count):
         raise ConfigError(
             f"{what}: PORTS {first:#x}, {count}: 1 to {PORTS_MAX} ports below 0x10000"

@@ -286,15 +286,14 @@ class Process:
                 if not getattr(self, name).closed:
                     selector.register(getattr(self, name), selectors.EVENT_READ, name)
             while selector.get_map():
-                ready = selector.select(None if end is None else max(0.0, end - monotonic()))
-                if not ready and end is not None and monotonic() >= end:
-                    raise subprocess.TimeoutExpired(self.args, 0)
-                for key, _ in ready:
+                for key, _ in selector.select(None if end is None else max(0.0, end - monotonic())):
                     file: IO[Any] = key.fileobj  # type: ignore[assignment]
                     done = self._write(file) if key.data == "stdin" else self._read(key.data, file)
                     if done:
                         selector.unregister(file)
                         _close(file)
+                if selector.get_map() and end is not None and monotonic() >= end:
+                    raise subprocess.TimeoutExpired(self.args, 0)  # whatever more there is to read
 
     def _write(self, file: IO[Any]) -> bool:
         if self._input:

@@ -189,17 +189,19 @@ def accept(
     """Wait until program `pid` has connected `count` streams; ConfigError if it ends before."""
     sockets: list[socket.socket] = []
     listener.settimeout(1.0)
-    tries = 0
+    ended, tries = False, 0
     while len(sockets) < count:
         try:
             accepted, _ = listener.accept()
-        except TimeoutError:
-            tries += 1
-            ended = client.call("exec_wait", pid=pid, timeout=0)
-            if ended is not None or tries > CONNECT_TIMEOUT:
+        except (TimeoutError, BlockingIOError):
+            if ended or tries > CONNECT_TIMEOUT:
                 raise ConfigError(
                     "the guest could not connect back: its kernel needs vsock over virtio"
                 ) from None
+            tries += 1
+            ended = client.call("exec_wait", pid=pid, timeout=0) is not None
+            if ended:
+                listener.setblocking(False)  # what it connected before is here by now
             continue
         accepted.settimeout(None)
         sockets.append(cleanup.enter_context(accepted))

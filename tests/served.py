@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,15 +45,6 @@ class Service:
         sock.settimeout(HANG)
         sock.connect(self.path)
         return sock
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(HANG * 100)):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to that")
 
 
 class Gate:

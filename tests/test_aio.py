@@ -44,10 +44,14 @@ def test_errors_are_subprocess_own() -> None:
 def test_a_cancelled_command_is_killed(local_guests: LocalGuests) -> None:
     async def main() -> None:
         async with AsyncMachine() as vm:
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(vm.run(["sleep", "100"]), 3)
+            command = asyncio.create_task(vm.run(["sleep", "100"]))
+            while not local_guests.executors[0].processes:  # noqa: ASYNC110 (nothing tells us)
+                await asyncio.sleep(0.01)
+            command.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await command
             (process,) = local_guests.executors[0].processes.values()
-            assert process.wait(10) == 128 + signal.SIGKILL
+            assert process.wait(60) == 128 + signal.SIGKILL
 
     asyncio.run(main())
 

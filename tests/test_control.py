@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.waiting import wait_for
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances import control
 from tinyvmm.instances.control import ControlClient, ControlServer
@@ -28,6 +29,7 @@ class Served:
         self.path = str(path)
         self.release = threading.Event()
         self.calls: list[int] = []
+        self.notified: list[int] = []
         self.left: list[control.Client] = []
         self.server = ControlServer(
             self.path,
@@ -52,7 +54,7 @@ class Served:
 
     @control.remote(waits=True)
     def wait(self) -> str:
-        self.release.wait(30)
+        self.release.wait(60)
         return "waited"
 
     def echo(
@@ -70,13 +72,15 @@ class Served:
         time.sleep(0.02 if turn % 2 else 0)
         self.calls.append(turn)
         if which == "slow":
-            self.release.wait(30)
+            self.release.wait(60)
 
     @control.remote(client=True)
     def told(self, *, count: int, client: control.Client) -> int:
         """Say so many things; how many of them the client had room for."""
         client.when_gone(self.left.append)
-        return sum(client.notify("thing", {"x": "y" * 10_000}) for _ in range(count))
+        fit = sum(client.notify("thing", {"x": "y" * 10_000}) for _ in range(count))
+        self.notified.append(count)
+        return fit
 
     def broken(self) -> None:
         raise ZeroDivisionError("ours")
@@ -84,7 +88,7 @@ class Served:
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(self.path)
-        sock.settimeout(20)
+        sock.settimeout(60)
         return sock
 
     def ask(self, line: bytes) -> Any:
@@ -100,14 +104,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     yield served
     served.release.set()
     served.server.close()
-    until(lambda: not any(t.name.startswith("control") for t in threading.enumerate()))
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not any(t.name.startswith("control") for t in threading.enumerate()))
 
 
 def request(method: str, number: Any = 7, **params: Any) -> bytes:
@@ -236,24 +233,24 @@ def test_notifications_come_between_answers_and_end_when_nobody_reads_them(
         assert client.call("told", count=3) == 3
         assert client.call("add", a=1) == 2
         assert [client.notification() for _ in range(3)] == [("thing", {"x": "y" * 10_000})] * 3
-    until(lambda: len(served.left) == 1)
+    wait_for(lambda: len(served.left) == 1)
     with served.connect() as deaf, deaf.makefile("rb") as lines:
         deaf.sendall(request("told", count=1000) + b"\n")
-        time.sleep(0.2)
+        wait_for(lambda: served.notified == [3, 1000])
         assert served.ask(request("add", a=1))["result"] == 2
         told = 0
         while "method" in (message := json.loads(lines.readline())):
             told += 1
         assert message["result"] == told
         assert control.UNREAD_MAX // 11_000 < told < 1000
-    until(lambda: len(served.left) == 2)
+    wait_for(lambda: len(served.left) == 2)
 
 
 def test_whoever_leaves_while_a_call_waits_is_gone(served: Served) -> None:
     with served.connect() as sock:
         sock.sendall(request("told", count=0) + b"\n" + request("wait") + b"\n")
         assert sock.recv(100)
-    until(lambda: len(served.left) == 1)
+    wait_for(lambda: len(served.left) == 1)
     assert served.left[0].gone
     assert not served.left[0].notify("thing", {})
 
@@ -322,7 +319,7 @@ def test_more_clients_than_there_may_be_are_turned_away_until_some_leave(served:
         except OSError:
             return False
 
-    until(welcome)
+    wait_for(welcome)
 
 
 @given(st.lists(st.binary(max_size=80), max_size=5))

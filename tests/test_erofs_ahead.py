@@ -13,6 +13,7 @@ import pytest
 from tests.erofs_reader import Image, make_torture_tree, read_tree
 from tests.test_erofs import content, find, reader
 from tests.test_stalled_fuse import StallingFuse, fuse
+from tests.waiting import wait_for
 from tinyvmm.fileserver.stalling import waiting_places
 from tinyvmm.images.erofs import ahead, plan
 from tinyvmm.images.erofs.image import ErofsImage
@@ -38,13 +39,6 @@ def opened(warnings: list[str]) -> Iterator[Open]:
     yield make
     for image in images:
         image.close()
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def names_in(top: Path) -> int:

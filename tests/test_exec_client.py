@@ -2,10 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -138,23 +137,44 @@ def test_a_time_limit_ends_this_side(machine: Machine) -> None:
 
 
 def test_a_machine_that_ends_is_said(machine: Machine) -> None:
-    def end() -> None:
-        while not machine.processes:
-            time.sleep(0.01)
-        time.sleep(0.3)
+    def end(_output: bytes) -> None:
         os.killpg(machine.processes[0].pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=end)
-    killer.start()
-    status, _, _, message = run("sleep", "100")
-    killer.join()
-    assert (status, message) == (255, "the machine ended before the command did")
+    streams = Streams()
+    os.close(streams.write)
+    argv = ["sh", "-c", "echo up; exec sleep 100"]
+    result = execute("web", argv, files=streams.files, sinks={**streams.sinks, "stdout": end})
+    streams.close()
+    told = "the machine ended before the command did"
+    assert (result.status, result.message) == (255, told)
 
 
 def test_a_guest_that_cannot_connect_is_said(machine: Machine) -> None:
     machine.broken = True
     with pytest.raises(ConfigError, match="could not connect back"):
         run("true")
+
+
+def test_a_program_that_connects_late_and_ends_at_once_has_connected(tmp_path: Path) -> None:
+    class Late:
+        """A guest whose program connects just as we look whether it has ended: it has."""
+
+        def call(self, method: str, **_: object) -> int:
+            assert method == "exec_wait"
+            for number in range(4):
+                program.append(socket.socket(socket.AF_UNIX))
+                program[-1].connect(f"{tmp_path}/vsock_{port}")
+                program[-1].sendall(b"%d" % number)
+            return 0
+
+    program: list[socket.socket] = []
+    with ExitStack() as cleanup:
+        port, listener = exec_client.listen(f"{tmp_path}/vsock", cleanup)
+        accepted = exec_client.accept(Late(), listener, 70, 4, cleanup)
+        assert [sock.recv(10) for sock in accepted] == [b"0", b"1", b"2", b"3"]
+        assert all(sock.gettimeout() is None for sock in accepted)
+        for sock in program:
+            sock.close()
 
 
 def test_nothing_is_left_of_the_sockets(machine: Machine) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.served import HANG, Gate, Service, gated, wait_for
+from tests.served import HANG, Gate, Service, gated
+from tests.waiting import wait_for
 from tinyvmm import ninep, trace
 from tinyvmm.fileserver import connection
 from tinyvmm.fileserver.client import Client, File

@@ -12,6 +12,7 @@ from types import FrameType
 import pytest
 
 from tests.test_eventfds import MESSAGE, Ender, protected_mode, writes
+from tests.waiting import wait_for
 from tinyvmm import kvm, layout
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Virtqueue
@@ -378,10 +379,10 @@ def test_a_ring_that_fills_itself_holds_up_no_pause_and_is_served_on(
             machine.pause()
             assert machine.paused
             if chains == 1 << 62:  # devices go on meanwhile
-                wait_until(device.more_than(device.served))
+                wait_for(device.more_than(device.served))
             machine.resume()
         if chains < 1 << 62:
-            wait_until(lambda: device.served == chains)
+            wait_for(lambda: device.served == chains)
         machine.stop(StopCause.STOPPED)
         assert machine.wait(30) == StopCause.STOPPED
 
@@ -408,15 +409,7 @@ def test_a_request_that_takes_its_time_holds_up_no_pause() -> None:
             machine.resume()
         assert all(queue.halted for queue in device.queues)
         may_end.set()
-        wait_until(lambda: not any(queue.halted for queue in device.queues))
+        wait_for(lambda: not any(queue.halted for queue in device.queues))
         machine.stop(StopCause.STOPPED)
         assert machine.wait(30) == StopCause.STOPPED
         assert all(queue.halted for queue in device.queues)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(30_000):
-        if condition():
-            return
-        sleep(0.001)
-    pytest.fail("it never came")

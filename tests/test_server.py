@@ -20,7 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.served import CONTENT, HANG, Gate, Service, gated, wait_for
+from tests.served import CONTENT, HANG, Gate, Service, gated
+from tests.waiting import wait_for
 from tinyvmm import ninep, trace
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver import client as client_module

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import threading
-import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.control_docs import described
+from tests.waiting import wait_for
 from tinyvmm import layout, trace
 from tinyvmm.devices.virtio.balloon import VirtioBalloon
 from tinyvmm.devices.virtio.rng import VirtioRng
@@ -92,10 +92,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     yield run
     run.close()
     assert trace.hook is None
-    deadline = time.monotonic() + 20
-    while any(thread.name.startswith("control") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not any(t.name.startswith("control") for t in threading.enumerate()))
 
 
 class Asker(ControlClient):
@@ -184,9 +181,7 @@ def test_expressions_that_could_take_for_ever_are_refused(ask: Asker, pattern: s
 
 def test_a_device_is_debugged_by_the_pattern_of_its_name(ask: Asker) -> None:
     assert ask.call("device_debug", pattern="ua.*") == ["uart"]
-    deadline = time.monotonic() + 20
-    while len(ask.call("debug_log")) < 2000:
-        assert time.monotonic() < deadline
+    wait_for(lambda: len(ask.call("debug_log")) == 2000)
     line = ask.call("debug_log", clear=True)[-1]
     assert "uart: port 0x03ff -> 0x00" in line
     debugged = {device["name"]: device["debug"] for device in ask.call("devices")}
@@ -217,23 +212,24 @@ def test_a_trace_is_told_as_it_happens_and_ends_with_its_client(run: Run, ask: A
         other.call("trace", device="rtc")
         other.call("trace", kinds=["9p"])
         assert trace.hook is not None
-    deadline = time.monotonic() + 20
-    while trace.hook is not None:
-        assert time.monotonic() < deadline
+    wait_for(lambda: trace.hook is None)
     with pytest.raises(ConfigError, match="is none of 9p, device, mmio, port"):
         ask.call("trace", kinds=["everything"])
 
 
 def test_what_a_slow_reader_misses_is_counted_and_the_guest_goes_on(run: Run, ask: Asker) -> None:
+    def counter() -> int:
+        ask.call("pause", cpu=0)
+        value: int = ask.call("registers")["rbx"]
+        ask.call("resume", cpu=0)
+        return value
+
     with Asker(run.path) as slow:
         slow.call("trace", kinds=["port"])
-        counter = []
-        for _ in range(2):  # by the time that the guest's counter has moved on so far, it is full
-            ask.call("pause", cpu=0)
-            counter.append(ask.call("registers")["rbx"])
-            ask.call("resume", cpu=0)
-            time.sleep(1.0)
-        assert counter[0] != counter[1]
+        (watcher,) = run.supervisor._watching._traces.values()
+        wait_for(lambda: watcher._lost > 0)
+        before = counter()
+        wait_for(lambda: counter() != before)
         lost = 0
         while not lost:
             lost = slow.notification()[1]["lost"]
@@ -241,19 +237,24 @@ def test_what_a_slow_reader_misses_is_counted_and_the_guest_goes_on(run: Run, as
 
 
 def test_counters_count(ask: Asker) -> None:
-    before = ask.call("stats")
-    time.sleep(0.1)
-    after = ask.call("stats")
+    before = after = ask.call("stats")
+
+    def count() -> bool:
+        nonlocal after
+        after = ask.call("stats")
+        if after["cpu_time"] <= before["cpu_time"]:
+            return False
+        exits = after["vcpus"][0]["exits"]  # None before Linux 5.14
+        return exits is None or exits > before["vcpus"][0]["exits"]
+
+    wait_for(count)
     assert after["memory"]["given"] == 2 << 20
     assert 0 < after["memory"]["resident"] <= 2 << 20
     assert after["memory"]["overhead"] > 1 << 20
-    assert after["cpu_time"] > before["cpu_time"]
     assert after["threads"] >= threading.active_count()  # KVM has some of its own
     assert after["requests"]["virtio-rng"] == [0]
     for vcpu in after["vcpus"]:
         assert (vcpu["exits"] is None) == (vcpu["kvm"] == {})
-    if after["vcpus"][0]["exits"] is not None:  # Linux 5.14 and later
-        assert after["vcpus"][0]["exits"] > before["vcpus"][0]["exits"]
 
 
 def test_the_balloon(ask: Asker) -> None:
@@ -315,10 +316,7 @@ def test_whoever_waits_and_leaves_is_waited_for_no_more(run: Run) -> None:
         client._sock.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "wait"}\n')
         client.call("status")
         assert any(thread.name == "control call" for thread in threading.enumerate())
-    deadline = time.monotonic() + 20
-    while any(thread.name == "control call" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not any(t.name == "control call" for t in threading.enumerate()))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from tests.local_guest import LocalGuests
 from tests.local_guest import local_guests as local_guests  # noqa: PLC0414 (a fixture)
 from tests.local_guest import runtime as runtime  # noqa: PLC0414 (a fixture)
 from tinyvmm import DEVNULL, PIPE, STDOUT, ConfigError, Machine, MachineError
+from tinyvmm import process as process_module
 from tinyvmm.cli.main import main
 from tinyvmm.fileserver.objects import ObjectTree
+from tinyvmm.process import Process
 from tinyvmm.session import Result
 from tinyvmm.vm_options import run_options
 
@@ -132,22 +135,59 @@ def test_a_command_whose_streams_cannot_be_leaves_nothing_open(
 def test_a_timeout_kills_the_command_and_gives_what_came(
     vm: Machine, local_guests: LocalGuests, script: str
 ) -> None:
-    with pytest.raises(subprocess.TimeoutExpired) as raised:
-        vm.run(sh(script), timeout=3, stdout=PIPE)
-    assert raised.value.timeout == 3
-    assert raised.value.output.startswith(b"some\n")
-    (process,) = local_guests.executors[0].processes.values()
-    assert process.wait(10) in {128 + signal.SIGKILL, 128 + signal.SIGPIPE}
+    output = b""
+    for timeout in (1, 5, 25, 125):
+        with pytest.raises(subprocess.TimeoutExpired) as raised:
+            vm.run(sh(script), timeout=timeout, stdout=PIPE)
+        assert raised.value.timeout == timeout
+        output = raised.value.output or b""
+        if output:  # else this computer is too busy
+            break
+    assert output.startswith(b"some\n")
+    *_, process = local_guests.executors[0].processes.values()
+    assert process.wait(60) in {128 + signal.SIGKILL, 128 + signal.SIGPIPE}
 
 
-def test_an_interrupt_kills_the_command(vm: Machine, local_guests: LocalGuests) -> None:
-    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+def test_a_timeout_ends_what_writes_without_a_pause(
+    vm: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, reads, read = time.monotonic(), 0, Process._read
+
+    def read_and_await_more(self: Process, name: str, file: Any) -> bool:
+        nonlocal reads
+        reads += 1
+        assert reads < 10
+        done = read(self, name, file)
+        select.select([file], [], [])
+        return done
+
+    monkeypatch.setattr(Process, "_read", read_and_await_more)
+    monkeypatch.setattr(process_module, "monotonic", lambda: began + 50 * reads)
+    with pytest.raises(subprocess.TimeoutExpired):
+        vm.run(["yes"], timeout=100, stdout=PIPE)
+
+
+def test_an_interrupt_kills_the_command(
+    vm: Machine, local_guests: LocalGuests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, carry = threading.Event(), Process._carry
+
+    def carry_on(self: Process, end: float | None) -> None:
+        runs.set()
+        carry(self, end)
+
+    def interrupt() -> None:
+        assert runs.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Process, "_carry", carry_on)
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
     with pytest.raises(KeyboardInterrupt):
         vm.run(["sleep", "100"])
-    timer.join()
+    interrupting.join()
     (process,) = local_guests.executors[0].processes.values()
-    assert process.wait(10) == 128 + signal.SIGKILL
+    assert process.wait(60) == 128 + signal.SIGKILL
 
 
 def test_a_process_is_talked_to_while_it_runs(vm: Machine) -> None:
@@ -163,13 +203,16 @@ def test_a_process_is_talked_to_while_it_runs(vm: Machine) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.05)
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
-def test_communicate_goes_on_after_a_timeout(vm: Machine) -> None:
-    process = vm.popen(sh("echo a; sleep 1; cat"), stdin=PIPE, stdout=PIPE)
+def test_communicate_goes_on_after_a_timeout(vm: Machine, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    process = vm.popen(sh(f"echo a; read go < {gate}; cat"), stdin=PIPE, stdout=PIPE)
     with pytest.raises(subprocess.TimeoutExpired):
         process.communicate(b"b\n", timeout=0.3)
+    gate.write_text("on\n")
     assert process.communicate() == (b"a\nb\n", None)
 
 
@@ -184,7 +227,7 @@ def test_signals_reach_the_command(vm: Machine) -> None:
     assert process.returncode == 7
     process = vm.popen(["sleep", "100"])
     process.terminate()
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(60) == -signal.SIGTERM
 
 
 def test_an_error_in_a_with_kills_the_process(vm: Machine) -> None:
@@ -199,7 +242,7 @@ def test_output_goes_to_files_of_the_callers(vm: Machine, tmp_path: Path) -> Non
         given.write(b"from a file\n")
         given.seek(0)
         process = vm.popen(sh("cat; echo oops >&2"), stdin=given, stdout=log.fileno(), stderr=log)
-    process.wait(10)  # the files are closed: it has its own
+    process.wait(60)  # the files are closed: it has its own
     assert sorted((tmp_path / "log").read_bytes().splitlines()) == [b"from a file", b"oops"]
 
 
@@ -207,7 +250,7 @@ def test_a_reader_that_has_gone_ends_the_command_as_by_sigpipe(vm: Machine) -> N
     process = vm.popen(["yes"], stdout=PIPE)
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(10) == -signal.SIGPIPE
+    assert process.wait(60) == -signal.SIGPIPE
 
 
 def test_environment_and_user_are_the_machines_and_the_commands(local_guests: LocalGuests) -> None:
@@ -252,7 +295,7 @@ def test_a_closed_machine_leaves_nothing_and_says_so(
         process = vm.popen(["sleep", "100"], stdout=PIPE)
     assert not vm.running
     with pytest.raises(MachineError, match="the machine is closed"):
-        process.wait(10)
+        process.wait(60)
     assert process.stdout is not None
     process.stdout.close()
     with pytest.raises(MachineError, match="the machine is closed"):
@@ -276,7 +319,7 @@ def test_a_machine_that_nobody_has_is_closed(local_guests: LocalGuests, runtime:
 def test_a_process_keeps_its_machine(local_guests: LocalGuests) -> None:
     process = Machine().start().popen(["sleep", "0.5"])
     gc.collect()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     del process
     gc.collect()
     assert local_guests.sessions[0].over.is_set()
@@ -306,8 +349,8 @@ def test_a_guest_that_ends_is_said_to_whoever_waits(local_guests: LocalGuests) -
         time.sleep(0.2)
         local_guests.executors[0].close()
         with pytest.raises(MachineError, match="panicked"):
-            process.wait(10)
-        assert vm.wait(10)
+            process.wait(60)
+        assert vm.wait(60)
         with pytest.raises(MachineError, match="panicked"):
             vm.run(["true"])
 

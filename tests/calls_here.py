@@ -34,7 +34,7 @@ def start(directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 def ended(process: "subprocess.Popen[bytes]") -> bool:
     """Wait for the end that hanging up makes: by SIGPIPE, where answers were on their way."""
-    return process.wait(10) in {0, -signal.SIGPIPE}
+    return process.wait(60) in {0, -signal.SIGPIPE}
 
 
 class MachineHere:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.waiting import wait_for
 from tinyvmm import bare, bare_kernel
 from tinyvmm.bare_kernel import Module
 from tinyvmm.devices.virtio.pci import NOTIFY
@@ -297,6 +298,13 @@ def test_streams_that_were_closed_at_the_start_are_not_used(
         assert pipe.read() == b""
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process catches a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("end", ["signal", "timeout"])
 def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: str) -> None:
@@ -310,7 +318,8 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
     os.set_blocking(write_end, True)
     with subprocess.Popen(command, cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE) as process:
         if end == "signal":
-            sleep(1.5)
+            wait_for(lambda: catches(process.pid, signal.SIGTERM))
+            sleep(0.5)  # by then it writes
             process.send_signal(signal.SIGTERM)
         try:
             assert process.wait(30) == {"signal": 143, "timeout": 124}[end]

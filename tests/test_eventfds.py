@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.waiting import wait_for
 from tinyvmm import kvm, layout, trace
 from tinyvmm.devices.device import Device
 from tinyvmm.devices.virtio.mmio import VirtioMmio
@@ -22,6 +23,7 @@ VECTOR = 0x50
 MESSAGE = (layout.LOCAL_APIC_GPA, VECTOR)  # to the local APIC with id 0
 SVR, APIC_ENABLED = 0xF0, 1 << 8  # Spurious Interrupt Vector Register
 GDT, IDT, HANDLER = 0x3000, 0x4000, 0x2000
+UP_GPA = 0x6000  # where a guest that is set up says so
 
 
 class Rung(VirtioRng):
@@ -166,7 +168,7 @@ def test_an_error_on_a_devices_thread_ends_the_run_and_is_raised() -> None:
 def test_a_message_interrupts_through_its_eventfd() -> None:
     with Machine(memory=1 << 20) as machine:
         machine.ports.add(0xF4, 4, Ender(machine))
-        enable = writes((layout.LOCAL_APIC_GPA + SVR, APIC_ENABLED | 0xFF))[:-3]
+        enable = writes((layout.LOCAL_APIC_GPA + SVR, APIC_ENABLED | 0xFF), (UP_GPA, 1))[:-3]
         protected_mode(machine, enable + b"\xfb\xf4\xeb\xfd")  # sti; hlt for ever
         machine.memory.write(HANDLER, b"\xb0\x42\xe6\xf4\xf4")  # mov al, 0x42; out 0xF4, al
         machine.memory.write(IDT + 8 * VECTOR, struct.pack("<HHHH", HANDLER, 0x8, 0x8E00, 0))
@@ -175,7 +177,8 @@ def test_a_message_interrupts_through_its_eventfd() -> None:
         line.fire()  # leads nowhere: nothing happens
         line.route(*MESSAGE)
         machine.start()
-        assert machine.wait(0.2) is None
+        wait_for(lambda: machine.memory.read(UP_GPA, 1) == b"\1")
+        assert machine.wait(0.1) is None
         line.fire()
         assert machine.wait(30) == "0x42"
         routes.close()

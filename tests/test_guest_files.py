@@ -42,7 +42,7 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="owners are root's busi
 @pytest.fixture
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     process, sock = start(tmp_path_factory.mktemp("calls"))
-    with Guest(sock, timeout=10) as guest:
+    with Guest(sock, timeout=60) as guest:
         yield guest
     assert ended(process)
 

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.waiting import wait_for
 from tinyvmm import kvm
 from tinyvmm.errors import ConfigError, VcpuError
 from tinyvmm.machine import Machine
@@ -113,7 +114,7 @@ def test_a_machine_is_used_from_another_thread_and_leaves_signals_alone() -> Non
             found.append(machine.vcpus[0].handle.get_regs().rip)
             machine.resume()
             machine.stop(StopCause.STOPPED)
-            found.append(machine.wait(10))
+            found.append(machine.wait(60))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -166,7 +167,8 @@ def test_several_vcpus_wait_for_the_first_to_wake_them() -> None:
         # mov al,1; out 0xe0,al; hlt
         machine.boot_real_mode(bytes.fromhex("b001 e6e0") + HLT)
         machine.start()
-        machine.wait(timeout=0.3)
+        wait_for(lambda: bool(device.written))
+        assert machine.wait(timeout=0.3) is None
         assert device.written == [(0, 1, 1)]
 
 

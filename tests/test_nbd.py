@@ -52,7 +52,7 @@ class Client:
 
     def __init__(self, server: NbdServer, flags: int = 3) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(5)
+        self.sock.settimeout(60)
         self.sock.connect(server.addresses[0].path)
         assert self.receive(18) == b"NBDMAGICIHAVEOPT\0\3"
         self.sock.sendall(struct.pack(">I", flags))
@@ -168,7 +168,7 @@ def test_what_cannot_be_understood_ends_the_connection_and_no_other(
 ) -> None:
     with Client(server) as good, socket.socket(socket.AF_UNIX) as sock:
         good.go()
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect(server.addresses[0].path)
         sock.sendall(HOSTILE[what])
         while True:
@@ -182,19 +182,23 @@ def test_what_cannot_be_understood_ends_the_connection_and_no_other(
 
 def test_who_says_nothing_is_hung_up_on(server: NbdServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbd, "GREETING", 0.2)
-    with Client(server) as client:
-        assert client.ended()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(60)
+        sock.connect(server.addresses[0].path)
+        while sock.recv(100):  # its greeting
+            pass
 
 
 def test_who_says_little_at_a_time_is_hung_up_on_too(
     server: NbdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nbd, "GREETING", 0.5)
-    with Client(server) as client:
-        client.sock.sendall(struct.pack(">8sII", b"IHAVEOPT", 3, 4000))
-        for _ in range(400):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(server.addresses[0].path)
+        begun = struct.pack(">I8sII", 3, b"IHAVEOPT", 3, 4000)
+        for piece in (begun, *[b"x"] * 400):
             try:
-                client.sock.sendall(b"x")
+                sock.sendall(piece)
             except OSError:
                 return  # it has had enough
             time.sleep(0.05)
@@ -209,7 +213,7 @@ def test_clients_beyond_the_limit_wait(server: NbdServer) -> None:
         with pytest.raises(TimeoutError):
             late.recv(1)
         clients[0].sock.close()
-        late.settimeout(5)
+        late.settimeout(60)
         assert late.recv(8) == b"NBDMAGIC"
     for client in clients:
         client.sock.close()
@@ -237,7 +241,7 @@ def served(tree: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], 
         assert process.stdout.readline() == f"tinyvmm: NBD at unix:{path}\n"
         yield process, f"nbd+unix:///erofs?socket={path}"
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert not path.exists()
 
 

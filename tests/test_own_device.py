@@ -215,7 +215,7 @@ def test_a_machine_gives_a_device_what_its_constructor_names() -> None:
         assert found[1] == 8
         lever.on_exit(7)
         lever.on_exit(8)
-        assert machine.wait(10) == StopCause.DEVICE
+        assert machine.wait(60) == StopCause.DEVICE
         assert machine.exit_value == 7
 
 

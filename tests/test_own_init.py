@@ -41,7 +41,7 @@ def test_it_is_pid_1_and_has_its_streams_and_signals(start: Start) -> None:
     assert read_until(guest.stdout, b"line\n") == b"1 1\ngot a line\n"
     guest.send(protocol.SIGNAL, signal.SIGUSR2)
     assert read_until(guest.stdout, b"going\n")
-    assert guest.process.wait(10) == 0  # and unshare with it: no power off of ours
+    assert guest.process.wait(60) == 0  # and unshare with it: no power off of ours
 
 
 @needs_namespaces
@@ -63,7 +63,7 @@ def test_programs_are_executed_beside_it(start: Start, tmp_path: Path) -> None:
 def test_one_that_is_not_there_is_told_and_ends_it(start: Start) -> None:
     guest = start("no-such-init", own_init=True)
     assert guest.started == (protocol.EXEC_FAILED, 2)
-    assert guest.process.wait(10) == POWERED_OFF
+    assert guest.process.wait(60) == POWERED_OFF
 
 
 @needs_namespaces

@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from tests.test_eventfds import MESSAGE, Ender, protected_mode, writes
+from tests.test_eventfds import MESSAGE, UP_GPA, Ender, protected_mode, writes
 from tests.waiting import wait_for
 from tinyvmm import kvm, layout
 from tinyvmm.devices.virtio.device import VirtioDevice
@@ -150,16 +150,15 @@ def test_vcpus_that_wait_for_their_sipi_or_are_halted_are_paused_too() -> None:
 def test_an_interrupt_that_comes_while_paused_arrives_after() -> None:
     with Machine(memory=1 << 20) as machine:
         machine.ports.add(0xF4, 4, Ender(machine))
-        # mov dword [SVR], enabled; sti; hlt; jmp to the hlt
-        code = b"\xc7\x05" + struct.pack("<II", layout.LOCAL_APIC_GPA + 0xF0, 0x1FF) + b"\xfb"
-        protected_mode(machine, code + b"\xf4\xeb\xfd")
+        enable = writes((layout.LOCAL_APIC_GPA + 0xF0, 0x1FF), (UP_GPA, 1))[:-3]
+        protected_mode(machine, enable + b"\xfb\xf4\xeb\xfd")  # sti; hlt for ever
         machine.memory.write(0x2000, b"\xb0\x42\xe6\xf4\xf4")  # mov al, 0x42; out 0xF4, al
         machine.memory.write(0x4000 + 8 * MESSAGE[1], struct.pack("<HHHH", 0x2000, 8, 0x8E00, 0))
         routes = MsiRoutes(machine.open_vm())
         line = routes.line()
         line.route(*MESSAGE)
         machine.start()
-        assert machine.wait(0.2) is None
+        wait_for(lambda: machine.memory.read(UP_GPA, 1) == b"\1")
         machine.pause()
         line.fire()
         assert machine.wait(0.05) is None
@@ -219,8 +218,13 @@ def test_a_step_of_a_vcpu_that_sleeps_gives_up() -> None:
     with Machine(memory=1 << 20) as machine:
         machine.boot_real_mode(HLT)
         machine.start()
-        assert machine.wait(0.1) is None
-        machine.pause()
+
+        def halted() -> bool:
+            machine.resume()
+            machine.pause()
+            return machine.vcpus[0].handle.get_regs().rip == 0x1000 + len(HLT)
+
+        wait_for(halted)
         assert not machine.vcpus[0].step(timeout=0.05)
         machine.resume()
         assert machine.wait(0.05) is None

@@ -82,7 +82,7 @@ def run_in_a_terminal(body: str, before_end: bytes = b"") -> tuple[int, list[obj
         if b"wait for a signal" in shown:
             assert termios.tcgetattr(slave) != before
             child.send_signal(signal.SIGTERM)
-        status = child.wait(20)
+        status = child.wait(60)
     after = termios.tcgetattr(slave)
     os.close(master)
     os.close(slave)

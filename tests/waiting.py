@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 PATIENCE = 120.0  # seconds; nothing takes them that comes at all
 
@@ -12,3 +15,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.005)
+
+
+def with_time_enough(attempt: Callable[[float], T]) -> T:
+    """Give what comes of an `attempt` that ends after so many seconds: the first that is anything.
+
+    For what is cut off in its midst, and has to have come so far.
+    """
+    for seconds in (0.5, 4, 30):
+        if result := attempt(seconds):
+            return result
+    return attempt(PATIENCE)

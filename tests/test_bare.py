@@ -347,6 +347,7 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
         (["--kernel", "KERNEL", "--module", "/dev/zero"], "module /dev/zero: is no regular file"),
         (["--kernel", "KERNEL", "--initrd", "FIFO"], "is no regular file"),
         (["--kernel", "KERNEL", "--fw-cfg", f"{'n' * 56}=/etc/hostname"], "1 to 55"),
+        (["--kernel", "KERNEL", *(["--fw-cfg", "a=/etc/hostname"] * 2)], "two of that name"),
         (["--kernel", "KERNEL", "--boot-protocol", "pvh"], "is no ELF file with a PVH entry"),
         (["--kernel", "/bin/true"], "where no kernel can be"),
         (["--kernel", "/bin/true"], "no multiboot header in its first 8 KiB, and no PVH entry"),

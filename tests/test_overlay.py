@@ -311,6 +311,13 @@ def test_options_that_contradict_are_refused(tmp_path: Path, options: dict[str, 
         open_disk(DiskOptions(str(make_base(tmp_path)), ephemeral=True, **options))
 
 
+def test_an_image_is_no_overlay_over_itself(tmp_path: Path) -> None:
+    base = str(make_base(tmp_path))
+    os.symlink(base, tmp_path / "link")
+    with pytest.raises(ConfigError, match="no overlay over itself: name another file"):
+        open_disk(DiskOptions(base, overlay=str(tmp_path / "link")))
+
+
 def test_a_full_file_system_is_an_error_of_the_write_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

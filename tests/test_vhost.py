@@ -197,6 +197,8 @@ def test_the_option_is_a_path_or_vhost() -> None:
     assert parse_vsock("./vhost,cid=9") == (os.path.abspath("vhost"), 9)
     with pytest.raises(argparse.ArgumentTypeError, match="give a CID of 3 to"):
         parse_vsock("vhost,cid=2")
+    with pytest.raises(argparse.ArgumentTypeError, match="give vhost or vhost,cid=N"):
+        parse_vsock("vhost,port=2")
 
 
 # --- the device -----------------------------------------------------------------------------

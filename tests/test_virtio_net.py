@@ -1,6 +1,7 @@
 """The network device from the driver's side, and its backends: a stream of frames, a tap, passt."""
 
 import os
+import re
 import shutil
 import socket
 import struct
@@ -715,13 +716,26 @@ def test_options_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "remedy"),
     [
-        "bridge", "user=x", "tap=", "tap,mac=1", "tap,mac=01:00:5e:00:00:01", "user,mtu=10",
-        "user,mtu=x", "tap,address=300.0.0.1/24", "user,address=192.0.2.2/24", "tap,colour=red",
-        "tap,queues=0", "tap,queues=17", "user,queues=2",
+        ("bridge", "give user, tap, tap=NAME or none"),
+        ("user=x", "give user, tap, tap=NAME or none"),
+        ("tap=", "give user, tap, tap=NAME or none"),
+        ("tap,mac=1", "mac=1: give six bytes of one station, e.g. 52:54:"),
+        ("tap,mac=01:00:5e:00:00:01", "give six bytes of one station"),
+        ("user,mtu=10", "mtu=10: give 68 to 65535"),
+        ("user,mtu=x", "give 68 to 65535"),
+        ("tap,address=300.0.0.1/24", "give an IPv4 address and its network, e.g. 192.0.2.2/24"),
+        ("tap,address=192.0.2.2", "give an IPv4 address and its network"),
+        ("tap,gateway=x", "gateway=x: give an IPv4 address, e.g."),
+        ("tap,dns=", "dns=: give an IPv4 address, e.g."),
+        ("user,address=192.0.2.2/24", "user has no option 'address'; its options: mac=, mtu="),
+        ("tap,colour=red", "tap has no option 'colour'; its options: mac=, mtu=, queues=, addr"),
+        ("tap,queues=0", "queues=0: give 1 to 16"),
+        ("tap,queues=17", "queues=17: give 1 to 16"),
+        ("user,queues=2", "passt has one queue; use a tap"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--net "):
+)
+def test_what_cannot_be_is_refused_with_what_can(text: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--net {re.escape(text)}: .*{re.escape(remedy)}"):
         options.parse_net(text)

@@ -99,7 +99,11 @@ def _run_once(
 ) -> tuple[Result, bool]:
     """Make the machine and run it once; whether it is to be run again."""
     with ExitStack() as cleanup:
-        files = {name: bare_kernel.read_file(path, "fw_cfg file") for name, path in options.fw_cfg}
+        files: dict[str, bytes] = {}
+        for name, path in options.fw_cfg:
+            if name in files:
+                raise ConfigError(f"--fw-cfg {name}: there are two of that name: leave one out")
+            files[name] = bare_kernel.read_file(path, "fw_cfg file")
         machine = cleanup.enter_context(
             Machine(
                 memory=options.memory,

@@ -139,6 +139,8 @@ def parse_vsock(text: str) -> tuple[str | None, int]:
         path, number = text, str(CID_MIN)
     if not path:
         raise argparse.ArgumentTypeError(f"{text!r} names no socket")
+    if path.startswith("vhost,"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give vhost or vhost,cid=N; ./vhost is a path")
     if not number.isascii() or not number.isdigit() or not CID_MIN <= int(number) <= CID_MAX:
         raise argparse.ArgumentTypeError(f"{text!r}: give a CID of {CID_MIN} to {CID_MAX}")
     return None if path == "vhost" else os.path.abspath(path), int(number)

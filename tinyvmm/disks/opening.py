@@ -39,6 +39,7 @@ class DiskOptions(NamedTuple):
 def open_disk(options: DiskOptions) -> RawDisk | Qcow2Image:
     """Open and lock everything that a disk consists of; ConfigError for what cannot be."""
     path = options.path
+    _check_path(path)
     if options.read_only + options.ephemeral + (options.overlay is not None) > 1:
         raise ConfigError(f"disk {path}: give one of ro, overlay=FILE and ephemeral")
     if options.overlay is None and not options.ephemeral:
@@ -47,6 +48,8 @@ def open_disk(options: DiskOptions) -> RawDisk | Qcow2Image:
                 f"disk {path}: a qcow2 image is only read; add overlay=FILE, ephemeral or ro"
             )
         return _open(path, options.format, writable=not options.read_only)
+    if options.overlay is not None and _is_same(options.overlay, path):
+        raise ConfigError(f"disk {path}: an image is no overlay over itself: name another file")
     base = _open(path, options.format, writable=False)
     base_format = "qcow2" if isinstance(base, Qcow2Image) else "raw"
     try:
@@ -56,6 +59,24 @@ def open_disk(options: DiskOptions) -> RawDisk | Qcow2Image:
     except BaseException:
         base.close()
         raise
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False  # what is wrong shows when it is opened
+
+
+def _check_path(path: str) -> None:
+    """Raise ConfigError for a comma that seems to begin an option, of which there is none such."""
+    at = path.rfind("/") + 1
+    while not os.path.exists(path) and (at := path.find(",", at) + 1):
+        if os.path.isfile(path[: at - 1]):
+            raise ConfigError(
+                f"disk {path[: at - 1]}: {path[at:]!r} is no option; there are ro, ephemeral, "
+                "overlay=FILE, format=raw|qcow2, serial=ID and queues=N"
+            )
 
 
 def _open(
@@ -116,8 +137,14 @@ def _stand(fd: int, path: str, above: tuple[tuple[int, int], ...]) -> Qcow2Image
             "makes an image of both"
         )
     kind = header.extensions.get(qcow2.BACKING_FORMAT)
+    where = os.path.join(os.path.dirname(path), header.backing)
+    if not os.path.exists(where):
+        raise ConfigError(
+            f"disk {path} stands on {where}, which is not there: put it back, or name another "
+            f"with qemu-img rebase -u -b FILE -F FORMAT {path}"
+        )
     backing = _open(
-        os.path.join(os.path.dirname(path), header.backing),
+        where,
         None if kind is None else kind.decode(errors="replace"),
         writable=False,
         above=(*above, own),

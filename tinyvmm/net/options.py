@@ -17,6 +17,15 @@ USER_GATEWAY = "10.0.2.2"  # this computer's loopback
 USER_NAMESERVER = "10.0.2.3"  # asks this computer's
 USER_MTU = 65520  # what passt is best at: it ends TCP itself, so no wire sees such frames
 MTU_MIN, MTU_MAX = 68, 65535
+_FORMS = {  # what is to stand behind each option's =
+    "mac": "six bytes of one station, e.g. 52:54:00:12:34:56",
+    "mtu": f"{MTU_MIN} to {MTU_MAX}",
+    "queues": f"1 to {PAIRS_MAX}",
+    "address": "an IPv4 address and its network, e.g. 192.0.2.2/24",
+    "gateway": "an IPv4 address, e.g. 192.0.2.1",
+    "dns": "an IPv4 address, e.g. 192.0.2.1",
+}
+_OPTIONS = {"user": ("mac", "mtu"), "tap": tuple(_FORMS)}
 PORT_MAX = 65535
 TAP_NAME = "tinyvmm0"
 
@@ -69,15 +78,20 @@ def parse_net(text: str) -> NetOptions | None:
         )
     for pair in pairs:
         key, _, value = pair.partition("=")
+        if kind == "user" and key == "queues":
+            raise ConfigError(f"--net {text}: passt has one queue; use a tap")
+        if key not in _OPTIONS[kind]:
+            known = ", ".join(f"{name}=" for name in _OPTIONS[kind])
+            raise ConfigError(f"--net {text}: {kind} has no option {key!r}; its options: {known}")
         try:
             options = _with(options, key, value)
         except ValueError:
-            raise ConfigError(f"--net {text}: {key}={value} cannot be") from None
+            raise ConfigError(f"--net {text}: {key}={value}: give {_FORMS[key]}") from None
     return options
 
 
 def _with(options: NetOptions, key: str, value: str) -> NetOptions:
-    """Add one option; ValueError if there is none such."""
+    """Add one option; ValueError for a value that it cannot have."""
     if key == "mac":
         mac = bytes.fromhex(value.replace(":", ""))
         if len(mac) != 6 or mac[0] & 1 or not any(mac):
@@ -89,21 +103,17 @@ def _with(options: NetOptions, key: str, value: str) -> NetOptions:
             raise ValueError(value)
         return options._replace(mtu=mtu)
     if key == "queues":
-        if options.kind != "tap":
-            raise ConfigError(
-                f"--net {options.kind},queues={value}: passt has one queue; use a tap"
-            )
         queues = int(value)
         if not 1 <= queues <= PAIRS_MAX:
             raise ValueError(value)
         return options._replace(queues=queues)
-    if options.kind == "tap" and key == "address":
+    if key == "address":
+        if "/" not in value:  # which IPv4Interface takes for a network of one
+            raise ValueError(value)
         return options._replace(address=str(IPv4Interface(value)))
-    if options.kind == "tap" and key == "gateway":
+    if key == "gateway":
         return options._replace(gateway=str(IPv4Address(value)))
-    if options.kind == "tap" and key == "dns":
-        return options._replace(nameservers=(*options.nameservers, str(IPv4Address(value))))
-    raise ValueError(key)
+    return options._replace(nameservers=(*options.nameservers, str(IPv4Address(value))))  # dns
 
 
 def parse_publish(text: str) -> Published:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.virtio_driver import Driver, Queue
 from tests.waiting import wait_for
-from tinyvmm import ninep
+from tinyvmm import ninep, trace
 from tinyvmm.devices.virtio.p9 import Virtio9P
 from tinyvmm.fileserver.host import HostNode, HostTree
 from tinyvmm.fileserver.hostfile import HostFile
@@ -349,3 +349,56 @@ def test_work_that_waits_is_done_though_a_bug_has_ended_every_thread(
     gate.set()
     assert done.wait(HANG)
     pool.close()
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """A computer that starts no threads while the list has anything."""
+    none_left: list[bool] = []
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if none_left:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    yield none_left
+    none_left.clear()
+
+
+def test_where_no_more_threads_can_be_had_work_waits_for_those_there_are(
+    session: Session, gate: Gate, no_threads: list[bool]
+) -> None:
+    first = begin(session, ninep.Tread(SLOW, 0, 4), 1)
+    gate.wait_until_reached()
+    no_threads.append(True)
+    others = [begin(session, ninep.Tread(SLOW, 0, 4), tag) for tag in range(2, 10)]
+    assert ask(session, ninep.Tread(QUICK, 0, 5)) == ninep.Rread(b"quick")
+    gate.passes.release(9)
+    for late in (first, *others):
+        assert late.answer()[1] == ninep.Rread(b"slow")
+
+
+def test_where_no_thread_at_all_can_be_had_a_request_fails_and_the_next_may_not(
+    session: Session, gate: Gate, no_threads: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[trace.Record] = []
+    monkeypatch.setattr(trace, "hook", said.append)
+    no_threads.append(True)
+    assert begin(session, ninep.Tread(SLOW, 0, 4), 7).answer() == (7, ninep.Rlerror(ENOMEM))
+    (told,) = [record for record in said if isinstance(record, trace.Message)]
+    assert "can start no more" in told.message
+    no_threads.clear()
+    gate.passes.release()
+    assert begin(session, ninep.Tread(SLOW, 0, 4), 7).answer() == (7, ninep.Rread(b"slow"))
+
+
+def test_a_driver_is_told_too_that_no_thread_can_be_had(
+    session: Session, no_threads: list[bool]
+) -> None:
+    queue = start(Virtio9P("root", session), session)
+    no_threads.append(True)
+    queue.send([ninep.encode(ninep.Tread(SLOW, 0, 4), 1)], [100])
+    (reply,) = queue.collect()
+    assert ninep.decode(reply[: int.from_bytes(reply[:4], "little")]) == (1, ninep.Rlerror(ENOMEM))

@@ -494,6 +494,23 @@ def test_one_client_too_many_waits_for_another_to_leave(tmp_path: Path) -> None:
         service.close()
 
 
+def test_who_comes_when_no_thread_can_be_had_is_hung_up_on_and_the_next_is_served(
+    service: Service, records: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with connect(service.unix) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with service.socket() as sock:
+                assert receive_all(sock) == b""
+        assert [record for record in records if "no more threads" in record]
+        assert other.attach().walk(b"motd").open().read() == b"hello\n"
+        with connect(service.unix) as late:
+            late.attach().close()
+
+
 def test_who_never_says_what_it_wants_is_hung_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[str]
 ) -> None:

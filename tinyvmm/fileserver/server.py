@@ -199,7 +199,13 @@ class Listener:
         thread = threading.Thread(target=self._run, args=(connection,), name=name, daemon=True)
         with self._guard:
             self._connections[connection] = thread
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._guard:
+                del self._connections[connection]
+            self.say(self._count, "hung up on: this computer can start no more threads")
+            sock.close()
 
     def _run(self, connection: Conversation) -> None:
         try:

@@ -79,9 +79,16 @@ class Waiting:
         slow.fid.busy += 1
 
     def start(self, later: Later) -> None:
-        """Begin; the reply comes by `later`, on any thread."""
+        """Begin; the reply comes by `later`, on any thread: this one, if there can be no other."""
         self._later = later
-        self._session.pool().submit(self._run)
+        try:
+            self._session.pool().submit(self._run)
+        except OSError as error:
+            if trace.hook is not None:
+                text = "a request failed for want of a thread: this computer can start no more"
+                trace.hook(trace.Message(self._session.name, text))
+            self._value = error
+            later(self._finish)
 
     def _run(self) -> None:
         """Do the work, on a thread of the pool."""

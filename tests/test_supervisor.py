@@ -344,3 +344,36 @@ def test_the_end_of_any_program_removes_what_a_killed_client_left(
     assert left.exists()
     run.executor.on_record(ENDED_STATUS, 0)
     assert not left.exists()
+
+
+def test_what_is_asked_while_the_machine_reboots_is_asked_of_one_machine(
+    run: Run, ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: object) -> None:
+        threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
+
+    monkeypatch.setattr(run.executor, "_send", answer)
+    run.supervisor.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
+    run.executor.on_record(STARTED, 2)
+    before = run.supervisor._now()
+    assert before.way is not None
+    vsock = before.way.vsock, before.way.host
+    used: list[object] = []
+
+    def reboot() -> Any:
+        """Give the machine of now, and have another one from then on."""
+        turn = run.supervisor._turn
+        run.supervisor.attach(run.machine, before.session, Executor(run.session.send), bytes, vsock)
+        after = run.supervisor._turn
+        assert after is not None
+        assert after.way is not None
+        monkeypatch.setattr(after.way.streams, "open", used.append)
+        monkeypatch.setattr(after.way.streams, "ended", used.append)
+        return turn
+
+    monkeypatch.setattr(run.supervisor, "_now", reboot)
+    assert ask.call("exec", argv=["true"])["pid"] == 70
+    run.executor.on_record(ENDED, 70)
+    run.executor.on_record(ENDED_STATUS, 0)
+    assert used == []
+    before.way.streams.close()

@@ -126,7 +126,7 @@ class Supervisor:
         self._began = time.monotonic()
         self._watching = Watching(lambda: None if self._turn is None else self._turn.machine)
         self._inspection = Inspection(lambda: self._now().machine, self._watching)
-        self._shares = Shares(lambda: self._way().host, self, self._modules)
+        self._shares = Shares(lambda: _way(self._now()).host, self, self._modules)
         self._input_lock = threading.Lock()  # guards the descriptor below
         self.stdin: int | None = None
         self._input: int | None = None
@@ -332,7 +332,8 @@ class Supervisor:
         and `exec_exited` of this connection. With `port` it connects to that port of the vsock
         socket four times: control, stdin, stdout, stderr. With neither nobody hears what it says.
         """
-        turn, way = self._now(), self._way()
+        turn = self._now()
+        way = _way(turn)
         from tinyvmm.guest.execution import build_execution, execution_steps
 
         if port is not None and stream is not None:
@@ -344,7 +345,8 @@ class Supervisor:
             port = command.port
         try:
             execution = self._execution(argv, port, env or [], cwd, user, terminal)
-            execution = execution._replace(merged=merged)
+            modules = self._vsock_modules(way)
+            execution = execution._replace(merged=merged, modules=modules)
             steps = [step.says for step in execution_steps(execution)]
             if command is not None:
                 command.steps = steps
@@ -364,25 +366,26 @@ class Supervisor:
 
         Answers when all of it is on its way, or wanted no more.
         """
-        streams = self._way().streams
+        streams = _way(self._now()).streams
         streams.write(streams.find(client, stream), decode(data), eof=eof)
 
     @remote(waits=True, client=True)
     def exec_signal(self, *, client: Client, stream: Name, signal: str | int) -> None:
         """Send a command of this client's a signal, by name or number."""
-        streams = self._way().streams
+        streams = _way(self._now()).streams
         streams.tell(streams.find(client, stream), SIGNAL, signal_number(signal))
 
     @remote(waits=True, client=True)
     def exec_resize(self, *, client: Client, stream: Name, rows: Size, columns: Size) -> None:
         """Tell the terminal of a command of this client's its size."""
-        streams = self._way().streams
+        streams = _way(self._now()).streams
         streams.tell(streams.find(client, stream), WINSIZE, rows | columns << 16)
 
     @remote(waits=True)
     def calls(self, *, port: Port) -> Calls:
         """Start guest/calls.py, which connects to `port` of the vsock socket: guest_calls.py."""
-        turn, way = self._now(), self._way()
+        turn = self._now()
+        way = _way(turn)
         from tinyvmm.guest.calls import build_calls
         from tinyvmm.guest.execution import vsock_address
 
@@ -445,15 +448,6 @@ class Supervisor:
             raise ConfigError("the machine does not run")
         return turn
 
-    def _way(self) -> _Way:
-        way = self._now().way
-        if way is None:
-            raise ConfigError(
-                "the guest's vsock is this computer's own, and nothing more can be started or "
-                "mounted in it: run it without --vsock vhost for that"
-            )
-        return way
-
     def _cpu(self, number: int | None) -> int | None:
         vcpus = len(self._now().machine.vcpus)
         if number is not None and number >= vcpus:
@@ -496,7 +490,6 @@ class Supervisor:
             cwd=context.cwd if cwd is None else cwd,
             terminal=size,
             user=account,
-            modules=self._vsock_modules(self._way()),
         )
 
     def _when_ended(
@@ -526,6 +519,16 @@ class Supervisor:
             if self._input is not None:
                 os.close(self._input)
                 self._input = None
+
+
+def _way(turn: _Turn) -> _Way:
+    """Return the way to us that its guest has; ConfigError if it has none."""
+    if turn.way is None:
+        raise ConfigError(
+            "the guest's vsock is this computer's own, and nothing more can be started or "
+            "mounted in it: run it without --vsock vhost for that"
+        )
+    return turn.way
 
 
 _DIGITS_MAX = 3  # of a signal's number

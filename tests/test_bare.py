@@ -206,6 +206,7 @@ def test_the_serial_line_may_be_a_file_or_nowhere(build: Build, tmp_path: Path) 
     [
         ("byte", 0x41 << 1 & 0xFF | 1),
         ("word", 0x1234 << 1 & 0xFF | 1),
+        ("dword", 0x12345678 << 1 & 0xFF | 1),
         ("acpi-off", 0),
         ("acpi-reset", 0),
         ("cf9", 0),
@@ -218,7 +219,10 @@ def test_the_end_of_the_run_is_its_exit_status(build: Build, how: str, status: i
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize(("transport", "how"), [("pci", "cf9"), ("mmio", "cf9"), ("pci", "i8042")])
+@pytest.mark.parametrize(
+    ("transport", "how"),
+    [("pci", "cf9"), ("mmio", "cf9"), ("pci", "i8042"), ("pci", "acpi-reset")],
+)
 def test_a_reset_may_start_the_machine_anew(build: Build, transport: str, how: str) -> None:
     options = ["--append", how, "--on-reboot", "reset", "--transport", transport]
     command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--kernel", build("leave")]

@@ -5,7 +5,9 @@ import random
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
 from time import sleep
 from types import FrameType
 
@@ -13,9 +15,12 @@ import pytest
 
 from tests.test_eventfds import MESSAGE, UP_GPA, Ender, protected_mode, writes
 from tests.waiting import wait_for
-from tinyvmm import kvm, layout
+from tinyvmm import bare_kernel, kvm, layout
+from tinyvmm.devices.debug_exit import DebugExit
+from tinyvmm.devices.virtio.blk import VirtioBlk
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.queue import Virtqueue
+from tinyvmm.disks.raw import RawDisk
 from tinyvmm.errors import KvmError
 from tinyvmm.eventfds import MsiRoutes
 from tinyvmm.machine import Machine
@@ -337,6 +342,67 @@ def test_whoever_pauses_resumes_and_stops_when_they_like_nothing_hangs_or_is_los
             for thread in stoppers:
                 thread.join(30)
             assert machine.wait(30) in {StopCause.POWEROFF, StopCause.RESET}
+
+
+class Watched(RawDisk):
+    """Has every tenth read wait until somebody has seen to it."""
+
+    def __init__(self, path: str, see_to: Callable[[], None]) -> None:
+        super().__init__(path, read_only=True)
+        self.reads = 0
+        self.see_to = see_to
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> None:
+        super().read_into(views, offset)
+        self.reads += 1
+        if self.reads % 10 == 0:
+            self.see_to()
+
+
+@pytest.mark.parametrize("ioeventfd", [True, False])
+def test_interrupts_of_requests_that_end_while_paused_all_arrive(
+    build: Callable[..., str], tmp_path: Path, ioeventfd: bool
+) -> None:
+    """A kernel that sleeps from each doorbell to its interrupt reads a sector 1,000 times.
+
+    With ioeventfds every tenth ends, and interrupts, when no vCPU is in the guest.
+    """
+    image = tmp_path / "image"
+    image.write_bytes(bytes(512))
+    wanted, paused = SimpleQueue[bool](), SimpleQueue[None]()
+    pauses = 0
+
+    def see_to() -> None:
+        wanted.put(True)
+        if ioeventfd:  # else it is the vCPU that is here, and the pause waits for it
+            paused.get(timeout=60)
+
+    def meddle(machine: Machine) -> None:
+        nonlocal pauses
+        while wanted.get():
+            machine.pause()
+            pauses += 1
+            paused.put(None)
+            sleep(0.001)
+            machine.resume()
+
+    disk = Watched(str(image), see_to)
+    with Machine(memory=4 << 20, ioeventfd=ioeventfd) as machine:
+        machine.ports.add(0xF4, 4, DebugExit(machine.end))
+        machine.add_virtio(VirtioBlk(disk))
+        kernel = bare_kernel.read_kernel(build("disk"))
+        assert kernel is not None
+        machine.boot_bare(kernel)
+        machine.start()
+        meddler = threading.Thread(target=meddle, args=(machine,))
+        meddler.start()
+        try:
+            assert machine.wait(120) == StopCause.DEVICE
+        finally:
+            wanted.put(False)
+            meddler.join(60)
+    disk.close()
+    assert (machine.exit_value, disk.reads, pauses) == (0, 1000, 100)
 
 
 class Endless(VirtioDevice):

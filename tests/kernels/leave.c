@@ -16,6 +16,7 @@ void main(uint32_t magic, uint32_t *info) {
   if (is(how, "acpi-off")) outb(0x600, 0x34);
   if (is(how, "byte")) outb(0xF4, 0x41);
   if (is(how, "word")) outw(0xF4, 0x1234);
+  if (is(how, "dword")) outl(0xF4, 0x12345678);
   if (is(how, "fault")) {
     struct { uint16_t limit; uint32_t base; } __attribute__((packed)) none = {0, 0};
     __asm__ volatile("lidt %0; ud2" : : "m"(none));

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
 from tests.test_oci_unpack import names, seen, union
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
+from tinyvmm.images.oci import store as store_module
 from tinyvmm.images.oci.config import ImageConfig, combine, parse_config, parse_entrypoint
 from tinyvmm.images.oci.prepare import find_or_pull, prepare
 from tinyvmm.images.oci.pull import pull
@@ -428,6 +430,33 @@ def test_what_a_killed_pull_left_behind_goes_with_prune(tmp_path: Path, store: S
     Path(f"{store.path}/partial/sha256-{'0' * 64}").write_bytes(bytes(1000))
     assert main(["prune"]) == 0
     assert len(os.listdir(f"{store.path}/layers")) == 1
+    assert os.listdir(f"{store.path}/partial") == []
+
+
+def test_a_layer_is_made_by_one_at_a_time_and_no_lock_is_left(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_POLL", 0.001)
+    diff_id = "sha256:" + "1" * 64
+    makers: list[int] = []
+    most = 0
+
+    def make(number: int) -> None:
+        nonlocal most
+        for _ in range(20):
+            with store.making(diff_id, threading.Event()):
+                makers.append(number)
+                most = max(most, len(makers))
+                time.sleep(0.0005)
+                makers.remove(number)
+
+    with store.shared():
+        threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == 1
     assert os.listdir(f"{store.path}/partial") == []
 
 

@@ -151,8 +151,7 @@ def test_an_image_is_pulled_by_tag_and_by_digest(
     low, middle, _ = trees(store, found)
     assert (low / "base").read_bytes() == b"base"
     assert (middle / "top").read_bytes() == b"top"
-    left = {f"{digest.replace(':', '-')}.lock" for digest in found.layers}
-    assert set(os.listdir(f"{store.path}/partial")) == left
+    assert os.listdir(f"{store.path}/partial") == []
     again = pull(f"{open_registry}/some/app@{found.manifest}", store)
     assert again.id == found.id
     assert f"{open_registry}/some/app@{found.manifest}" in again.names
@@ -492,7 +491,7 @@ def test_a_layer_that_is_not_what_its_digest_says_is_refused(
     with harmful(host, harm) as (proxy, _), pytest.raises(ConfigError, match="corrupted"):
         pull(f"{proxy}/harm/app:1", store)
     assert os.listdir(f"{store.path}/layers") == []
-    assert [name for name in os.listdir(f"{store.path}/partial") if ".lock" not in name] == []
+    assert os.listdir(f"{store.path}/partial") == []
 
 
 def test_a_wrong_beginning_that_lay_there_is_thrown_away_once(

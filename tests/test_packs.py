@@ -4,7 +4,9 @@ import errno
 import http.server
 import json
 import os
+import socket
 import stat
+import struct
 import subprocess
 import threading
 import zipfile
@@ -419,14 +421,19 @@ def server(tmp_path: Path) -> Iterator[str]:
             """Nothing."""
 
         def do_GET(self) -> None:
-            """As usual, but for one file that ends too early."""
-            if self.path != "/short":
+            """As usual, but for some files that end too early."""
+            if self.path not in {"/short", "/reset", "/gone"}:
                 super().do_GET()
                 return
-            self.send_response(200)
-            self.send_header("Content-Length", "100")
-            self.end_headers()
-            self.wfile.write(b"PK\x03\x04")
+            if self.path != "/gone":
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.write(b"PK\x03\x04")
+            if self.path != "/short":  # close(2) resets it then: socket(7)
+                option = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                self.connection.close()
 
     handler = partial(Quiet, directory=str(directory))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
@@ -461,6 +468,8 @@ def test_a_pack_is_fetched_if_it_is_what_it_must_be(
     [
         ("/missing", "File not found"),
         ("/short", "4 bytes of 100 came|IncompleteRead"),
+        ("/reset", "get http://.*: Connection reset by peer$"),
+        ("/gone", "get http://.*: Connection reset by peer$"),
         ("/text", "neither"),
     ],
 )
@@ -472,6 +481,61 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(
     with pytest.raises(ConfigError, match=why) as caught:
         packs.get("x", server + path, digest, lambda *_: None)
     assert "\n" not in str(caught.value)
+    assert [p.name for p in store.iterdir()] == [".lock"]
+
+
+def test_while_one_is_fetched_others_come_and_go(tools: Path, store: Path) -> None:
+    assert create("tools", str(tools)) == 0
+    slow, may_end = threading.Event(), threading.Event()
+
+    def progress(*_: object) -> None:
+        slow.set()
+        assert may_end.wait(60)
+
+    url = f"file://{packs.find('tools').path}"
+    thread = threading.Thread(target=packs.get, args=("slow", url, None, progress))
+    thread.start()
+    try:
+        assert slow.wait(60)
+        packs.get("quick", url, None, lambda *_: None)
+        packs.remove(["quick"])
+        assert sorted(p.name for p in store.iterdir() if ".draft" not in p.name) == (
+            [".lock", "tools"]
+        )
+    finally:
+        may_end.set()
+        thread.join()
+    assert packs.find("slow").digest == packs.find("tools").digest
+    assert sorted(p.name for p in store.iterdir()) == [".lock", "slow", "tools"]
+
+
+def test_of_two_who_want_one_name_who_is_first_has_it(tools: Path, store: Path) -> None:
+    assert create("tools", str(tools)) == 0
+    url = f"file://{packs.find('tools').path}"
+
+    def be_quicker(*_: object) -> None:
+        assert create("same", str(tools), "--format", "zip") == 0
+
+    with pytest.raises(ConfigError, match="a pack same is here already"):
+        packs.get("same", url, None, be_quicker)
+    assert packs.find("same").kind == "zip"
+    assert sorted(p.name for p in store.iterdir()) == [".lock", "same", "tools"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room there, or set"), (errno.EROFS, "set XDG_DATA_HOME to .* can write")],
+)
+def test_what_cannot_be_stored_says_what_helps(
+    tools: Path, store: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(json, "dump", fails)
+    files = packs.Files(list_changes([], [("/", str(tools))]), [("/", str(tools))])
+    with pytest.raises(ConfigError, match=f"pack store .*{os.strerror(number)}; {remedy}"):
+        packs.create("tools", files, "x", "erofs", print)
     assert [p.name for p in store.iterdir()] == [".lock"]
 
 

@@ -3,8 +3,10 @@
     $XDG_DATA_HOME/tinyvmm/packs/NAME/   pack.erofs or pack.zip   about
 
 `about` is JSON: where it is from, its SHA-256, how many files, when. A pack appears in the store by
-rename, complete or not at all, and leaves it so. It is never unpacked: a zip is served over 9P
-(fileserver/archives.py), an EROFS image is a disk, and the guest joins either with its root.
+rename, complete or not at all, and leaves it so. Who makes one holds its draft, and the store's
+lock only to begin and to end: nobody waits for another's slow server. A pack is never unpacked: a
+zip is served over 9P (fileserver/archives.py), an EROFS image is a disk, and the guest joins either
+with its root.
 """
 
 import json
@@ -12,9 +14,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from errno import EOPNOTSUPP
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from errno import EDQUOT, ENOSPC, EOPNOTSUPP
+from typing import IO, Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.written import Change
@@ -253,58 +255,85 @@ def remove(names: Iterable[str]) -> None:
 
 def _install(name: str, fill: Callable[[str], str], source: str) -> Pack:
     """Have `fill` put a pack into a draft directory and say its kind; store it as `name`."""
-    import shutil
-    import tempfile
-
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no name: give letters, digits, _ . and -, 64 at most")
-    with _locked() as store:
-        if _stored(name) is not None:
-            raise ConfigError(f"a pack {name} is here already: tinyvmm pack rm {name}")
-        draft = tempfile.mkdtemp(dir=store, prefix=_DRAFT)
-        try:
-            kind = fill(draft)
-            path = os.path.join(draft, f"pack.{kind}")
-            about = {
-                "kind": kind,
-                "source": source,
-                "digest": _digest(path),
-                "created": time.time(),
-            }
-            with open(os.path.join(draft, "about"), "w", encoding="utf-8") as file:
-                json.dump(about, file)
-            os.chmod(draft, 0o755)
+    with _store_named(), _draft(name) as draft:
+        kind = fill(draft)
+        path = os.path.join(draft, f"pack.{kind}")
+        about = {
+            "kind": kind,
+            "source": source,
+            "digest": _digest(path),
+            "created": time.time(),
+        }
+        with open(os.path.join(draft, "about"), "w", encoding="utf-8") as file:
+            json.dump(about, file)
+        os.chmod(draft, 0o755)
+        with _locked() as store:
+            _refuse_taken(name)  # by one who was quicker
             os.rename(draft, os.path.join(store, name))
-        finally:
-            if os.path.exists(draft):
-                shutil.rmtree(draft, ignore_errors=True)
     return find(name)
 
 
 @contextmanager
+def _draft(name: str) -> Iterator[str]:
+    """Make a directory for what is to be pack `name`, gone at the end if it did not become it."""
+    import shutil
+    import tempfile
+
+    from tinyvmm.images.holding import hold
+
+    with ExitStack() as cleanup:
+        with _locked() as store:
+            _refuse_taken(name)
+            draft = tempfile.mkdtemp(dir=store, prefix=_DRAFT)
+            hold(draft, cleanup)
+        try:
+            yield draft
+        finally:
+            if os.path.exists(draft):
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse_taken(name: str) -> None:
+    if _stored(name) is not None:
+        raise ConfigError(f"a pack {name} is here already: tinyvmm pack rm {name}")
+
+
+@contextmanager
 def _locked() -> Iterator[str]:
-    """Hold the store's lock, and clear away what a process left that was killed holding it."""
+    """Hold the store's lock, and clear away drafts that nobody holds: their makers were killed."""
     import fcntl
     import shutil
 
+    from tinyvmm.images.holding import is_held
+
     store = store_dir()
-    try:
+    with _store_named():
         os.makedirs(store, exist_ok=True)
         lock = os.open(os.path.join(store, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for name in os.listdir(store):
-                if name.startswith(_DRAFT):
-                    shutil.rmtree(os.path.join(store, name), ignore_errors=True)
+                path = os.path.join(store, name)
+                if name.startswith(_DRAFT) and not is_held(path):
+                    shutil.rmtree(path, ignore_errors=True)
             yield store
         finally:
             os.close(lock)
+
+
+@contextmanager
+def _store_named() -> Iterator[None]:
+    """Have an OSError be a ConfigError that says where, and what to do."""
+    try:
+        yield
     except OSError as error:
-        where = error.filename or store
-        raise ConfigError(
-            f"pack store {where}: {error.strerror or error}; "
-            "set XDG_DATA_HOME to a directory you can write"
-        ) from None
+        remedy = "set XDG_DATA_HOME to a directory you can write"
+        if error.errno in {ENOSPC, EDQUOT}:
+            remedy = "make room there, or set XDG_DATA_HOME to a directory on another disk"
+        where = error.filename or store_dir()
+        raise ConfigError(f"pack store {where}: {error.strerror or error}; {remedy}") from None
 
 
 def _digest(path: str) -> str:
@@ -316,8 +345,6 @@ def _digest(path: str) -> str:
 
 def _fetch(url: str, path: str, progress: Progress) -> str:
     """Fetch `url` to `path`; its SHA-256."""
-    import http.client
-    import urllib.error
     import urllib.request
     from hashlib import sha256
 
@@ -326,23 +353,40 @@ def _fetch(url: str, path: str, progress: Progress) -> str:
         local = urllib.request.url2pathname(url.partition(":")[2].removeprefix("//"))
         if os.path.exists(local) and not os.path.isfile(local):
             raise ConfigError(f"pack get {url}: no regular file; name one")
-    try:
+    with _asking(url):
         opened = urllib.request.urlopen(url, timeout=60)  # noqa: S310 - `get` looked at the scheme
-        with opened as source, open(path, "xb") as file:
+    with opened as source, open(path, "xb") as file:
+        done = 0
+        with _asking(url):
             total = int(source.headers.get("Content-Length") or 0)
-            done = 0
-            while data := source.read(_COPY_LEN):
-                file.write(data)
-                hashed.update(data)
-                done += len(data)
-                progress(f"fetching {url}", done, total)
+        while data := _read(source, url):
+            file.write(data)
+            hashed.update(data)
+            done += len(data)
+            progress(f"fetching {url}", done, total)
+    if total and done != total:
+        raise ConfigError(f"pack get {url}: {done} bytes of {total} came: try again")
+    return hashed.hexdigest()
+
+
+def _read(source: IO[bytes], url: str) -> bytes:
+    with _asking(url):
+        return source.read(_COPY_LEN)
+
+
+@contextmanager
+def _asking(url: str) -> Iterator[None]:
+    """Have what fails at the other end, or on the way, be a ConfigError."""
+    import http.client
+    import urllib.error
+
+    try:
+        yield
     except urllib.error.URLError as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         reason = getattr(error.reason, "strerror", None) or error.reason or error
         raise ConfigError(f"pack get {url}: {reason}") from None
-    except (http.client.HTTPException, ValueError, TimeoutError) as error:
-        raise ConfigError(f"pack get {url}: {error or type(error).__name__}") from None
-    if total and done != total:
-        raise ConfigError(f"pack get {url}: {done} bytes of {total} came: try again")
-    return hashed.hexdigest()
+    except (http.client.HTTPException, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise ConfigError(f"pack get {url}: {reason}") from None

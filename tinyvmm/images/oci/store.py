@@ -85,18 +85,22 @@ class Store:
     def making(self, diff_id: str, cancelled: threading.Event) -> Iterator[bool]:
         """Alone with a layer: whether it is there by now. Raises KeyboardInterrupt if cancelled."""
         path = self._file("partial", f"{_name(diff_id)}.lock")
-        fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
+        while True:
+            fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                while not _try_lock(fd):
                     if cancelled.wait(_POLL):
-                        raise KeyboardInterrupt from None
-            yield self.has_layer(diff_id)
-        finally:
-            os.close(fd)
+                        raise KeyboardInterrupt
+                if not _is_file(fd, path):  # who had it has removed it: it locks nobody out
+                    continue
+                try:
+                    yield self.has_layer(diff_id)
+                finally:
+                    with suppress(FileNotFoundError):
+                        os.unlink(path)
+                return
+            finally:
+                os.close(fd)
 
     def hold(self, image: Image, cleanup: ExitStack) -> None:
         """Keep the image's layers from being removed until `cleanup`; within `shared`."""
@@ -318,6 +322,23 @@ def store_dir() -> str:
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.local/share")
     return os.path.join(base, "tinyvmm", "images")
+
+
+def _try_lock(fd: int) -> bool:
+    """Take a lock alone, if nobody has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_file(fd: int, path: str) -> bool:
+    """Whether the file at `path` is the open one."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _name(digest: str) -> str:

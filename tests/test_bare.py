@@ -353,6 +353,8 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
         (["--kernel", "KERNEL", "--fw-cfg", f"{'n' * 56}=/etc/hostname"], "1 to 55"),
         (["--kernel", "KERNEL", *(["--fw-cfg", "a=/etc/hostname"] * 2)], "two of that name"),
         (["--kernel", "KERNEL", "--boot-protocol", "pvh"], "is no ELF file with a PVH entry"),
+        (["--kernel", "KERNEL", "--boot-protocol", "linux"], "is no Linux but a multiboot"),
+        (["--kernel", "PVH", "--boot-protocol", "linux"], "is an ELF file, but not for x86-64"),
         (["--kernel", "/bin/true"], "where no kernel can be"),
         (["--kernel", "/bin/true"], "no multiboot header in its first 8 KiB, and no PVH entry"),
     ],
@@ -361,7 +363,7 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
 def test_what_cannot_be_is_one_line(
     build: Build, tmp_path: Path, arguments: list[str], why: str
 ) -> None:
-    there = {"KERNEL": build("told"), "FIFO": str(tmp_path / "fifo")}
+    there = {"KERNEL": build("told"), "FIFO": str(tmp_path / "fifo"), "PVH": build("told", "pvh")}
     os.mkfifo(there["FIFO"])
     done = tinyvmm(*[there.get(word, word) for word in arguments])
     assert done.returncode == 125

@@ -571,6 +571,15 @@ def test_the_running_kernel_is_imported_by_that_name(
     assert capsys.readouterr().out.startswith(os.uname().release)
 
 
+def test_a_running_kernel_without_a_file_here_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BOOT_DIR", str(tmp_path))
+    why = f"the kernel that runs has no file {tmp_path}/vmlinuz-.* here; give .* kernel fetch$"
+    with pytest.raises(ConfigError, match=why):
+        tinyvmm_kernel("import", "--running")
+
+
 def test_show_tells_all_of_one_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="no kernel here yet"):
         tinyvmm_kernel("show")

@@ -112,9 +112,14 @@ def read_kernel(path: str, protocol: str | None = None) -> BareKernel | None:
     it is not. ConfigError also for a file that cannot be read, is damaged, or demands too much.
     """
     data = read_file(path, "kernel")
-    if protocol == "linux":
-        return None
     header = _find_multiboot_header(data)
+    if protocol == "linux":
+        if header is not None:
+            raise ConfigError(
+                f"kernel {path}: is no Linux but a multiboot kernel; give --boot-protocol "
+                "multiboot, or leave it out"
+            )
+        return None
     if header is not None and protocol in {None, "multiboot"}:
         return _multiboot_kernel(path, data, header)
     if protocol == "multiboot":

@@ -1,6 +1,7 @@
 """`tinyvmm kernel`: the kernels there are to boot; getting more, choosing one, building one."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from tinyvmm.cli.values import parse_count
@@ -106,11 +107,24 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from tinyvmm.images import kernel_store, kernels
+    from tinyvmm.images import kernel_store
 
-    paths = [kernels.running_vmlinuz()] if args.running else args.paths
+    paths = [_running()] if args.running else args.paths
     _print_stored(kernel_store.import_(paths, args.modules))
     return 0
+
+
+def _running() -> str:
+    from tinyvmm.errors import ConfigError
+    from tinyvmm.images import kernels
+
+    path = kernels.running_vmlinuz()
+    if not os.path.exists(path):
+        raise ConfigError(
+            f"kernel import --running: the kernel that runs has no file {path} here; give the "
+            "path of its file, or get another kernel with: tinyvmm kernel fetch"
+        )
+    return path
 
 
 def _build(args: argparse.Namespace) -> int:

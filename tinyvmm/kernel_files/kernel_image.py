@@ -209,15 +209,10 @@ def parse_vmlinux(path: str, head: bytes, file_len: int) -> Layout:
     """
     if len(head) < EHDR_LEN:
         raise truncated(path)
-    e_ident, e_type, e_machine = unpack_from("<16sHH", head)
+    _check_is_x86_64(path, head)
+    (e_type,) = unpack_from("<H", head, 16)
     e_entry, e_phoff = unpack_from("<QQ", head, 24)
     e_phentsize, e_phnum = unpack_from("<HH", head, 54)
-    if e_ident[:4] != ELF_MAGIC:
-        raise not_a_kernel(path)
-    if e_ident[4] != ELFCLASS64 or e_ident[5] != ELFDATA2LSB or e_machine != EM_X86_64:
-        raise ConfigError(
-            f"kernel {path}: is an ELF file, but not for x86-64; use an x86-64 kernel"
-        )
     if e_type not in (ET_EXEC, ET_DYN) or e_phentsize != PHDR_LEN or not e_phnum:
         raise not_a_kernel(path)
     if e_phoff + e_phnum * PHDR_LEN > len(head):
@@ -244,6 +239,16 @@ def parse_vmlinux(path: str, head: bytes, file_len: int) -> Layout:
     if not entry_is_loaded:
         raise damaged(path, "it is entered where nothing is loaded")
     return Layout(tuple(segments), memory_end, e_entry)
+
+
+def _check_is_x86_64(path: str, head: bytes) -> None:
+    e_ident, _, e_machine = unpack_from("<16sHH", head)
+    if e_ident[:4] != ELF_MAGIC:
+        raise not_a_kernel(path)
+    if e_ident[4] != ELFCLASS64 or e_ident[5] != ELFDATA2LSB or e_machine != EM_X86_64:
+        raise ConfigError(
+            f"kernel {path}: is an ELF file, but not for x86-64; use an x86-64 kernel"
+        )
 
 
 def unpack_image(path: str, image: Image, count_max: int) -> Kernel:
@@ -306,6 +311,7 @@ def _with_program_headers(path: str, fd: int, head: bytes) -> bytes:
     """Return enough of an ELF file's beginning to hold its program headers."""
     if len(head) < EHDR_LEN:
         raise truncated(path)
+    _check_is_x86_64(path, head)  # or its fields are elsewhere
     (e_phoff,) = unpack_from("<Q", head, 32)
     (e_phnum,) = unpack_from("<H", head, 56)
     end = e_phoff + e_phnum * PHDR_LEN

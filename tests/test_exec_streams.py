@@ -139,6 +139,9 @@ class Machine(Supervisor):
         self._turn = _Turn(None, None, self.guest, bytes, way)  # type: ignore[arg-type]
         self.server = ControlServer(str(directory / "control"), {**self.methods(), "big": self.big})
 
+    def _vsock_modules(self, way: _Way) -> tuple[()]:
+        return ()
+
     def _execution(self, argv: Any, port: int, env: Any, *_more: Any) -> Execution:
         terminal = _more[-1]
         size = None if terminal is None else (terminal[0], terminal[1])

@@ -1,7 +1,7 @@
 """Waiting for what comes of itself: however slow the computer is, and no longer than it takes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,12 +17,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def with_time_enough(attempt: Callable[[float], T]) -> T:
+def with_time_enough(
+    attempt: Callable[[float], T], tries: Sequence[float] = (0.5, 4, 30, PATIENCE)
+) -> T:
     """Give what comes of an `attempt` that ends after so many seconds: the first that is anything.
 
     For what is cut off in its midst, and has to have come so far.
     """
-    for seconds in (0.5, 4, 30):
+    for seconds in tries[:-1]:
         if result := attempt(seconds):
             return result
-    return attempt(PATIENCE)
+    return attempt(tries[-1])

@@ -154,6 +154,12 @@ A /t/moved
 A /t/moved/b
 D /t/sub
 """
+# The inode of a file is read, not yet its data; of another of 1 TiB a block in the midst.
+LOOKS = r"""
+stat -c %s /t/changes
+dd if=/t/huge bs=4096 skip=$((1 << 27)) count=1 2>/dev/null | tr -d '\0'
+"""
+EIO = "cat: /t/changes: Input/output error\n"
 NAMES = (
     "etc/ etc/.wh.passwd srv/ srv/new t/ t/.wh.a t/.wh.sub t/moved/ t/moved/.wh..wh..opq t/moved/b"
 )
@@ -167,6 +173,11 @@ def test_what_is_written_over_it_is_listed_and_committed_from_ram_and_from_a_dis
     (read / "sub").mkdir(parents=True)
     (read / "a").write_text("a")
     (read / "sub/b").write_text("b")
+    (read / "changes").write_text("first")
+    with (read / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(b"in the midst")
     kept.mkdir()
     open_upper(str(kept)).close()  # made here, where it is quick
     script: list[tuple[dict[str, Any], Any]] = []
@@ -174,17 +185,22 @@ def test_what_is_written_over_it_is_listed_and_committed_from_ram_and_from_a_dis
         root = ("--root-mode", "erofs", "--memory", "512M", "--read", f"/t={read}", *more)
         script += [
             (run("-d", "--name", name, *root, "--", "sleep", "1000"), ok(f"{name}\n")),
+            (cli("exec", name, "--", "sh", "-ec", LOOKS), ok("5\nin the midst")),
+            (sh(f"printf other > {read}/changes"), ok()),
+            (cli("exec", name, "--", "cat", "/t/changes"), ok("", EIO, 1)),
             (cli("exec", name, "--", "sh", "-ec", WRITE), ok()),
             (cli("diff", name), ok(CHANGES)),
             (cli("commit", name, "-o", f"/tmp/{name}.tar"), 0),
             (sh(f"tar -tf /tmp/{name}.tar | LC_ALL=C sort"), ok("\n".join(NAMES.split()) + "\n")),
             (cli("kill", name), 0),
             (cli("wait", name), ok("137\n")),
+            (cli("logs", name), ok("", f"tinyvmm: {read}/changes{CHANGED}\n")),
             (cli("diff", name), 125),
         ]
     found = do(guest, [step for step, _ in script])
     for (step, expected), got in zip(script, found, strict=True):
         seen = got["status"] if isinstance(expected, int) else got
         assert seen == expected, (step, got)
-    assert "was in its own memory" in found[7]["stderr"]
-    assert f"on the disk {kept}/upper.ext4" in found[15]["stderr"]
+    ram, disk = found[len(found) // 2 - 1], found[-1]
+    assert "was in its own memory" in ram["stderr"]
+    assert f"on the disk {kept}/upper.ext4" in disk["stderr"]

@@ -249,7 +249,8 @@ def host() -> Iterator[Host]:
     host.device.close()
     assert host.errors == []
     assert all(kernel.closed for kernel in host.kernels)
-    assert (os.listdir("/proc/self/fd"), threading.active_count()) == (files, threads)
+    assert set(os.listdir("/proc/self/fd")) <= set(files)
+    assert threading.active_count() <= threads
 
 
 def test_the_kernel_serves_from_driver_ok_on_with_what_was_agreed(host: Host) -> None:

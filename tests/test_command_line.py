@@ -1,5 +1,6 @@
 """The command line as a whole: help, options from the environment, completion, the man page."""
 
+import fcntl
 import json
 import os
 import pty
@@ -11,10 +12,13 @@ import sys
 import time
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_for
+from tinyvmm.cli import run as run_module
 from tinyvmm.cli.completion import script
 from tinyvmm.cli.described import Command, describe, walk
 from tinyvmm.cli.environment import variable, with_environment
@@ -23,6 +27,8 @@ from tinyvmm.cli.manual import manual
 from tinyvmm.cli.run import open_console
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances.registry import Instance, State
+from tinyvmm.machine import Machine
+from tinyvmm.vcpu import StopCause
 
 PARSER = build_parser(all_modules())
 WHOLE = describe(PARSER)
@@ -325,6 +331,42 @@ os.write(9, repr((status, seen)).encode())
     environment = {**os.environ, "PYTHONPATH": str(root), "XDG_RUNTIME_DIR": str(tmp_path)}
     subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
     assert (tmp_path / "seen").read_text() == repr((0, ["/dev/null"] * 3))
+
+
+@pytest.mark.kvm
+def test_a_console_that_nobody_reads_holds_up_neither_the_guest_nor_its_end_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "CONSOLE_PATIENCE", 0.2)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    write = open_console(str(tmp_path / "fifo"))
+    assert write is not None
+    with Machine(memory=1 << 20, cpus=1) as machine:
+        machine.add_board(console=write)
+        # mov dx, 0x3f8; mov al, 'x'; again: out dx, al; inc word [0x2000]; jmp again
+        machine.boot_real_mode(bytes.fromhex("baf803 b078 ee ff060020 ebf9"))
+        machine.start()
+
+        def written() -> int:
+            return int.from_bytes(machine.memory.read(0x2000, 2), "little")
+
+        room = fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ)
+        wait_for(lambda: "nobody reads it" in capsys.readouterr().err)
+        before = written()
+        wait_for(lambda: written() != before)  # it goes on
+        said = 0
+        while said <= room:  # and so does what it says, once somebody reads
+            with suppress(BlockingIOError):
+                data = os.read(reader, 1 << 16)
+                assert not data.strip(b"x")
+                said += len(data)
+    assert machine.cause == StopCause.STOPPED
+    assert capsys.readouterr().err == ""  # once is enough
+    for fd in os.listdir("/proc/self/fd"):  # a process that runs one keeps its console to its end
+        with suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / "fifo"):
+                os.close(int(fd))
 
 
 def test_a_console_that_cannot_be_written_is_given_up_and_the_guest_is_not(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tinyvmm.roots.pack_mounts import PackMap
 
 LAB_ALLOWANCE = 120.0  # seconds for the lab to come up
+CONSOLE_PATIENCE = 5.0  # seconds that whoever reads the console may take for it
 
 _EPILOG = """\
 A MAP is [GUEST=]HOST: the host's directory HOST appears at GUEST, / by default. Several read
@@ -304,7 +305,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def open_console(where: str | None) -> Callable[[bytes], None] | None:
     """Return the sink for `--console`; ConfigError if the file cannot be written.
 
-    From the first failure on (a full disk, say) what comes is dropped: the guest goes on.
+    From the first failure on (a full disk, say) what comes is dropped: the guest goes on. A pipe
+    that nobody reads holds it up for CONSOLE_PATIENCE, and then drops until somebody does.
     """
     if where is None:
         return None
@@ -316,20 +318,34 @@ def open_console(where: str | None) -> Callable[[bytes], None] | None:
             fd = os.open(where, flags, 0o666)
         except OSError as error:
             raise ConfigError(f"cannot write the console to {where}: {error.strerror}") from None
-    from tinyvmm.session import write_all
+    import select
+    import threading
 
-    failed = False
+    failed = stalled = told = False
+    regular = fd != 2 and stat.S_ISREG(os.fstat(fd).st_mode)  # which has no reader to wait for
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    lock = threading.Lock()  # one vCPU at a time, or another may take the room that was found
 
     def write(data: bytes) -> None:
-        nonlocal failed
-        if failed:
-            return
-        try:
-            write_all(fd, data)
-        except OSError as error:
-            failed = True
-            if fd != 2:
-                warn(f"cannot write the console to {where}: {error.strerror}; the rest is lost")
+        nonlocal failed, stalled, told
+        why = None
+        with lock:
+            while data and not failed:
+                # Whoever waits in write(2) cannot be told to stop; a pipe that has room has it for
+                # this much.
+                if not regular and not poller.poll(0 if stalled else 1000 * CONSOLE_PATIENCE):
+                    why = None if told else "nobody reads it: what comes meanwhile is lost"
+                    stalled = told = True
+                    break
+                stalled = False
+                try:
+                    data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+                except OSError as error:
+                    failed = True
+                    why = f"{error.strerror}; the rest is lost"
+        if why and fd != 2:
+            warn(f"cannot write the console to {where}: {why}")
 
     return write
 

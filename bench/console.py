@@ -2,7 +2,7 @@
 
 All guests are up at once, each in a process of its own, and what serves the sockets lets one of
 them go on at a time: so each round has a turn of everybody within seconds. ROUNDS says how many;
-BEFORE, the path of another checkout, has its way take part as well.
+BEFORE, paths of other checkouts with colons between, has these take part as well.
 """
 
 import json
@@ -24,9 +24,11 @@ QEMU = "QEMU"
 
 def ways() -> dict[str, tuple[str, str]]:
     """The ways of ours by name: the checkout, and how doorbells ring."""
-    before = os.environ.get("BEFORE")
-    more = {"before": (os.path.abspath(before), links.OURS[0])} if before else {}
-    return {name: (ROOT, name) for name in links.OURS} | more
+    others = [path for path in os.environ.get("BEFORE", "").split(os.pathsep) if path]
+    before = {f"before{number or ''}": path for number, path in enumerate(others)}
+    return {name: (ROOT, name) for name in links.OURS} | {
+        name: (os.path.abspath(path), links.OURS[0]) for name, path in before.items()
+    }
 
 
 def run_ours(bench: Bench, root: str, doorbells: str) -> list[str]:

@@ -155,11 +155,15 @@ def add_ours(bench: Bench, vmm: str, machine: "Machine", cleanup: ExitStack) -> 
 
 def relay(port: "ConsolePort", path: str) -> Callable[[], None]:
     """Lead a port to the Unix socket at `path`; returns what ends that."""
-    from tinyvmm.streams import CHUNK, PortInput, PortOutput
+    from tinyvmm.streams import CHUNK, PortInput, PortOutput, Sender
 
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(path)
     source, target = PortOutput(port), PortInput(port)
+    sender = Sender.of(sock.fileno())
+    if sender is None:
+        raise RuntimeError("no socket")
+    source.pass_to(sender.send)
 
     def out() -> None:
         while data := source.read():
@@ -179,6 +183,7 @@ def relay(port: "ConsolePort", path: str) -> Callable[[], None]:
         sock.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join()
+        sender.close()
         sock.close()
 
     return end
@@ -383,5 +388,5 @@ def run(module: str, what: Sequence[str], *arguments: object) -> list[Entry]:
                 ran = lab.run(command, timeout=LIMIT * 20)
             status, stdout, stderr = ran.status, ran.stdout, ran.stderr
         if status:
-            sys.exit(stderr.decode())
+            sys.exit(stderr.decode() or f"the measuring process ended with status {status}")
         return [Entry(*entry) for entry in json.loads(stdout.splitlines()[-1])]

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from tinyvmm import session as session_module
 from tinyvmm.guest.protocol import EXEC_FAILED, EXITED, RECORD, SETUP_FAILED, SIGNAL, STARTED
 from tinyvmm.session import HostFiles, Ports, Result, Session, write_all
 from tinyvmm.streams import PortOutput, SocketInput, SocketOutput
+from tinyvmm.views import Views
 
 
 class GuestPort:
@@ -32,12 +34,16 @@ class GuestPort:
         self.closed = threading.Event()
         self.changed = threading.Condition()
         self.listened = threading.Event()
+        self.passed_to: Callable[[Views], int] | None = None
 
     def take_output(self) -> bytes:
         self.listened.set()
         return self.sent.popleft() if self.sent else b""
 
-    def put_input(self, data: bytes | memoryview) -> int:
+    def pass_to(self, send: Callable[[Views], int] | None) -> None:
+        self.passed_to = send
+
+    def put_input(self, data: bytes | memoryview, *, patient: bool = False) -> int:
         with self.changed:
             count = min(len(data), self.capacity)
             self.capacity -= count
@@ -164,6 +170,41 @@ def test_no_record_of_a_guest_can_make_a_session_fail(kind: int, value: int) -> 
         assert 0 <= result.status <= 255
     finally:
         host.close()
+
+
+def test_a_pipe_takes_output_at_once_until_the_session_has_ended(host: Host) -> None:
+    def guest(g: Guest) -> None:
+        assert g.stdout.listened.wait(20)
+        send = g.stdout.passed_to
+        assert send is not None
+        assert send([memoryview(b"at "), memoryview(b"once")]) == 7
+        g.record(STARTED, 2)
+        g.record(EXITED, 0)
+
+    assert host.run(guest).status == 0
+    assert host.printed() == (b"at once", b"")
+    assert host.guest.stdout.passed_to is host.guest.stderr.passed_to is None
+
+
+def test_what_is_no_pipe_and_a_function_get_output_from_a_thread(
+    host: Host, tmp_path: Path
+) -> None:
+    said: list[bytes] = []
+
+    def guest(g: Guest) -> None:
+        assert g.stdout.listened.wait(20)
+        assert g.stderr.listened.wait(20)
+        assert g.stdout.passed_to is g.stderr.passed_to is None
+        g.stdout.send(b"a file")
+        g.stderr.send(b"a function")
+        g.record(STARTED, 2)
+        g.record(EXITED, 0)
+
+    with open(tmp_path / "out", "wb") as file:
+        files = host.files._replace(stdout=file.fileno())
+        host.run(guest, files=files, sinks={"stderr": said.append})
+    assert (tmp_path / "out").read_bytes() == b"a file"
+    assert said == [b"a function"]
 
 
 def test_a_record_split_over_several_buffers_is_put_together(host: Host) -> None:
@@ -545,10 +586,10 @@ def test_after_the_end_nobody_touches_the_machine(host: Host) -> None:
                 touched.append("output")
             return super().take_output()
 
-        def put_input(self, data: bytes | memoryview) -> int:
+        def put_input(self, data: bytes | memoryview, *, patient: bool = False) -> int:
             if gone.is_set():
                 touched.append("input")
-            return super().put_input(data)
+            return super().put_input(data, patient=patient)
 
         def close(self) -> None:
             touched.append("close")

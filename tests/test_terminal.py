@@ -98,7 +98,8 @@ class Port:
     sent = ()
     def __init__(self): self.sent = []
     def take_output(self): return self.sent.pop(0) if self.sent else b""
-    def put_input(self, data): return len(data)
+    def pass_to(self, send): pass
+    def put_input(self, data, patient): return len(data)
     def close(self): pass
 stdin, stdout, stderr, control = (Port() for _ in range(4))
 ports = Ports(PortInput(stdin), PortOutput(stdout), PortOutput(stderr),
@@ -132,7 +133,7 @@ def test_a_termination_signal_leaves_the_terminal_as_before() -> None:
 
 def test_a_crash_in_a_relay_leaves_the_terminal_as_before() -> None:
     broken = """
-def fail(data): raise RuntimeError("a bug of ours")
+def fail(data, patient): raise RuntimeError("a bug of ours")
 stdin.put_input = fail
 session.run()
 """

@@ -1,7 +1,10 @@
 """The console's ports against a driver that behaves as Linux's does, and some that do not."""
 
+import fcntl
 import json
+import os
 import re
+import socket
 import struct
 import threading
 from pathlib import Path
@@ -13,7 +16,9 @@ from hypothesis import strategies as st
 from tests.virtio_driver import EVENT_IDX, NEEDS_RESET, WRITE, Driver, Queue, Ram
 from tinyvmm.devices.virtio import console
 from tinyvmm.devices.virtio.console import OUTPUT_MAX, ConsolePort, VirtioConsole
-from tinyvmm.streams import PortInput, PortOutput
+from tinyvmm.session import write_all
+from tinyvmm.streams import PortInput, PortOutput, Sender
+from tinyvmm.views import Views
 
 HEADER = Path("/usr/include/linux/virtio_console.h")
 DEVICE_READY, PORT_ADD, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 0, 1, 3, 4, 5, 6, 7
@@ -283,6 +288,145 @@ def test_on_output_is_called_when_the_queue_had_been_found_empty_and_may_take_at
         guest.transmitq(1).send([b"x"], [])
         taken.append(port.take_output())
     assert taken == [b"x", b""] * 3
+
+
+class Place:
+    """What takes bytes at once, so many as there is room for."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.got = bytearray()
+
+    def send(self, views: Views) -> int:
+        data = b"".join(views)[: self.room - len(self.got)]
+        self.got += data
+        return len(data)
+
+
+def test_what_has_room_gets_output_before_the_kick_returns_and_nobody_is_woken() -> None:
+    guest = plugged("a")
+    port, place = guest.ports[0], Place(1 << 20)
+    port.on_output = lambda: pytest.fail("woken")
+    port.pass_to(place.send)
+    for _ in range(3):
+        guest.transmitq(1).send([b"one", b"two"], [])
+    assert place.got == b"onetwo" * 3
+    assert len(guest.transmitq(1).used()) == 3
+    port.on_output = lambda: None
+    port.pass_to(None)
+    guest.transmitq(1).send([b"later"], [])
+    assert place.got == b"onetwo" * 3
+    assert port.take_output() == b"later"
+
+
+@given(
+    sent=st.lists(st.binary(min_size=1, max_size=20), max_size=60),
+    rooms=st.lists(st.integers(0, 30), max_size=60),
+)
+@settings(deadline=None)
+def test_output_keeps_its_order_whatever_a_place_takes_of_it(
+    sent: list[bytes], rooms: list[int]
+) -> None:
+    guest = plugged("a")
+    port, place = guest.ports[0], Place(0)
+    queue = guest.transmitq(1)
+    port.pass_to(place.send)
+    told = [False]
+    port.on_output = lambda: told.__setitem__(0, True)
+
+    def relay_one() -> bool:
+        data = port.take_output()
+        place.got += data
+        place.room = max(place.room, len(place.got))
+        return bool(data)
+
+    for number, data in enumerate(sent):
+        if not queue.free:
+            while relay_one():
+                pass
+        for used in queue.used():
+            queue.filled(*used)
+        place.room += rooms[number] if number < len(rooms) else 0
+        queue.send([data], [])
+        if number % 3 == 0:
+            relay_one()
+    if len(place.got) < sum(map(len, sent)):
+        assert told[0]
+    while relay_one():
+        pass
+    assert bytes(place.got) == b"".join(sent)
+
+
+def test_much_output_wakes_a_thread_once_which_has_it_passed_on_until_nothing_is_left() -> None:
+    guest = plugged("a")
+    port, queue, place = guest.ports[0], guest.transmitq(1), Place(1 << 20)
+    woken = []
+    port.on_output = lambda: woken.append(True)
+    port.pass_to(place.send)
+    for number in range(3):
+        queue.send([bytes([number]) * 5000], [])
+    assert (woken, bytes(place.got), queue.kicks) == ([True], b"", 1)
+    assert port.take_output() == b""
+    assert place.got == b"".join(bytes([number]) * 5000 for number in range(3))
+    assert len(queue.used()) == 3
+    queue.send([b"x"], [])
+    assert (woken, bytes(place.got[-1:]), queue.kicks) == ([True], b"x", 2)
+
+
+def test_output_that_a_place_has_no_room_for_stays_with_the_guest_but_for_one_chain() -> None:
+    guest = plugged("a")
+    port, queue, place = guest.ports[0], guest.transmitq(1), Place(25)
+    port.pass_to(place.send)
+    while queue.free:
+        queue.send([b"ten bytes."], [])
+    assert place.got == b"ten bytes." * 2 + b"ten b"
+    assert list(port.kept) == [b"ytes."]
+    for _ in range(5):
+        queue.kick()
+        guest.driver.write(0x050, queue.index)
+    assert len(queue.used()) == 3
+    assert guest.device.queues[queue.index].waiting == queue.size - 3
+    assert port.take_output() == b"ytes."
+    place.room += 12
+    assert port.take_output() == b"n bytes."
+    assert place.got[25:] == b"ten bytes.te"
+
+
+def test_as_many_pieces_are_passed_on_at_a_time_as_a_system_call_takes() -> None:
+    guest = Guest("a", ram=Ram(8 << 20))
+    guest.plug()
+    port, queue = guest.ports[0], guest.transmitq(1)
+    counts = []
+    port.pass_to(lambda views: counts.append(len(views)) or sum(map(len, views)))  # type: ignore[func-returns-value]
+    for count in (400, 600, 1000, 24, 1):
+        queue.add([bytes(10)] * count, [], indirect=True)
+    queue.kick()
+    assert port.take_output() == b""
+    assert counts == [1000, 1024, 1]
+
+
+@pytest.mark.parametrize("without", [0, EVENT_IDX])
+def test_a_guest_that_always_has_more_does_not_keep_its_vcpu_in_the_device(
+    monkeypatch: pytest.MonkeyPatch, without: int
+) -> None:
+    guest = plugged("a", without=without)
+    port, queue, ram = guest.ports[0], guest.transmitq(1), guest.driver.ram
+    head, view, place = queue.free[-1], ram.view, Place(1 << 20)
+    woken = []
+
+    def more(gpa: int, length: int) -> memoryview:
+        queue.publish(head)  # another vCPU does, as soon as one was taken
+        return view(gpa, length)
+
+    port.pass_to(place.send)
+    port.on_output = lambda: woken.append(True)
+    queue.add([b"x"], [])
+    monkeypatch.setattr(guest.device.queues[5], "_view", more)
+    queue.kick()
+    assert woken == [True]
+    assert len(place.got) < 100
+    assert port.take_output() == b"x"
+    assert len(place.got) < 1000
 
 
 def test_a_chain_without_data_or_with_too_much_of_it_stops_the_device() -> None:
@@ -598,6 +742,108 @@ def test_two_threads_pass_a_megabyte_each_way_through_the_streams(without: int) 
     assert bytes(got) == data
     assert bytes(received) == data
     assert [message[:3] for message in guest.hear()] == [(1, PORT_OPEN, 0)]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_slow_reader_of_a_pipe_or_socket_gets_every_byte_in_order(kind: str) -> None:
+    if kind == "pipe":
+        source, target = os.pipe()
+    else:
+        source, target = (end.detach() for end in socket.socketpair())
+    guest = Guest("out", ram=Ram(8 << 20))
+    guest.plug()
+    output, sender = PortOutput(guest.ports[0]), Sender.of(target)
+    assert sender is not None
+    output.pass_to(sender.send)
+    data = bytes(range(256)) * 4099
+    received = bytearray()
+
+    def relay() -> None:
+        while piece := output.read():
+            write_all(target, piece)
+        os.close(target)
+
+    def read() -> None:
+        while piece := os.read(source, 3000):
+            received.extend(piece)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (relay, read)]
+    threads[0].start()
+    queue, sent = guest.transmitq(1), 0
+    while sent < len(data):
+        for used in queue.used():
+            queue.filled(*used)
+        if queue.free:
+            queue.send([data[sent : sent + 5000]], [])
+            sent += 5000
+        elif not threads[1].ident:
+            threads[1].start()  # everything was full
+    output.finish()
+    threads[0].join()
+    output.release()
+    sender.close()
+    threads[1].join()
+    os.close(source)
+    assert bytes(received) == data
+
+
+def test_a_patient_writer_is_called_when_the_driver_has_half_its_buffers_again() -> None:
+    guest = plugged("a")
+    port, queue = guest.ports[0], guest.receiveq(1)
+    called = []
+    port.on_space = lambda: called.append(True)
+    for _ in range(8):
+        queue.send([], [10])
+    called.clear()
+    assert port.put_input(bytes(100), patient=True) == 80
+    for added in range(1, 5):
+        queue.send([], [10])
+        assert bool(called) == (added == 4)
+    assert port.put_input(bytes(100), patient=True) == 40
+    assert port.put_input(bytes(100)) == 0
+    called.clear()
+    queue.send([], [10])
+    assert called
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_driver_that_has_fewer_buffers_than_before_is_not_waited_for(count: int) -> None:
+    guest = plugged("a")
+    queue, data, got = guest.receiveq(1), bytes(range(256)), bytearray()
+    for _ in range(16):
+        queue.send([], [10])
+    stdin = PortInput(guest.ports[0])
+    thread = threading.Thread(target=lambda: stdin.write(data), daemon=True)
+    thread.start()
+    while len(got) < 160:
+        for piece in queue.collect():
+            got += piece
+    while len(got) < len(data):
+        while len(queue.in_flight) < count:
+            queue.send([], [10])
+        for piece in queue.collect():
+            got += piece
+    thread.join()
+    assert got == data
+
+
+def test_a_file_and_a_closed_descriptor_may_wait_and_a_broken_pipe_takes_nothing(
+    tmp_path: Path,
+) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        assert Sender.of(file.fileno()) is None
+    source, target = os.pipe()
+    flags = fcntl.fcntl(target, fcntl.F_GETFL)
+    sender = Sender.of(target)
+    assert sender is not None
+    assert fcntl.fcntl(target, fcntl.F_GETFL) == flags  # which others may share
+    assert sender.send([memoryview(b"a"), memoryview(b"b")]) == 2
+    assert os.read(source, 10) == b"ab"
+    os.close(source)
+    assert sender.send([memoryview(b"lost")]) == 0
+    sender.close()
+    os.close(target)
+    assert Sender.of(target) is None
 
 
 def test_writable_descriptors_are_not_read_as_output() -> None:

@@ -50,8 +50,25 @@ class Echo(VirtioDevice):
             queue.push(chain, done)
 
 
-def started(without: int = 0, size: int = SIZE) -> tuple[Driver, Queue]:
-    driver = Driver(Echo(size))
+class Reader(Echo):
+    """Takes chains as many as there are at a time, and asks for a kick only after that."""
+
+    def handle(self, queue: Virtqueue) -> None:
+        while True:
+            taken = []
+            for _ in range(queue.waiting):
+                chain = queue.pop()
+                if chain is None:
+                    return
+                taken.append(chain)
+                self.seen.append(b"".join(chain.readable))
+            queue.push_read(taken)
+            if queue.expect(1):
+                return
+
+
+def started(without: int = 0, size: int = SIZE, kind: type[Echo] = Echo) -> tuple[Driver, Queue]:
+    driver = Driver(kind(size))
     return driver, driver.start(without=without)[0]
 
 
@@ -183,6 +200,50 @@ def test_a_queue_begins_by_asking_for_the_first_kick_whatever_was_in_its_ring() 
     assert queue.kicks == 1
 
 
+@given(
+    counts=st.lists(st.integers(1, SIZE), max_size=8),
+    looks=st.lists(st.booleans(), min_size=8, max_size=8),
+    without=st.sampled_from((0, EVENT_IDX)),
+    start=st.sampled_from((0, 65530)),
+)
+def test_chains_given_back_together_interrupt_at_most_once_and_whenever_one_of_them_would(
+    counts: list[int], looks: list[bool], without: int, start: int
+) -> None:
+    driver, queue = started(without=without, kind=Reader)
+    queue.jump(start)
+    asked = True
+    for count, look in zip(counts, looks, strict=False):
+        rises = driver.line.rises
+        while len(queue.free) < count:
+            queue.used()
+            queue.free = list(range(SIZE))
+            asked = True
+        for _ in range(count):
+            queue.add([b"x"], [])
+        queue.kick()
+        assert driver.line.rises - rises == (asked or bool(without))
+        driver.interrupted()
+        asked = look
+        if look:
+            queue.used()
+
+
+@pytest.mark.parametrize("start", [0, 65533])
+def test_a_device_that_waits_for_several_chains_is_kicked_when_they_are_there(start: int) -> None:
+    driver, queue = started()
+    queue.jump(start)
+    device = driver.device.queues[0]
+    assert device.expect(3)
+    for added in range(1, 4):
+        queue.add([b"x"], [])
+        assert device.waiting == added
+        assert queue.wants_kick() == (added == 3)
+    assert not device.expect(3)
+    assert [device.pop() is not None for _ in range(3)] == [True] * 3
+    device.unpop(2)
+    assert device.waiting == 2
+
+
 class Meanwhile:
     """A ring with another CPU in it: the driver acts before each of our loads and stores."""
 
@@ -203,12 +264,13 @@ class Meanwhile:
     moves=st.lists(st.sampled_from(("add", "collect", "nothing")), min_size=30, max_size=300),
     event_idx=st.booleans(),
     start=st.sampled_from((0, 65533)),
+    kind=st.sampled_from((Echo, Reader)),
 )
 @settings(deadline=None, max_examples=300)
 def test_no_kick_and_no_interrupt_is_lost_whenever_the_driver_acts(
-    moves: list[str], event_idx: bool, start: int
+    moves: list[str], event_idx: bool, start: int, kind: type[Echo]
 ) -> None:
-    driver, queue = started(without=0 if event_idx else EVENT_IDX)
+    driver, queue = started(without=0 if event_idx else EVENT_IDX, kind=kind)
     queue.jump(start)
     rest = iter(moves)
     kicked = False

@@ -41,7 +41,7 @@ from tinyvmm.guest.protocol import (
     STARTED,
     WINSIZE,
 )
-from tinyvmm.streams import CHUNK, ConsolePort, Input, Output, PortInput, PortOutput
+from tinyvmm.streams import CHUNK, ConsolePort, Input, Output, PortInput, PortOutput, Sender
 
 if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
@@ -204,6 +204,7 @@ class Session:
         self._records = threading.Condition()  # guards _to_send
         self._to_send: deque[bytes] = deque()
         self._sender: threading.Thread | None = None
+        self._senders: list[Sender] = []
         self._input_thread: threading.Thread | None = None
         self._room_for_records = threading.Semaphore(BATCHES_WAITING)
 
@@ -257,8 +258,8 @@ class Session:
         restore_signals = self._catch_signals()
         try:
             self._start(self._relay_control)
-            self._start(self._relay_output, "stdout", self._ports.stdout, self._files.stdout)
-            self._start(self._relay_output, "stderr", self._ports.stderr, self._files.stderr)
+            self._start_output("stdout", self._ports.stdout, self._files.stdout)
+            self._start_output("stderr", self._ports.stderr, self._files.stderr)
             self._input_thread = self._start(self._relay_input)
             while not self._done():
                 self._sleep(begin)
@@ -329,6 +330,8 @@ class Session:
         self._stop_input()
         for port in self._ports:
             port.release()
+        for sender in self._senders:
+            sender.close()
         with self._wake_lock:
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -494,6 +497,14 @@ class Session:
                 self._post("records", pending[start : min(start + batch, whole)])
             pending = pending[whole:]
         self._post("control_closed")
+
+    def _start_output(self, name: str, output: Output, fd: int | None) -> None:
+        if fd is not None and name not in self._sinks:
+            sender = Sender.of(fd)
+            if sender is not None:
+                self._senders.append(sender)
+                output.pass_to(sender.send)
+        self._start(self._relay_output, name, output, fd)
 
     def _relay_output(self, name: str, output: Output, fd: int | None) -> None:
         sink = self._sinks.get(name)

@@ -8,15 +8,23 @@ such a thread is still busy with our side of the stream.
 """
 
 import errno
+import os
+import stat
 import threading
 from collections.abc import Callable
+from fcntl import F_GETFL, fcntl
+from queue import Empty, SimpleQueue
 from time import sleep
 from typing import TYPE_CHECKING, Protocol
 
+from tinyvmm.views import Views
+
 if TYPE_CHECKING:
     from socket import socket
+    from typing import Self
 
 CHUNK = 64 * 1024
+PATIENCE = 0.05  # seconds that a guest has to make room for more than one buffer
 SHUT_WR = 1  # socket.SHUT_WR, without importing socket for a machine that has none
 
 
@@ -39,6 +47,9 @@ class Output(Protocol):
     def read(self) -> bytes:
         """Block until there is data; b"" at the end."""
 
+    def pass_to(self, send: Callable[[Views], int]) -> None:
+        """Let `send`, which never waits, take what it can before `read` does."""
+
     def finish(self) -> None:
         """End the stream after what the guest has already sent."""
 
@@ -55,11 +66,76 @@ class ConsolePort(Protocol):
     def take_output(self) -> bytes:
         """One buffer the guest sent, b"" when there is none."""
 
-    def put_input(self, data: bytes | memoryview) -> int:
+    def pass_to(self, send: Callable[[Views], int] | None) -> None:
+        """Have `send` take what it can of each; None ends that."""
+
+    def put_input(self, data: bytes | memoryview, *, patient: bool = False) -> int:
         """Hand over what fits, and return its length."""
 
     def close(self) -> None:
         """Let the guest's reader see end of file."""
+
+
+class Sender:
+    """What writes to a descriptor without ever waiting, whatever others have made of it.
+
+    Whether writes wait is a flag of the open file, which other programs may have as well, so it is
+    left alone: a pipe is opened anew, and a socket told with each message.
+    """
+
+    def __init__(self, write: Callable[[Views], int], close: Callable[[], None]) -> None:
+        self._write = write
+        self.close = close
+        """Let go of what is ours; the descriptor stays open."""
+
+    @classmethod
+    def of(cls, fd: int) -> "Self | None":
+        """Return that for `fd`; None where it may wait: a terminal, a file; or if it is closed."""
+        try:
+            kind = stat.S_IFMT(os.fstat(fd).st_mode)
+            if kind == stat.S_IFIFO and fcntl(fd, F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+                own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                return cls(lambda views: os.writev(own, views), lambda: os.close(own))
+            if kind == stat.S_IFSOCK:
+                from socket import MSG_DONTWAIT, SOCK_STREAM, socket
+
+                sock = socket(fileno=os.dup(fd))
+                if sock.type == SOCK_STREAM:
+                    return cls(lambda views: sock.sendmsg(views, (), MSG_DONTWAIT), sock.close)
+                sock.close()
+        except OSError:
+            return None  # a pipe of another user's, or one that nobody reads
+        return None
+
+    def send(self, views: Views) -> int:
+        """Write as much as there is room for, and return how much; 0 also if nothing ever will."""
+        try:
+            return self._write(views)
+        except OSError:  # whoever writes the rest is told why
+            return 0
+
+
+class Wake:
+    """What one thread waits for and others set, once for all of them: an Event that clears itself.
+
+    It is lighter: an Event is made of locks in Python, this of one in C.
+    """
+
+    def __init__(self) -> None:
+        self._words: SimpleQueue[None] = SimpleQueue()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return once it was set since the last time; False if not within `timeout` seconds."""
+        try:
+            self._words.get(timeout=timeout)
+        except Empty:
+            return False
+        return True
+
+    def set(self) -> None:
+        """Have `wait` return. From any thread."""
+        if self._words.empty():
+            self._words.put(None)
 
 
 class PortOutput:
@@ -71,31 +147,38 @@ class PortOutput:
     def __init__(self, port: ConsolePort) -> None:
         self._port: ConsolePort | None = port
         self._lock = threading.Lock()
-        self._ready = threading.Event()
+        self._wake = Wake()
         self._finished = False
-        port.on_output = self._ready.set
+        port.on_output = self._wake.set
 
     def read(self) -> bytes:
         """Return the next buffer; b"" once finished and empty."""
         while True:
-            self._ready.clear()
             # In this order: what was queued before finish() must be seen by the take after it.
             finished = self._finished
             with self._lock:
                 data = b"" if self._port is None else self._port.take_output()
             if data or finished:
                 return data
-            self._ready.wait()
+            self._wake.wait()
+
+    def pass_to(self, send: Callable[[Views], int]) -> None:
+        """Have `send` take at once what it can; `read` has what it leaves."""
+        with self._lock:
+            if self._port is not None:
+                self._port.pass_to(send)
 
     def finish(self) -> None:
         """End the stream once the port is empty."""
         self._finished = True
-        self._ready.set()
+        self._wake.set()
 
     def release(self) -> None:
         """Let go of the port."""
         with self._lock:
-            self._port = None
+            port, self._port = self._port, None
+            if port is not None:
+                port.pass_to(None)
         self.finish()
 
 
@@ -108,21 +191,22 @@ class PortInput:
     def __init__(self, port: ConsolePort) -> None:
         self._port: ConsolePort | None = port
         self._lock = threading.Lock()
-        self._space = threading.Event()
+        self._space = Wake()
         port.on_space = self._space.set
 
     def write(self, data: bytes) -> None:
         """Block until the guest has posted buffers for all of `data`."""
         rest = memoryview(data)
-        while rest:
-            self._space.clear()
+        patient = True
+        while True:
             with self._lock:
                 if self._port is None:
                     return
-                accepted = self._port.put_input(rest)
+                accepted = self._port.put_input(rest, patient=patient)
+            if accepted == len(rest):
+                return
             rest = rest[accepted:]
-            if not accepted:
-                self._space.wait()
+            patient = self._space.wait(PATIENCE if patient else None)
 
     def close(self) -> None:
         """Close the port for the guest's reader."""
@@ -160,6 +244,9 @@ class SocketOutput:
             self._waiting.clear()
             self._received += len(data)
         return data
+
+    def pass_to(self, send: Callable[[Views], int]) -> None:
+        """Do nothing: no machine of ours is at the other end."""
 
     def finish(self) -> None:
         """Do nothing: the end of this stream is the machine's."""

@@ -27,9 +27,16 @@ on its way to power off, with a program's last words perhaps still there.
 Not emulated: VIRTIO_CONSOLE_F_EMERG_WRITE, removal of ports. A driver without F_MULTIPORT finds a
 device with nothing to say.
 
+Output goes one of two ways. Who has a place that takes bytes without waiting says so by `pass_to`:
+then a few of them are on their way before the driver's kick has returned, and no thread is woken
+for it. Many, what such a place leaves, and all output where there is none, are for a thread of the
+host's to `take_output`, which `on_output` tells; that passes on many chains at a time, straight
+from the guest's RAM and while the driver need not kick, and returns what has to be waited for.
+Until it has found nothing, whatever else comes is for it as well: so the stream keeps its order.
+
 Threads: vCPU threads through the transport, any host thread through the methods of a port; all hold
-the device's lock. `on_output` and `on_space` are called with it held: they may call the port's
-methods, and must not wait for another thread.
+the device's lock. `on_output`, `on_space` and what `pass_to` has been given are called with it
+held: the first two may call the port's methods, and none may wait for another thread.
 """
 
 import struct
@@ -38,8 +45,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinyvmm.devices.virtio.device import VirtioDevice
-from tinyvmm.devices.virtio.queue import Virtqueue
-from tinyvmm.views import scatter, size_of
+from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+from tinyvmm.views import Views, cut, scatter, size_of
 
 VIRTIO_ID_CONSOLE = 3
 VIRTIO_CONSOLE_F_SIZE = 1 << 0
@@ -66,6 +73,13 @@ UNUSED_QUEUE_SIZE = 2
 # name the same RAM again and again.
 OUTPUT_MAX = 16 << 20
 SIZE_MAX = 0xFFFF
+# Bytes that are passed on before a kick has returned, and at a time by a thread of the host's: to
+# wake that takes as long as a few thousand bytes do, and whoever sends more has more to send, which
+# the guest may prepare meanwhile. How often, before others get the lock or the vCPU goes on.
+NOW_MAX, BATCH_MAX = 4 << 10, 128 << 10
+BATCHES_NOW, BATCHES = 2, 16
+NOTHING, MORE, FULL = range(3)  # what is left to be passed on; FULL: for a thread
+IOV_MAX = 1024  # UIO_MAXIOV of <linux/uio.h>
 KEPT_COST = 64  # what keeping a chain's data takes besides the data
 
 
@@ -89,7 +103,10 @@ class ConsolePort:
         self.ready = False  # the driver knows the port
         self.guest_open = False  # a process in the guest has it open
         self.closed = False  # by us
-        self.kept: deque[bytes] = deque()  # output of drivers before the last reset
+        self.kept: deque[bytes] = deque()  # output that is no longer in the queue
+        self.send: Callable[[Views], int] | None = None  # see pass_to
+        self.relayed = False  # what `take_output` gave last is perhaps not yet where it goes
+        self.most = 0  # how many buffers the driver has had for us at a time, as far as we know
         self._console: VirtioConsole | None = None
 
     def attach(self, console: "VirtioConsole", port_id: int) -> None:
@@ -101,12 +118,27 @@ class ConsolePort:
         """Return what one buffer of the guest holds and give it back; b"" if none waits."""
         return self._console.take_output(self) if self._console is not None else b""
 
-    def put_input(self, data: bytes | memoryview) -> int:
+    def pass_to(self, send: Callable[[Views], int] | None) -> None:
+        """Have `send` take what the driver sends, as far as it does at once; None ends that.
+
+        It is given what some buffers of the guest hold, and returns how many bytes it took without
+        waiting. Once this returns, what was there before is called no more.
+        """
+        if self._console is None:
+            self.send = send
+        else:
+            self._console.pass_port_to(self, send)
+
+    def put_input(self, data: bytes | memoryview, *, patient: bool = False) -> int:
         """Copy as much of `data` as the driver's buffers hold and return its length.
 
-        0 means to wait for `on_space`: the driver has no buffer, or nobody has the port open.
+        Less than all means to wait for `on_space`: the driver has no buffer more, or nobody has the
+        port open. That is called once there is a buffer; to be `patient` is to have it called when
+        there are about half as many as the driver has had for us, which may never be.
         """
-        return self._console.put_input(self, data) if self._console is not None else 0
+        if self._console is None:
+            return 0
+        return self._console.put_input(self, data, patient=patient)
 
     def resize(self, rows: int, cols: int) -> None:
         """Tell a console's readers that the terminal has this size now; at most 65535 each.
@@ -167,6 +199,7 @@ class VirtioConsole(VirtioDevice):
         self._pending.clear()
         for port in self.ports.values():
             port.ready = port.guest_open = False
+            port.most = 0
 
     def handle(self, queue: Virtqueue) -> None:
         """Serve the control queues, and pass on that a port's queue has moved."""
@@ -182,7 +215,8 @@ class VirtioConsole(VirtioDevice):
         elif index > CONTROL_TX:
             port = self.ports[index // 2 - 1]
             if index & 1:
-                port.on_output()
+                if port.send is None or not (port.relayed or self._passed_on(port)):
+                    port.on_output()
             else:
                 port.on_space()
 
@@ -229,19 +263,115 @@ class VirtioConsole(VirtioDevice):
 
     def take_output(self, port: ConsolePort) -> bytes:
         """See ConsolePort.take_output."""
+        left = MORE
+        for _ in range(BATCHES if port.send is not None else 0):
+            if left == MORE:
+                with self.lock:  # which is for others in between
+                    left = self._pass_on(port, BATCH_MAX, now=False)
         with self.lock:
-            return port.kept.popleft() if port.kept else self._next_output(port)
+            data = port.kept.popleft() if port.kept else self._next_output(port)
+            port.relayed = bool(data)
+            return data
+
+    def _passed_on(self, port: ConsolePort) -> bool:
+        """Send now what it is not worth to wake a thread for; whether that was all."""
+        left = MORE
+        for _ in range(BATCHES_NOW):
+            if left == MORE:
+                left = self._pass_on(port, NOW_MAX, now=True)
+        port.relayed = left != NOTHING
+        return not port.relayed
+
+    def pass_port_to(self, port: ConsolePort, send: Callable[[Views], int] | None) -> None:
+        """See ConsolePort.pass_to."""
+        with self.lock:
+            port.send = send
+
+    def _pass_on(self, port: ConsolePort, most: int, *, now: bool) -> int:
+        """Have `port.send` take the next chains, of about `most` bytes: NOTHING, MORE or FULL.
+
+        What it leaves of one chain is kept, and the others stay in the queue. `now`: if that is
+        more than `most`, it is all left to a thread; else it is copied, and what is left is kept.
+        """
+        if port.send is None or port.kept:
+            return FULL
+        queue = self.queues[2 * port.id + 3]
+        chains: list[Chain] = []
+        views: list[memoryview] = []
+        size = 0
+        # As many as there are, but at least one try, which asks for a kick. None is asked for
+        # before `send` is done: the guest would be kept waiting for that.
+        for _ in range(min(queue.waiting, queue.size) or 1):
+            chain = self._pop_output(port, queue)
+            if chain is None:
+                break
+            if views and len(views) + len(chain.readable) > IOV_MAX:
+                queue.unpop()
+                break
+            chains.append(chain)
+            views += chain.readable
+            size += size_of(chain.readable)
+            if size >= most:
+                break
+        if not chains:
+            return NOTHING
+        if now and size > most:
+            queue.unpop(len(chains))
+            return FULL
+        if now:
+            return self._copy_on(port, port.send, chains, b"".join(views))
+        taken = port.send(views)
+        if taken < size:
+            queue.push_read(self._taken(port, chains, taken))
+            return FULL
+        queue.push_read(chains)
+        return NOTHING if queue.expect(1) else MORE
+
+    def _copy_on(
+        self, port: ConsolePort, send: Callable[[Views], int], chains: Sequence[Chain], data: bytes
+    ) -> int:
+        """Have `send` take `data` of `chains` last of all: whoever answers meets nobody here."""
+        queue = self.queues[2 * port.id + 3]
+        queue.push_read(chains)
+        left = NOTHING if queue.expect(1) else MORE
+        taken = send((memoryview(data),))
+        if taken < len(data):
+            port.kept.append(data[taken:])
+            left = FULL
+        return left
+
+    def _taken(self, port: ConsolePort, chains: Sequence[Chain], taken: int) -> Sequence[Chain]:
+        """Return those of which bytes are among the first `taken`; the queue has the others again.
+
+        The last one's other bytes are kept.
+        """
+        end = 0
+        for number, chain in enumerate(chains):
+            if end >= taken:
+                self.queues[2 * port.id + 3].unpop(len(chains) - number)
+                return chains[:number]
+            end += size_of(chain.readable)
+            if end > taken:
+                views = chain.readable
+                port.kept.append(b"".join(cut(views, size_of(views) - (end - taken))))
+        return chains
 
     def _next_output(self, port: ConsolePort) -> bytes:
         queue = self.queues[2 * port.id + 3]
-        if not self.running or (chain := queue.pop()) is None:
-            return b""
-        if not 1 <= size_of(chain.readable) <= OUTPUT_MAX:
-            self.fail(f"port {port.id}: a chain without data, or past {OUTPUT_MAX} bytes of it")
+        chain = self._pop_output(port, queue)
+        if chain is None:
             return b""
         data = b"".join(chain.readable)
         queue.push(chain, 0)
         return data
+
+    def _pop_output(self, port: ConsolePort, queue: Virtqueue) -> Chain | None:
+        if not self.running or (chain := queue.pop()) is None:
+            return None
+        if not 1 <= size_of(chain.readable) <= OUTPUT_MAX:
+            self.fail(f"port {port.id}: a chain without data, or past {OUTPUT_MAX} bytes of it")
+            return None
+        return chain
 
     def _keep_output(self, port: ConsolePort) -> None:
         room = OUTPUT_MAX - sum(map(len, port.kept)) - KEPT_COST * len(port.kept)
@@ -251,14 +381,20 @@ class VirtioConsole(VirtioDevice):
         if port.kept:
             port.on_output()
 
-    def put_input(self, port: ConsolePort, data: bytes | memoryview) -> int:
+    def put_input(self, port: ConsolePort, data: bytes | memoryview, *, patient: bool) -> int:
         """See ConsolePort.put_input."""
         with self.lock:
             if not self.running or not port.guest_open or port.closed:
                 return 0
             rest = memoryview(data)
             queue = self.queues[2 * port.id + 2]
-            while rest and (chain := queue.pop()) is not None:
+            port.most = max(port.most, queue.waiting) if patient else 0
+            while rest:
+                chain = queue.pop()
+                if chain is None:
+                    if not self.running or port.most < 2 or queue.expect(port.most // 2):
+                        break
+                    continue
                 written = scatter(chain.writable, rest)
                 if not written:
                     self.fail(f"port {port.id}: a receive buffer without room")

@@ -36,7 +36,7 @@ Threads: whoever calls holds the lock of the device that owns the queue.
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tinyvmm.devices.device import GuestMemory
@@ -206,9 +206,22 @@ class Virtqueue:
             raise VirtqueueError(f"descriptor {index} of a table of {size}")
         raise VirtqueueError(f"the chain at {head} has a loop")
 
-    def unpop(self) -> None:
-        """Let the next `pop` take the chain that the last one took, which was not pushed."""
-        self.last_avail = self.last_avail - 1 & 0xFFFF
+    @property
+    def waiting(self) -> int:
+        """How many chains `pop` would find by now; it asks for no kick."""
+        return (self._avail[1] - self.last_avail) & 0xFFFF if self.ready else 0
+
+    def expect(self, count: int) -> bool:
+        """Have the driver kick only when there are `count` chains; False if there are by now."""
+        if self.ready and self._event_idx:
+            self._used[self._avail_event] = (self.last_avail + count - 1) & 0xFFFF
+            with self._fence:
+                pass
+        return self.waiting < count
+
+    def unpop(self, count: int = 1) -> None:
+        """Have `pop` take the last `count` chains again, of which none was pushed."""
+        self.last_avail = self.last_avail - count & 0xFFFF
 
     def push(self, chain: Chain, written: int) -> None:
         """Give `chain` back with the first `written` bytes of its writable part filled.
@@ -230,6 +243,26 @@ class Virtqueue:
             if avail[self._used_event] == idx:
                 self.on_used()
         elif not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
+            self.on_used()
+
+    def push_read(self, chains: Sequence[Chain]) -> None:
+        """Give `chains` back, which were only read, and interrupt at most once, as `push` does."""
+        if not self.ready:
+            return
+        old = idx = self.used_idx
+        avail = self._avail
+        for chain in chains:
+            self._used_ring[idx & self._mask] = chain.head
+            idx = (idx + 1) & 0xFFFF
+        self._used[1] = self.used_idx = idx
+        self.served += len(chains)
+        with self._fence:
+            pass
+        if self._event_idx:
+            # vring_need_event(used_event, idx, old) of <linux/virtio_ring.h>.
+            if (idx - avail[self._used_event] - 1) & 0xFFFF < (idx - old) & 0xFFFF:
+                self.on_used()
+        elif chains and not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
             self.on_used()
 
     def take_over(self, last_avail: int) -> None:

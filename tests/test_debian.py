@@ -318,7 +318,7 @@ def test_an_unknown_flavour_names_those_there_are(apt: FakeApt) -> None:
 def test_without_lists_they_are_asked_for_by_root_and_recommended_to_others(
     apt: FakeApt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apt.answers()
+    apt.answers(search="")
     apt.program("apt-get", "exit 0")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match="sudo apt-get update"):
@@ -328,6 +328,13 @@ def test_without_lists_they_are_asked_for_by_root_and_recommended_to_others(
     with pytest.raises(ConfigError, match="knows no"):
         debian.find_package()
     assert "apt-get -q update" in apt.log.read_text()
+
+
+def test_what_keeps_apt_from_searching_is_told_in_its_words(apt: FakeApt) -> None:
+    apt.program("apt-cache", 'echo "E: Unable to mkstemp /tmp/x" >&2; exit 100')
+    with pytest.raises(ConfigError, match=r"apt-cache search .*: Unable to mkstemp /tmp/x") as told:
+        debian.find_package()
+    assert "\n" not in str(told.value)
 
 
 def test_a_download_tells_its_progress_and_where_it_went(apt: FakeApt, tmp_path: Path) -> None:

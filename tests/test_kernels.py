@@ -423,14 +423,18 @@ CLOUD = {"9P_FS": False, "EROFS_FS": True, "OVERLAY_FS": True, "VIRTIO_BLK": Tru
 CLOUD |= {"VIRTIO_PCI": True, "VIRTIO_CONSOLE": True}
 
 
-def test_a_kernel_without_9p_is_kept_for_roots_that_need_none(tmp_path: Path) -> None:
+def test_a_kernel_without_9p_is_kept_for_roots_that_need_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "vmlinuz-6.1.0-99-cloud"
     path.write_bytes(make_vmlinuz("6.1.0-99-cloud"))
     lines = [f"CONFIG_{name}=y\n" for name, has in CLOUD.items() if has]
     (tmp_path / "config-6.1.0-99-cloud").write_text("#\n" + "".join(lines))
     cloud = kernel_store.import_([str(path)])
-    usual = kernel_store.import_([str(make_boot(tmp_path))])
     assert kernels.find(root="erofs") == cloud
+    assert tinyvmm_kernel("use", "newest") == 0
+    assert "no kernel here can do a root over 9P" in capsys.readouterr().out
+    usual = kernel_store.import_([str(make_boot(tmp_path))])
     assert kernels.find() == usual
     with pytest.raises(ConfigError, match=r"cloud.*has no 9p"):
         kernels.find(cloud.version)

@@ -20,7 +20,9 @@ import pytest
 
 from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
 from tests.test_oci_unpack import names, seen, union
+from tinyvmm.cli import instance
 from tinyvmm.cli.main import main
+from tinyvmm.command.options import RunOptions
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci import store as store_module
 from tinyvmm.images.oci.config import ImageConfig, combine, parse_config, parse_entrypoint
@@ -30,6 +32,7 @@ from tinyvmm.images.oci.reference import Elsewhere, Reference, parse
 from tinyvmm.images.oci.spec import Descriptor, choose
 from tinyvmm.images.oci.store import Store, store_dir
 from tinyvmm.kernel_files import zstd
+from tinyvmm.lab import probe
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -533,6 +536,33 @@ def test_an_image_made_ready_has_its_directories_and_its_words(
         with pytest.raises(BlockingIOError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(held)
+
+
+def test_what_an_image_says_is_run_unless_the_command_line_says_otherwise(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: dict[str, object] = {"Entrypoint": ["/hello"], "Cmd": ["-c"], "Env": ["A=1", "B=2"]}
+    config |= {"User": "7", "WorkingDir": "/work", "StopSignal": "SIGINT", "Volumes": {"/v": {}}}
+    name = hello(tmp_path / "lay", config=config)
+    started: list[RunOptions] = []
+
+    def start(_: object, options: RunOptions, __: object) -> int:
+        started.append(options)
+        return 0
+
+    monkeypatch.setattr(probe, "missing_for_linux", lambda: None)
+    monkeypatch.setattr(instance, "run", start)
+    words = ["--stop-signal", "USR1", "--env", "B=3", "--user", "8", "--workdir", "/", "--", "-d"]
+    for more in ([], words):
+        assert main(["run", "--image", name, *more]) == 0
+    said, other = started
+    assert (said.argv, other.argv) == (["/hello", "-c"], ["/hello", "-d"])
+    assert (said.cwd, said.user, said.stop_signal) == ("/work", "7", "SIGINT")
+    assert (other.cwd, other.user, other.stop_signal) == ("/", "8", "USR1")
+    assert {"A=1", "B=2"} <= set(said.env)
+    assert {"A=1", "B=3"} <= set(other.env)
+    assert {"/v", "/work"} <= set(said.directories)
+    assert [place for place, _ in said.reads] == ["/"]
 
 
 def test_policies_say_when_an_image_is_pulled(tmp_path: Path, store: Store) -> None:

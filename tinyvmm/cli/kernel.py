@@ -140,8 +140,16 @@ def _use(args: argparse.Namespace) -> int:
     from tinyvmm.images import kernel_store
 
     found = kernel_store.use(args.version)
-    print(found.version if found else "no kernel here yet; `tinyvmm run` fetches one")
+    print(found.version if found else _none())
     return 0
+
+
+def _none() -> str:
+    """Say that a run has no kernel, though there may be some for other roots than the usual."""
+    from tinyvmm.images import kernels
+
+    none = "no kernel here can do a root over 9P" if kernels.list_() else "no kernel here yet"
+    return f"{none}; `tinyvmm run` fetches one, or: tinyvmm kernel fetch"
 
 
 def _rm(args: argparse.Namespace) -> int:
@@ -171,7 +179,7 @@ def _show(args: argparse.Namespace) -> int:
 
     found = kernels.default() if args.kernel is None else kernels.look_up(args.kernel)
     if found is None:
-        raise ConfigError("no kernel here yet; `tinyvmm run` fetches one, or: tinyvmm kernel fetch")
+        raise ConfigError(_none())
     has = kernels.able(found)
     known = {
         **found._asdict(),
@@ -214,7 +222,7 @@ def _list(args: argparse.Namespace) -> int:
         print(json.dumps(records, indent=2))
         return 0
     if not rows:
-        print("no kernel here yet; `tinyvmm run` fetches one, or: tinyvmm kernel fetch")
+        print(_none())
     version_len = max((len(kernel.version) for kernel in found), default=0)
     for kernel, _, mark in rows:
         star = "*" if mark else " "

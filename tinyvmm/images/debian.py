@@ -206,7 +206,8 @@ def _known_packages(version: str | None, flavour: str) -> list[str]:
     for question in (meta, ["search", "--names-only", "^linux-image-[0-9]"]):
         if question == meta and version is not None:
             continue
-        answer = _apt(["apt-cache", *question], may_fail=True)
+        # There may be no meta-package. A search that finds nothing is no failure of apt's.
+        answer = _apt(["apt-cache", *question], may_fail=question == meta)
         found = {
             name for name, _, kind in line.findall(answer) if (kind or ARCHITECTURE) == flavour
         }

@@ -18,6 +18,7 @@ NAMES = (
     "server",
     "guest9p",
     "disk",
+    "requests",
     "frames",
     "net",
     "vsock",

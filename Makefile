@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, fuzz, soak, soak-exec, man, lint, unit, unit-others, linux, kernel-build, clean.
+# Others: bench, fuzz, bad-guests, soak, soak-exec, man, lint, unit, unit-others, linux, kernel-build, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench fuzz soak soak-exec man clean packages kernel kernel-build erofs-usr
+.PHONY: demo test lint unit unit-others linux bench fuzz bad-guests soak soak-exec man clean packages kernel kernel-build erofs-usr
 .DEFAULT_GOAL := demo
 
 demo:
@@ -79,6 +79,12 @@ fuzz: $(BIN)/pytest
 	$(BIN)/python -m tests.fuzz $(FUZZ) .cache/fuzz/$(FUZZ) tests/fuzz/$(FUZZ)_corpus \
 	  -max_len=400 -len_control=0 -timeout=60 -max_total_time=$(FUZZ_SECONDS) \
 	  -artifact_prefix=.cache/fuzz/
+
+# Play bad guests against every device, on both transports and on its registers, so many times as
+# long as the tests do.
+BAD_GUESTS ?= 20
+bad-guests: $(BIN)/pytest
+	BAD_GUESTS=$(BAD_GUESTS) CHAOS=$(BAD_GUESTS) $(BIN)/python -m pytest tests/test_bad_guests.py tests/test_chaos.py
 
 man:
 	mkdir -p docs/man

@@ -2,10 +2,13 @@
 
 tests/bad_guests.py lists the devices. Whatever is done here, nothing is raised, memory stays
 bounded, the VMM answers, and after a reset the device serves a good driver.
+
+BAD_GUESTS=N plays N times as many games; `make bad-guests` does.
 """
 
 import gc
 import itertools
+import os
 import random
 import struct
 import sys
@@ -32,8 +35,11 @@ Descriptor = tuple[int, int, int, int]
 
 MEMORY_MAX = 1 << 20  # bytes that no request makes a device take at once: as much as there is RAM
 LEAK_MAX = 16 << 10
-FIGHT_ROUNDS = 600
-FIGHT_ENDS = 120.0  # seconds: far more than it takes, to tell a deadlock from a slow computer
+MORE = int(os.environ.get("BAD_GUESTS", "1"))
+FIGHT_ROUNDS = 600 * MORE
+FIGHT_ENDS = (
+    120.0 * MORE
+)  # seconds: far more than it takes, to tell a deadlock from a slow computer
 
 WIDTHS = (1, 2, 4, 8)
 VALUES = (
@@ -59,7 +65,7 @@ accesses = st.lists(
 
 
 @pytest.mark.parametrize("name", ON_THE_BUS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60 * MORE)
 @given(script=accesses)
 def test_registers_bear_every_access(name: str, script: list[Access]) -> None:
     device = ON_THE_BUS[name]()
@@ -85,7 +91,7 @@ def made(name: str) -> Iterator[Made]:
 
 
 @every_device
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=25 * MORE)
 @given(started=st.booleans(), script=st.lists(accesses, min_size=3, max_size=3))
 def test_a_transport_bears_every_access(
     name: str, transport: str, started: bool, script: list[list[Access]]
@@ -194,7 +200,7 @@ class BadDriver:
 
 
 @every_device
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60 * MORE)
 @given(script=st.lists(st.tuples(st.integers(0, 5), steps), max_size=30))
 def test_the_worst_driver_breaks_only_its_own_device(
     name: str, transport: str, script: list[tuple[int, tuple[str, Any]]]
@@ -389,7 +395,7 @@ def test_a_guest_that_hammers_on_every_port_ends_when_it_says_so() -> None:
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(6 * MORE))
 def test_doorbells_and_vectors_that_a_guest_moves_about_stay_with_their_devices(
     transport: str, seed: int
 ) -> None:

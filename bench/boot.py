@@ -7,15 +7,14 @@ this computer's KVM cannot run Linux all of it happens in one lab, Python's star
 first round only warms caches.
 """
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from time import monotonic
 
-ROOT = str(Path(__file__).parent.parent)
+from bench.place import ROOT, where_linux_runs
+
 ROUNDS = 5
 LINE = b"userspace is here"
 LIMIT = 120  # seconds for one boot
@@ -142,23 +141,10 @@ def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
 def main() -> None:
     """Measure, here or in the lab, and print."""
     from tinyvmm.command.run import prepare_kernel
-    from tinyvmm.lab.lab import Lab, python_command
-    from tinyvmm.lab.probe import missing_for_linux
 
     prepare_kernel(None)[0].close()
     count = int(os.environ.get("ROUNDS", ROUNDS))
-    if missing_for_linux() is None:
-        found = rounds(count)
-    else:
-        code = (
-            f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.boot import rounds; "
-            f"print(json.dumps(rounds({count})))"
-        )
-        with Lab() as lab:
-            done = lab.run(python_command(code, []), timeout=LIMIT * 4 * (count + 1))
-        if done.status:
-            sys.exit(done.stderr.decode())
-        found = json.loads(done.stdout)
+    found = where_linux_runs(rounds, count, timeout=LIMIT * 4 * (count + 1))
     base = median(end for end, _ in found["ours"])
     for name, times in found.items():
         ends = sorted(end for end, _ in times)

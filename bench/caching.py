@@ -6,22 +6,21 @@ round only warms caches. Times are the guest's own. Where this computer's KVM
 cannot run Linux all of it happens in the lab, so only the ratios mean anything.
 """
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
+from bench.place import where_linux_runs
+
 if TYPE_CHECKING:
     from tinyvmm.devices.virtio.p9 import Virtio9P
     from tinyvmm.guest import init
 
-ROOT = str(Path(__file__).parent.parent)
 ROUNDS, LARGE = 3, 8
 FILES, CHANGES = 40, 20  # CHANGES as in caching.c
 LIMIT = 3000  # seconds in the lab
@@ -225,8 +224,6 @@ def main() -> None:
     """Measure, here or in the lab, and print."""
     from tinyvmm.command.options import OVERLAY_MODULES
     from tinyvmm.command.run import prepare_kernel
-    from tinyvmm.lab.lab import Lab, python_command
-    from tinyvmm.lab.probe import missing_for_linux
 
     prepare_kernel(None, OVERLAY_MODULES)[0].close()
     with tempfile.TemporaryDirectory() as directory:
@@ -234,16 +231,5 @@ def main() -> None:
         make_tree(source, LARGE)
         gcc = ["gcc", "-O2", "-static", "-o", program, str(C_PROGRAM)]
         subprocess.run(gcc, check=True)
-        if missing_for_linux() is None:
-            found = measure(source, program, ROUNDS, LARGE)
-        else:
-            code = (
-                f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.caching import measure"
-                f"; print(json.dumps(measure({source!r}, {program!r}, {ROUNDS}, {LARGE})))"
-            )
-            with Lab() as lab:
-                done = lab.run(python_command(code, []), timeout=LIMIT)
-            if done.status:
-                sys.exit(done.stderr.decode())
-            found = [Entry(*entry) for entry in json.loads(done.stdout)]
-    show(found)
+        found = where_linux_runs(measure, source, program, ROUNDS, LARGE, timeout=LIMIT)
+    show([Entry(*entry) for entry in found])

@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from bench import links
-from bench.guest9p import COMMON, ROOT
+from bench.guest9p import COMMON
 from bench.links import Bench, Entry
+from bench.place import ROOT
 
 COUNT, MIB, ROUNDS = 200, 16, 7
 QEMU = "QEMU"

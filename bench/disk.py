@@ -9,16 +9,15 @@ Linux all of it happens in one lab, where Python is slowed down more than C is.
 A first round only warms caches; in it our exits are counted.
 """
 
-import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from bench.guest9p import COMMON, ROOT, initramfs
+from bench.guest9p import COMMON, initramfs
+from bench.place import where_linux_runs
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
 COUNT, MIB, ROUNDS = 1000, 64, 3
@@ -154,24 +153,11 @@ def show(found: list[Entry]) -> None:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.lab.lab import Lab, python_command
-    from tinyvmm.lab.probe import missing_for_linux
-
     rounds = int(os.environ.get("ROUNDS", ROUNDS))
     with tempfile.TemporaryDirectory() as directory:
         program = os.path.join(directory, "program")
         subprocess.run(["gcc", "-O2", "-static", "-o", program, str(C_PROGRAM)], check=True)
         initramfs(program, MODULES)  # which fills the cache that the lab sees as well
-        if missing_for_linux() is None:
-            found = measure(program, rounds)
-        else:
-            code = (
-                f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.disk import measure"
-                f"; print(json.dumps(measure({program!r}, {rounds})))"
-            )
-            with Lab() as lab:
-                done = lab.run(python_command(code, []), timeout=LIMIT * 3 * (rounds + 1))
-            if done.status:
-                sys.exit(done.stderr.decode())
-            found = [Entry(*entry) for entry in json.loads(done.stdout)]
-    show(found)
+        limit = LIMIT * 3 * (rounds + 1)
+        found = where_linux_runs(measure, program, rounds, timeout=limit)
+    show([Entry(*entry) for entry in found])

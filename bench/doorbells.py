@@ -16,7 +16,7 @@ import tempfile
 from statistics import median
 from time import perf_counter, perf_counter_ns, sleep
 
-from bench.guest9p import Entry, prepared, run_ours, where_linux_runs
+from bench.guest9p import Entry, measured, prepared, run_ours
 from tinyvmm import eventfds, kvm, layout, ninep
 from tinyvmm.devices.virtio.device import (
     ACKNOWLEDGE,
@@ -189,4 +189,4 @@ def main() -> None:
                 figures = "".join(f"{median(found[way]):10.1f}" for way in ways)
                 print(f"{what:20} {cpus} vCPU{'s' * (cpus > 1):4}{figures}")
                 sys.stdout.flush()
-    show_linux(where_linux_runs("bench.doorbells.in_linux"))
+    show_linux(measured(in_linux))

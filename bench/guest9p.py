@@ -10,21 +10,19 @@ A first round only warms caches; in it our requests are counted, and our exits. 
 of our time that was spent in Python, on exits: from the bus's look-up to the reply in the ring.
 """
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
 from typing import NamedTuple
 
-ROOT = str(Path(__file__).parent.parent)
+from bench.place import where_linux_runs
+
 C_PROGRAM = Path(__file__).with_suffix(".c")
 FILES, ENTRIES, MIB, ROUNDS = 100, 1000, 8, 3  # the program knows ENTRIES as well
 LIMIT = 600  # seconds for one guest
@@ -224,32 +222,18 @@ def show(found: list[Entry]) -> None:
         )
 
 
-def where_linux_runs(function: str) -> list[Entry]:
-    """Call bench.`function` with a tree, the program and ROUNDS, here or in the lab."""
-    from tinyvmm.lab.lab import Lab, python_command
-    from tinyvmm.lab.probe import missing_for_linux
-
-    module, _, name = function.rpartition(".")
+def measured(function: Callable[[str, str, int], list[Entry]]) -> list[Entry]:
+    """Return what `function` finds with a tree, the program and ROUNDS, here or in the lab."""
     with tempfile.TemporaryDirectory() as directory:
         source, program = os.path.join(directory, "source"), os.path.join(directory, "program")
         make_tree(source)
         subprocess.run(["gcc", "-O2", "-static", "-o", program, str(C_PROGRAM)], check=True)
         initramfs(program)  # which fills the cache that the lab sees as well
-        if missing_for_linux() is None:
-            found = list(getattr(import_module(module), name)(source, program, ROUNDS))
-        else:
-            code = (
-                f"import sys, json; sys.path.insert(0, {ROOT!r}); from {module} import {name}"
-                f"; print(json.dumps({name}({source!r}, {program!r}, {ROUNDS})))"
-            )
-            with Lab() as lab:
-                done = lab.run(python_command(code, []), timeout=LIMIT * 2 * (ROUNDS + 1))
-            if done.status:
-                sys.exit(done.stderr.decode())
-            found = [Entry(*entry) for entry in json.loads(done.stdout)]
-    return found
+        limit = LIMIT * 2 * (ROUNDS + 1)
+        found = where_linux_runs(function, source, program, ROUNDS, timeout=limit)
+    return [Entry(*entry) for entry in found]
 
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    show(where_linux_runs("bench.guest9p.measure"))
+    show(measured(measure))

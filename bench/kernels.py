@@ -5,15 +5,14 @@ none. Interleaved, in the lab where this computer's KVM cannot run Linux; a firs
 caches. `python -m bench kernels` takes all that serve for a root over 9P.
 """
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from time import monotonic
 
-ROOT = str(Path(__file__).parent.parent)
+from bench.place import ROOT, where_linux_runs
+
 ROUNDS = 5
 LIMIT = 120  # seconds for one run
 RUN = (
@@ -64,26 +63,12 @@ def rounds(names: list[str], count: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure, here or in the lab, and print."""
-    from tinyvmm.lab.lab import Lab, python_command
-    from tinyvmm.lab.probe import missing_for_linux
-
     names = versions()
     if not names:
         sys.exit("no kernel is here: tinyvmm kernel fetch; tinyvmm kernel build")
     shown = {name: sizes(name) for name in names}  # and all is unpacked and cached, here
-    if missing_for_linux() is None:
-        found = rounds(names, ROUNDS)
-    else:
-        code = (
-            f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.kernels import rounds; "
-            f"print(json.dumps(rounds({names!r}, {ROUNDS})))"
-        )
-        with Lab() as lab:
-            limit = LIMIT * len(names) * (ROUNDS + 1)
-            done = lab.run(python_command(code, []), timeout=limit)
-        if done.status:
-            sys.exit(done.stderr.decode())
-        found = json.loads(done.stdout)
+    limit = LIMIT * len(names) * (ROUNDS + 1)
+    found = where_linux_runs(rounds, names, ROUNDS, timeout=limit)
     base = median(found[names[0]])
     for name, times in found.items():
         middle = median(times)

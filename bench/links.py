@@ -29,7 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench.guest9p import COMMON, ROOT
+from bench.guest9p import COMMON
+from bench.place import ROOT
 
 if TYPE_CHECKING:
     from tinyvmm.devices.virtio.console import ConsolePort

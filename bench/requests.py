@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from bench.guest9p import ROOT
+from bench.place import ROOT
 
 BLOCKS, FILES = 1000, 250
 MARK = ("port", 0x80)

@@ -16,7 +16,6 @@ Where this computer's KVM cannot run Linux all of it happens in one lab, where P
 more than C is.
 """
 
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,8 @@ from statistics import median
 from time import monotonic
 from typing import NamedTuple
 
-from bench.kernels import ROOT, RUN
+from bench.kernels import RUN
+from bench.place import where_linux_runs
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
 ROUNDS = 1
@@ -338,8 +338,6 @@ def main() -> None:
     from tinyvmm.command.checks import settle
     from tinyvmm.command.options import RunOptions, modules_for
     from tinyvmm.command.run import prepare_kernel
-    from tinyvmm.lab.lab import Lab, python_command
-    from tinyvmm.lab.probe import missing_for_linux
 
     rounds = int(os.environ.get("ROUNDS", ROUNDS))
     env = [f"{name}={os.environ[name]}" for name in ("REPEAT", "ONLY") if name in os.environ]
@@ -356,18 +354,7 @@ def main() -> None:
             options = settle(RunOptions(("true",), root_mode=mode))
             prepare_kernel(None, modules_for(options), mode)[0].close()
         qemu_initrd(os.path.join(tree, "bench/roots"))
-        if missing_for_linux() is None:
-            found = measure(archive, rounds, env, wanted)
-        else:
-            code = (
-                f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.roots import measure"
-                f"; print(json.dumps(measure({archive!r}, {rounds}, {env!r}, {wanted!r})))"
-            )
-            with Lab() as lab:
-                limit = LIMIT * len(wanted) * (rounds + 1)
-                done = lab.run(python_command(code, []), timeout=limit)
-            if done.status:
-                sys.exit(done.stderr.decode())
-            found = [Entry(*entry) for entry in json.loads(done.stdout)]
+        limit = LIMIT * len(wanted) * (rounds + 1)
+        found = where_linux_runs(measure, archive, rounds, env, wanted, timeout=limit)
     print(f"a tree of {count} files, {size} MiB")
-    show(found, wanted)
+    show([Entry(*entry) for entry in found], wanted)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests.virtio_driver import NEEDS_RESET, WRITE, Driver, Queue
 from tests.waiting import wait_for
+from tinyvmm import vsock_host
 from tinyvmm.devices.virtio.vsock import (
     ANSWERS_MAX,
     BUF_ALLOC,
@@ -676,10 +677,12 @@ def test_a_program_that_comes_when_no_descriptors_are_left_waits_and_keeps_nobod
     monkeypatch.setattr(sockets, "_accept", counted)
     with socket.socket(socket.AF_UNIX) as client:
         with no_descriptors_left():
+            began = monotonic()
             client.connect(sockets.path)
             client.sendall(b"CONNECT 7\n")
-            sleep(0.5)
-            assert 0 < tries < 20
+            wait_for(lambda: tries > 3)
+            found = tries
+            assert found <= (monotonic() - began) / vsock_host._LOOK_AGAIN + 2
         assert until(guest, REQUEST).guest_port == 7
 
 

@@ -5,6 +5,9 @@ the console), one processor, 512 MiB, `quiet`. QEMU boots the bzImage, which unp
 guest; microvm also the same kernel unpacked by us beforehand (`vmlinux`, entered by PVH). Where
 this computer's KVM cannot run Linux all of it happens in one lab, Python's start-up included. A
 first round only warms caches.
+
+BEFORE, paths of other checkouts with colons between, has `tinyvmm run` of each take part, and of
+this one: its root over 9P, and LINE said by a shell in it.
 """
 
 import os
@@ -73,7 +76,7 @@ def boot_ours(initrd: str) -> None:
         machine.wait(LIMIT)
 
 
-def subjects(vmlinuz: str, vmlinux: str, initrd: str) -> dict[str, list[str]]:
+def subjects(vmlinuz: str, vmlinux: str, initrd: str, before: str) -> dict[str, list[str]]:
     """Return what is compared: name -> command whose stdout is the guest's serial line."""
     code = (
         f"import sys; sys.path.insert(0, {ROOT!r}); "
@@ -84,11 +87,18 @@ def subjects(vmlinuz: str, vmlinux: str, initrd: str) -> dict[str, list[str]]:
     qemu += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
     qemu += ["-initrd", initrd]
     microvm = ["-M", "microvm", "-append", f"{COMMON} pci=off"]
+    runs = {}
+    if before:
+        for path in (ROOT, *before.split(os.pathsep)):
+            main = f"import sys; sys.path.insert(0, {path!r}); from tinyvmm.cli.main import main"
+            words = ["run", "--no-lab", "--", "echo", LINE.decode()]
+            runs[f"run of {path}"] = [python, "-I", "-S", "-c", f"{main}; main()", *words]
     return {
         "ours": [python, "-I", "-S", "-c", code, initrd],
         "QEMU microvm": [*qemu, *microvm, "-kernel", vmlinuz],
         "QEMU microvm, vmlinux": [*qemu, *microvm, "-kernel", vmlinux],
         "QEMU q35": [*qemu, "-M", "q35", "-append", COMMON, "-kernel", vmlinuz],
+        **runs,
     }
 
 
@@ -99,7 +109,7 @@ def boot_once(command: list[str]) -> tuple[float, float]:
         if process.stdout is None or process.stderr is None:
             raise AssertionError("no pipes")
         started = 0.0
-        if "-c" in command:
+        if "boot_ours" in " ".join(command):
             process.stderr.readline()
             started = monotonic() - begin
         shown = b""
@@ -113,7 +123,7 @@ def boot_once(command: list[str]) -> tuple[float, float]:
     return end, started
 
 
-def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
+def rounds(count: int, before: str) -> dict[str, list[tuple[float, float]]]:
     """Boot everything `count` times in turn, after once to warm caches."""
     import tempfile
 
@@ -128,7 +138,7 @@ def rounds(count: int) -> dict[str, list[tuple[float, float]]]:
             unpacked.seek(0)
             vmlinux.write(unpacked.read())
             vmlinux.flush()
-        commands = subjects(vmlinuz, vmlinux.name, initrd.name)
+        commands = subjects(vmlinuz, vmlinux.name, initrd.name, before)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for turn in range(count + 1):
             for name, command in commands.items():
@@ -144,7 +154,8 @@ def main() -> None:
 
     prepare_kernel(None)[0].close()
     count = int(os.environ.get("ROUNDS", ROUNDS))
-    found = where_linux_runs(rounds, count, timeout=LIMIT * 4 * (count + 1))
+    before = os.environ.get("BEFORE", "")
+    found = where_linux_runs(rounds, count, before, timeout=LIMIT * 4 * (count + 1))
     base = median(end for end, _ in found["ours"])
     for name, times in found.items():
         ends = sorted(end for end, _ in times)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -258,6 +259,35 @@ def test_a_disk_too_full_for_what_a_kernel_says_is_one_line(build: Build) -> Non
 
 
 @pytest.mark.kvm
+def test_too_few_descriptors_are_one_line_wherever_they_end(build: Build, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(512))
+    words = ["run", "--no-root", "--kernel", build("tick"), "--cpus", "8", "--disk", str(image)]
+    command = [sys.executable, "-m", "tinyvmm", *words]
+    failed = 0
+    for limit in range(8, 60, 3):
+
+        def few(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            preexec_fn=few,
+            check=False,
+        )
+        if done.returncode == 3:
+            break
+        failed += 1
+        (line,) = done.stderr.decode().splitlines()
+        assert (done.returncode, done.stdout) == (125, b"")
+        assert "Too many open files" in line
+    assert done.returncode == 3
+    assert failed > 5
+
+
+@pytest.mark.kvm
 def test_ctrl_c_ends_a_kernel_that_does_not(build: Build) -> None:
     command = [sys.executable, "-m", "tinyvmm", "run", "--no-root", "--kernel", build("leave")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
@@ -344,6 +374,7 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
         (["--kernel", "/nowhere"], "nowhere"),
         (["--kernel", "KERNEL", "--read", "/"], "--read is for a root"),
         (["--kernel", "KERNEL", "--serial", "telnet"], "--serial telnet: give stdio"),
+        (["--kernel", "KERNEL", "--serial", ""], "--serial : give stdio"),
         (["--kernel", "KERNEL", "--serial", "file:/nowhere/x"], "cannot be written"),
         (["--kernel", "KERNEL", "--module", "/nowhere/x"], "module /nowhere/x: cannot be opened"),
         (["--kernel", "KERNEL", "--fw-cfg", "a=/nowhere"], "fw_cfg file /nowhere"),

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from errno import EDQUOT, EFBIG, EIO, ENOSPC
+from errno import EDQUOT, EFBIG, EIO, EMFILE, ENFILE, ENOSPC
 from functools import partial
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -19,6 +19,10 @@ from tinyvmm.errors import TinyvmmError
 
 STATUS_FAILED = 125
 _CANNOT_WRITE = {ENOSPC, EDQUOT, EFBIG, EIO}  # of our output, or of whatever else
+_REMEDIES: dict[int | None, str] = {  # wherever it is that no more files can be opened
+    EMFILE: "; let it open more: ulimit -n",
+    ENFILE: "; this computer has no more: see /proc/sys/fs/file-max",
+}
 
 COMMANDS = {
     "run": "run",
@@ -129,12 +133,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TinyvmmError as error:
         from tinyvmm.cli.values import warn
 
-        warn(str(error))
+        warn(f"{error}{_REMEDIES.get(getattr(error, 'errno', None), '')}")
         _let_go_of_output()
         return STATUS_FAILED
     except KeyboardInterrupt:
         return 130
     except OSError as error:
+        if error.errno in _REMEDIES:
+            from tinyvmm.cli.values import warn
+
+            warn(f"{error.strerror}{_REMEDIES[error.errno]}")
+            _let_go_of_output()
+            return STATUS_FAILED
         if error.errno not in _CANNOT_WRITE and not isinstance(error, BrokenPipeError):
             raise
         return _cannot_write(error)

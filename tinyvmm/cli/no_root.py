@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> int:
             append=args.append,
             memory=args.memory,
             cpus=args.cpus,
-            serial=args.serial or "stdio",
+            serial="stdio" if args.serial is None else args.serial,
             fw_cfg=args.fw_cfg,
             disks=args.disk,
             devices=args.device,

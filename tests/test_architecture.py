@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers first; a module imports from its own layer (if it must) or from below.
 LAYERS = [
-    ("errors", "layout", "trace", "views", "grammar", "ninep", "mountinfo"),
+    ("errors", "layout", "trace", "views", "grammar", "ninep", "mountinfo", "regular"),
     ("kvm",),
     ("memory", "bus", "options", "recording"),
     ("devices", "disks", "fileserver", "nbd", "cpuid", "kernel_files"),

@@ -378,9 +378,15 @@ def test_a_kernel_that_nobody_listens_to_ends_all_the_same(build: Build, end: st
         (["--kernel", "KERNEL", "--serial", "file:/nowhere/x"], "cannot be written"),
         (["--kernel", "KERNEL", "--module", "/nowhere/x"], "module /nowhere/x: cannot be opened"),
         (["--kernel", "KERNEL", "--fw-cfg", "a=/nowhere"], "fw_cfg file /nowhere"),
-        (["--kernel", "KERNEL", "--fw-cfg", "a=/dev"], "fw_cfg file /dev: is no regular file"),
-        (["--kernel", "KERNEL", "--module", "/dev/zero"], "module /dev/zero: is no regular file"),
-        (["--kernel", "KERNEL", "--initrd", "FIFO"], "is no regular file"),
+        (
+            ["--kernel", "KERNEL", "--fw-cfg", "a=/dev"],
+            "/dev: cannot be opened (Is a directory",
+        ),
+        (
+            ["--kernel", "KERNEL", "--module", "/dev/zero"],
+            "/dev/zero: cannot be opened (no regular",
+        ),
+        (["--kernel", "KERNEL", "--initrd", "FIFO"], "no regular file; name one"),
         (["--kernel", "KERNEL", "--fw-cfg", f"{'n' * 56}=/etc/hostname"], "1 to 55"),
         (["--kernel", "KERNEL", *(["--fw-cfg", "a=/etc/hostname"] * 2)], "two of that name"),
         (["--kernel", "KERNEL", "--boot-protocol", "pvh"], "is no ELF file with a PVH entry"),

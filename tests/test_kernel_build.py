@@ -136,9 +136,11 @@ def test_what_make_says_went_wrong_is_the_error(computer: Computer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "why"), [("missing", "no such file"), (".", "no kernel's source")]
+    ("source", "why"),
+    [("missing", "no such file"), (".", "no kernel's source"), ("fifo", "no regular file")],
 )
 def test_a_source_that_is_none_is_named(computer: Computer, source: str, why: str) -> None:
+    os.mkfifo(computer.directory / "fifo")
     with pytest.raises(ConfigError, match=why):
         kernel_build.build(source=str(computer.directory / source))
 

@@ -289,8 +289,9 @@ def test_importing_again_replaces_and_what_a_killed_process_left_goes(
 
 def test_an_import_that_fails_leaves_the_store_as_it_was(tmp_path: Path, store: Path) -> None:
     kernel_store.import_([str(make_boot(tmp_path))])
-    for bad in ("missing", "empty"):
-        (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "empty").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo")  # which is not waited for
+    for bad in ("missing", "empty", "fifo"):
         with pytest.raises(ConfigError):
             kernel_store.import_([str(tmp_path / bad)])
     assert sorted(p.name for p in store.iterdir()) == [".lock", V]

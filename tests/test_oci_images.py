@@ -637,6 +637,19 @@ def test_an_archive_that_lies_about_its_layers_is_refused(tmp_path: Path, store:
         pull(f"docker-archive:{path}", store)
 
 
+def test_what_is_no_file_in_a_layout_is_not_waited_for(tmp_path: Path, store: Store) -> None:
+    hello(tmp_path / "lay")
+    index = tmp_path / "lay/index.json"
+    for path in (*(tmp_path / "lay/blobs/sha256").iterdir(), index):
+        kept = path.rename(tmp_path / "kept")
+        os.mkfifo(path)
+        why = "neither index.json nor" if path == index else "no regular file"
+        with pytest.raises(ConfigError, match=why):
+            pull(f"oci:{tmp_path}/lay:v1", store)
+        path.unlink()
+        kept.rename(path)
+
+
 def test_a_list_in_a_directory_names_no_file_outside_of_it(tmp_path: Path, store: Store) -> None:
     (tmp_path / "secret").write_text('{"rootfs": {"diff_ids": []}}')
     (tmp_path / "image").mkdir()

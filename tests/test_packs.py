@@ -553,10 +553,16 @@ def test_what_is_cut_short_is_no_pack(
     assert sorted(p.name for p in store.iterdir()) == [".lock", "tools"]
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "/"])
-def test_only_a_regular_file_is_fetched(path: str) -> None:
-    with pytest.raises(ConfigError, match="no regular file"):
+@pytest.mark.parametrize("path", ["/dev/zero", "/", ""])
+def test_only_a_regular_file_is_a_pack(path: str, tmp_path: Path) -> None:
+    """A device may never end, and a fifo never begin."""
+    os.mkfifo(tmp_path / "fifo")
+    path = path or str(tmp_path / "fifo")
+    why = "Is a directory" if path == "/" else "no regular file; name one"
+    with pytest.raises(ConfigError, match=f"pack get file://{path}: {why}"):
         packs.get("x", f"file://{path}", None, lambda *_: None)
+    with pytest.raises(ConfigError, match=f"pack {path}: {why}"):
+        packs.find(path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ drives, APM; kernels below 1 MiB.
 """
 
 import os
-import stat
 from collections.abc import Sequence
 from struct import Struct, pack, unpack_from
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from tinyvmm.layout import (
     PAGE_SIZE,
     PAGE_TABLES_GPA,
 )
+from tinyvmm.regular import regular
 
 PROTOCOLS = ("linux", "pvh", "multiboot")
 FILE_MAX = 512 << 20
@@ -140,21 +140,14 @@ def read_kernel(path: str, protocol: str | None = None) -> BareKernel | None:
 def read_file(path: str, what: str) -> bytes:
     """Return a file's content; ConfigError, saying `what` it was to be, if it cannot be had."""
     if what == "kernel":
-        fd, status = open_kernel(path)  # which has much to say about what can be wrong
-        size = status.st_size
+        fd = open_kernel(path)[0]  # which has much to say about what can be wrong
     else:
         try:
-            # O_NONBLOCK: a FIFO is refused below, not waited for
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = regular(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"{what} {path}: cannot be opened ({error.strerror})") from None
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise ConfigError(f"{what} {path}: is no regular file; name one")
-        size = status.st_size
     with open(fd, "rb") as file:
-        if size > FILE_MAX:
+        if os.fstat(fd).st_size > FILE_MAX:
             raise ConfigError(f"{what} {path}: is larger than {FILE_MAX >> 20} MiB")
         try:
             return file.read(FILE_MAX)

@@ -195,8 +195,9 @@ def _source_tree(source: str, where: str, tell: Progress) -> str:
         if not os.path.exists(os.path.join(source, "Kbuild")):
             raise ConfigError(f"kernel build: {source} holds no kernel's source; give its top")
         return source
-    if not os.path.exists(source):
-        raise ConfigError(f"kernel build: {source}: no such file; give a kernel's source")
+    if not os.path.isfile(source):
+        what = "no regular file" if os.path.exists(source) else "no such file"
+        raise ConfigError(f"kernel build: {source}: {what}; give a kernel's source")
     status = os.stat(source)
     name = f"{os.path.basename(source).partition('.tar')[0]}-{status.st_size}-{status.st_mtime_ns}"
     tree = os.path.join(where, name)

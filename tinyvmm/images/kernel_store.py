@@ -14,6 +14,7 @@ from tinyvmm.images.features import Files, embedded_config, note
 from tinyvmm.images.holding import is_held
 from tinyvmm.images.kernels import InstalledKernel, Progress, stored_kernel
 from tinyvmm.kernel_files.kernel_image import kernel_version
+from tinyvmm.regular import regular
 
 DRAFT_PREFIX = ".draft-"
 NEWEST = "newest"
@@ -255,7 +256,7 @@ def _unpacker(path: str) -> Callable[..., None] | None:
     from tinyvmm.images import debian, rpm
 
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             magic = file.read(len(debian.AR_MAGIC))
     except OSError:
         return None  # the kernel's reader has the words for it

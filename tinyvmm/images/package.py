@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import IO, Protocol
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.regular import regular
 
 FILE_LEN_MAX = 1 << 30
 COPY_LEN = 1 << 20
@@ -31,7 +32,7 @@ class PackageError(ConfigError):
 def open_package(path: str) -> IO[bytes]:
     """Open the package at `path`; PackageError if it cannot be read."""
     try:
-        return open(path, "rb")
+        return open(path, "rb", opener=regular)
     except OSError as error:
         raise PackageError(path, f"cannot be read ({error.strerror})") from None
 

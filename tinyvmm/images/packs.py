@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.written import Change
+from tinyvmm.regular import regular
 
 KINDS = ("erofs", "zip")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -81,7 +82,7 @@ def kind_of(path: str, shown: str | None = None) -> str:
     """Return which of KINDS a file is, by its content; ConfigError, of `shown`, if it is none."""
     shown = shown or path
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             head = file.read(4)
             file.seek(_SUPERBLOCK)
             superblock = file.read(_BLOCKS + 4)
@@ -349,11 +350,10 @@ def _fetch(url: str, path: str, progress: Progress) -> str:
     from hashlib import sha256
 
     hashed = sha256()
-    if url.lower().startswith("file:"):  # a device may never end, a fifo never begin
-        local = urllib.request.url2pathname(url.partition(":")[2].removeprefix("//"))
-        if os.path.exists(local) and not os.path.isfile(local):
-            raise ConfigError(f"pack get {url}: no regular file; name one")
     with _asking(url):
+        if url.lower().startswith("file:"):
+            local = urllib.request.url2pathname(url.partition(":")[2].removeprefix("//"))
+            open(local, "rb", opener=regular).close()
         opened = urllib.request.urlopen(url, timeout=60)  # noqa: S310 - `get` looked at the scheme
     with opened as source, open(path, "xb") as file:
         done = 0

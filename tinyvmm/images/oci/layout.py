@@ -15,6 +15,7 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci import reference, spec
 from tinyvmm.images.oci.source import Source, verify_file
 from tinyvmm.images.oci.spec import Descriptor
+from tinyvmm.regular import regular
 
 
 class Files(Protocol):
@@ -37,7 +38,7 @@ class DirectoryFiles:
         """Open one; an archive's own list may name any file, but gets none of another's."""
         if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
             raise FileNotFoundError(2, "it leads out of the image", name)
-        return open(os.path.join(self._path, name), "rb")
+        return open(os.path.join(self._path, name), "rb", opener=regular)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -539,7 +540,10 @@ def test_an_image_made_ready_has_its_directories_and_its_words(
 
 
 def test_what_an_image_says_is_run_unless_the_command_line_says_otherwise(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config: dict[str, object] = {"Entrypoint": ["/hello"], "Cmd": ["-c"], "Env": ["A=1", "B=2"]}
     config |= {"User": "7", "WorkingDir": "/work", "StopSignal": "SIGINT", "Volumes": {"/v": {}}}
@@ -557,12 +561,17 @@ def test_what_an_image_says_is_run_unless_the_command_line_says_otherwise(
         assert main(["run", "--image", name, *more]) == 0
     said, other = started
     assert (said.argv, other.argv) == (["/hello", "-c"], ["/hello", "-d"])
-    assert (said.cwd, said.user, said.stop_signal) == ("/work", "7", "SIGINT")
+    assert (said.cwd, said.user, said.stop_signal) == ("/work", "7", signal.SIGINT)
     assert (other.cwd, other.user, other.stop_signal) == ("/", "8", "USR1")
     assert {"A=1", "B=2"} <= set(said.env)
     assert {"A=1", "B=3"} <= set(other.env)
     assert {"/v", "/work"} <= set(said.directories)
     assert [place for place, _ in said.reads] == ["/"]
+
+    name = hello(tmp_path / "odd", config=config | {"StopSignal": "SIGODD"})
+    assert main(["run", "--image", name]) == 125
+    assert "StopSignal 'SIGODD' is no signal; give --stop-signal" in capsys.readouterr().err
+    assert main(["run", "--image", name, "--stop-signal", "INT"]) == 0
 
 
 def test_policies_say_when_an_image_is_pulled(tmp_path: Path, store: Store) -> None:

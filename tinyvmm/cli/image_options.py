@@ -89,9 +89,23 @@ def root(args: argparse.Namespace, argv: list[str], cleanup: ExitStack) -> Root:
         command.workdir,
         command.user,
         found.directories,
-        found.stop_signal or None,
+        _stop_signal(found.stop_signal) if args.stop_signal is None else None,
         ["--image-id", found.image.id],
     )
+
+
+def _stop_signal(said: str) -> int | None:
+    """Return the signal that an image says stops it; None if it says none."""
+    if not said:
+        return None
+    from tinyvmm.methods.supervisor import signal_number
+
+    try:
+        return signal_number(said)
+    except ConfigError:
+        raise ConfigError(
+            f"the image's StopSignal {said!r} is no signal; give --stop-signal, e.g. TERM"
+        ) from None
 
 
 def read_maps(maps: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
 from tests.test_oci_unpack import names, seen, union
 from tinyvmm.cli import instance
 from tinyvmm.cli.main import main
+from tinyvmm.cli.table import size
 from tinyvmm.command.options import RunOptions
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci import store as store_module
@@ -629,6 +630,14 @@ def test_the_list_is_for_people_and_for_programs(
     [record] = json.loads(capsys.readouterr().out)
     assert record["names"] == ["localhost/lay:v1"]
     assert record["config"]["exposed_ports"] == ["80/tcp"]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 B"), (999, "999 B"), (12_288, "12.3 kB"), (999_600, "1 MB"), (5 * 10**15, "5e+03 TB")],
+)
+def test_sizes_have_three_digits(count: int, said: str) -> None:
+    assert size(count) == said
 
 
 def test_an_archive_that_lies_about_its_layers_is_refused(tmp_path: Path, store: Store) -> None:

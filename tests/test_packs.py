@@ -348,9 +348,9 @@ def test_packs_are_listed_and_removed(
     capsys.readouterr()
     assert main(["pack", "list"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [(row[0], row[1], row[-1]) for row in rows] == [
-        ("a", "zip", str(tools)),
-        ("b", "erofs", str(tools)),
+    assert [(row[0], row[1], *row[3:]) for row in rows] == [
+        ("a", "zip", "kB", str(tools)),
+        ("b", "erofs", "kB", str(tools)),
     ]
     assert main(["pack", "list", "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == ["a", "b"]

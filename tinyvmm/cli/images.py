@@ -7,6 +7,7 @@ import time
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from tinyvmm.cli.table import print_table, size
 from tinyvmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,10 +107,7 @@ def _images(args: argparse.Namespace) -> int:
             repository, tag = split_name(name)
             digits = image.id.partition(":")[2][:ID_LEN]
             rows.append((repository, tag, digits, age(image.created), size(image.size)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row[:4], widths, strict=True)]
-        print("  ".join([*cells, row[4]]))
+    print_table(rows)
     return 0
 
 
@@ -163,16 +161,6 @@ def split_name(name: str) -> tuple[str, str]:
         return repository, digest[: 7 + ID_LEN]
     found = re.fullmatch(r"(.+):([^:/]+)", name)
     return (found[1], found[2]) if found else (name, "<none>")
-
-
-def size(count: int) -> str:
-    """Say how many bytes, in decimal units as podman does."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:.3g} TB"
 
 
 def age(created: str) -> str:

@@ -103,6 +103,7 @@ def _get(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from tinyvmm.cli.table import size
     from tinyvmm.images import packs
 
     found = packs.list_()
@@ -115,8 +116,7 @@ def _list(args: argparse.Namespace) -> int:
         print("no pack here yet; make one: tinyvmm pack create NAME DIR")
     name_len = max((len(pack.name) for pack in found), default=0)
     for pack in found:
-        size = f"{pack.size / 1e6:.1f} MB"
-        print(f"{pack.name:<{name_len}}  {pack.kind:<5}  {size:>10}  {pack.source}")
+        print(f"{pack.name:<{name_len}}  {pack.kind:<5}  {size(pack.size):>7}  {pack.source}")
     return 0
 
 

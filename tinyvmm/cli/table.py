@@ -22,3 +22,13 @@ def printable(text: str) -> str:
     """Return what a guest says as text that does nothing to a terminal, 60 characters at most."""
     clean = "".join(char if char.isprintable() else "?" for char in text)
     return clean if len(clean) <= 60 else clean[:59] + "…"
+
+
+def size(count: int) -> str:
+    """Say how many bytes, in decimal units as podman does."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 999.5:  # which is where three digits end
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.3g} TB"

@@ -8,6 +8,7 @@ passt and back as virtio-net would carry them.
 
 import hashlib
 import os
+import re
 import select
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tinyvmm.net.passt import Passt
 from tinyvmm.net.tap import Tap
@@ -25,6 +27,7 @@ DIGEST = hashlib.sha256(DATA).digest()
 GREET, SINK, ECHO, REVERSE = 7001, 7002, 7003, 7004  # the guest's ports; the host's are 1000 above
 MAC = bytes.fromhex("525400123456")
 SHORT = 100
+USER = 1234  # an ordinary one
 DEADLINE = 60.0
 
 
@@ -156,6 +159,9 @@ def main() -> None:
         options += ["--gateway", "10.0.2.2", "--udp-ports", f"{REVERSE + 1000}:{REVERSE}"]
         for port in (GREET, SINK, ECHO):
             options += ["--tcp-ports", f"127.0.0.1/{port + 1000}:{port}"]
+        os.setgroups([])  # passt needs nobody's privileges; root's it would give up by itself
+        os.setresgid(USER, USER, 0)
+        os.setresuid(USER, USER, 0)
         passt = Passt(
             options,
             lambda words: say("warned", words),
@@ -163,6 +169,10 @@ def main() -> None:
             gateway=bytes((10, 0, 2, 2)),
             published=True,
         )
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        status = Path(f"/proc/{passt._process.pid}/status").read_text()
+        say("passt is of", re.findall(r"^Uid:\t(\d+)", status, re.MULTILINE)[0])
         stop = os.eventfd(0)
         carrier = threading.Thread(target=carry, args=(tap, passt), kwargs={"stop": stop})
         carrier.start()

@@ -189,6 +189,7 @@ def test_all_that_published_ports_carry_arrives() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert dict(line.split("=", 1) for line in done.stdout.splitlines()) == {
+        "passt is of": "1234",  # an ordinary user
         "greeting": "who speaks first?",
         "to the host": "True",
         "to the guest": "True",

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
@@ -22,18 +22,26 @@ import pytest
 from tests.erofs_reader import Entry, read_image
 from tests.test_written import NAME, Machine, ended, machine
 from tinyvmm.cli.main import main
+from tinyvmm.command.checks import with_packs
+from tinyvmm.command.init import init_config
+from tinyvmm.command.options import RunOptions
+from tinyvmm.disks.opening import DiskOptions
+from tinyvmm.disks.raw import RawDisk
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver import ownership
 from tinyvmm.fileserver.objects import ObjectTree
 from tinyvmm.fileserver.tree import AT_REMOVEDIR, SETATTR_MODE, Node
 from tinyvmm.fileserver.union import open_tree
 from tinyvmm.fileserver.written import list_changes
-from tinyvmm.guest.init import Mkdir, Mount, disk_name
+from tinyvmm.guest.archive import ModuleArchive
+from tinyvmm.guest.init import Filesystem, Mkdir, Mount, disk_name
 from tinyvmm.images import packs
+from tinyvmm.images.erofs.image import ErofsImage
 from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.packs import Pack
 from tinyvmm.images.selection import Selection, select
 from tinyvmm.roots import pack_mounts
+from tinyvmm.roots.erofs_root import RootDisks
 from tinyvmm.roots.pack_mounts import PackMap
 
 __all__ = ["ended", "machine"]
@@ -603,38 +611,93 @@ def pack(kind: str, name: str = "p") -> Pack:
     return Pack(name, f"/{name}.{kind}", kind)
 
 
-def test_the_guest_lays_packs_over_its_root_and_over_each_other() -> None:
-    given = [
+def mounted(steps: Sequence[Filesystem]) -> list[tuple[str, str, str, str]]:
+    """What PID 1 mounts, where and as what; of an overlay what its layers are."""
+    found = [step for step in steps if isinstance(step, Mount)]
+    layers = [m.data.partition(",workdir")[0] if m.fstype == "overlay" else "" for m in found]
+    return [(m.source, m.target, m.fstype, data) for m, data in zip(found, layers, strict=True)]
+
+
+def root_of(packs: Sequence[PackMap], root: RootDisks | None = None, **more: Any) -> Any:
+    """How PID 1 mounts a root with these packs, of a machine with a disk of its own."""
+    options = RunOptions(("true",), packs=packs, disks=[DiskOptions("/vda")], **more)
+    archive = ModuleArchive((), b"")
+    return init_config(with_packs(options), archive, None, root).root
+
+
+def given_packs() -> list[PackMap]:
+    return [
         PackMap("/opt/x", pack("zip")),
         PackMap("/", pack("erofs")),
         PackMap("/", pack("erofs")),
     ]
+
+
+BY_THEMSELVES = [
+    ("pack0", "/packs/0", "9p", ""),
+    ("/dev/vdb", "/packs/1", "erofs", ""),
+    ("/dev/vdc", "/packs/2", "erofs", ""),
+]
+
+
+def test_the_guest_lays_packs_over_its_root_and_over_each_other() -> None:
+    given = given_packs()
     assert [disk.read_only for disk in pack_mounts.disks(given)] == [True, True]
-    steps = pack_mounts.mounts(given, first_disk=1)
-    mounted = [step for step in steps if isinstance(step, Mount)]
-    assert [(m.source, m.target, m.fstype) for m in mounted] == [
-        ("tmpfs", "/packs/writes", "tmpfs"),
-        ("pack0", "/packs/0", "9p"),
-        ("/dev/vdb", "/packs/1", "erofs"),
-        ("/dev/vdc", "/packs/2", "erofs"),
-        ("overlay", "/newroot", "overlay"),
-        ("overlay", "/newroot/opt/x", "overlay"),
+    steps = root_of(given)
+    assert mounted(steps) == [
+        *BY_THEMSELVES,
+        ("root", "/newroot", "9p", ""),
+        ("tmpfs", "/packs/writes", "tmpfs", ""),
+        *over("/", "lowerdir=/packs/2:/packs/1:/newroot,upperdir=/packs/writes/0/upper"),
+        *over("/opt/x", "lowerdir=/packs/0,upperdir=/packs/writes/1/upper"),
     ]
-    assert mounted[4].data.startswith(
-        "lowerdir=/packs/2:/packs/1:/newroot,upperdir=/packs/writes/0/"
-    )
-    assert mounted[5].data.startswith("lowerdir=/packs/0,upperdir=/packs/writes/1/upper,")
     assert Mkdir("/newroot/opt") in steps
     assert pack_mounts.modules(given) == ["virtio_blk", "erofs", "9pnet_virtio", "9p", "overlay"]
-    assert pack_mounts.mounts([], 0) == []
+    assert mounted(root_of([])) == [("root", "/newroot", "9p", "")]
     assert pack_mounts.modules([]) == []
 
 
+def over(guest: str, layers: str) -> list[tuple[str, str, str, str]]:
+    return [("overlay", f"/newroot{guest}".rstrip("/"), "overlay", layers)]
+
+
+def test_a_root_that_is_an_overlay_has_packs_as_further_layers(tmp_path: Path) -> None:
+    """So what is written to them is kept where what is written is kept."""
+    given = given_packs()
+    elsewhere = [
+        ("tmpfs", "/packs/writes", "tmpfs", ""),
+        *over("/opt/x", "lowerdir=/packs/0,upperdir=/packs/writes/0/upper"),
+    ]
+    layers = "lowerdir=/packs/2:/packs/1:/lower,upperdir=/scratch/upper"
+    assert mounted(root_of(given, private_writes="guest")) == [
+        *BY_THEMSELVES,
+        ("root", "/lower", "9p", ""),
+        ("tmpfs", "/scratch", "tmpfs", ""),
+        *over("/", layers),
+        *elsewhere,
+    ]
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    image, upper = ErofsImage([("/", str(tmp_path))], print), RawDisk(str(tmp_path / "disk"))
+    root = RootDisks(image, upper, 3)
+    kept = {"root_mode": "erofs", "writes": [("/", str(tmp_path))]}
+    assert mounted(root_of(given, root, **kept)) == [
+        *BY_THEMSELVES,
+        ("/dev/vdd", "/lower", "erofs", ""),
+        ("/dev/vde", "/scratch", "ext4", ""),
+        *over("/", layers),
+        *elsewhere,
+    ]
+    assert "/packs/writes" not in str(root_of(given[1:], root, **kept))  # with nothing over it
+    upper.close()
+    image.close()
+
+
 def test_what_is_to_be_kept_is_not_lost_in_a_pack() -> None:
-    for guest, written in (("/", "/data"), ("/a", "/a/b"), ("/a", "/a")):
-        with pytest.raises(ConfigError, match="leave one out"):
-            pack_mounts.check([PackMap(guest, pack("zip"))], [(written, "/host")])
-    pack_mounts.check([PackMap("/a", pack("zip"))], [("/ab", "/host"), ("/", "/host")])
+    for guest, written in (("/", "/data"), ("/a", "/a/b"), ("/a", "/a"), ("/", "/")):
+        remedy = ", or use --root-mode erofs$" if guest == written == "/" else "leave one out$"
+        with pytest.raises(ConfigError, match=remedy):
+            pack_mounts.check([PackMap(guest, pack("zip"))], [(written, "/host")], "9p")
+    pack_mounts.check([PackMap("/a", pack("zip"))], [("/ab", "/host"), ("/", "/host")], "9p")
 
 
 def test_a_zip_that_is_damaged_is_one_line(tmp_path: Path) -> None:

@@ -34,11 +34,12 @@ mkdir /mnt/image && mount -r -t erofs /dev/vda /mnt/image || exit 1
 list /mnt/image > /dev/shm/image
 cat /dev/shm/image; echo; echo END; list /t; echo; echo END
 read -r _ _ kind _ < /proc/mounts; echo $kind
+cat /etc/of-pack; echo written over >> /etc/of-pack
 echo kept > /etc/kept; chmod 640 /etc/kept; mv /t/many /t/moved; rm /t/plain; echo $?
 dmesg --level=emerg,alert,crit,err | grep -E 'erofs|vd[a-d]|EXT4|overlay'
 """
 AGAIN = r"""
-cat /etc/kept; ls /t/moved | wc -l; test -e /t/plain; echo $?; stat -c %a /etc/kept
+cat /etc/kept /etc/of-pack; ls /t/moved | wc -l; test -e /t/plain; echo $?; stat -c %a /etc/kept
 while read -r source path kind _; do case $kind in 9p) echo no; esac; done < /proc/mounts
 grep -c 9p /proc/filesystems
 dmesg --level=emerg,alert,crit,err | grep -E 'erofs|vd[a-d]|EXT4|overlay'
@@ -56,8 +57,13 @@ def torture(guest: Runner) -> Path:
 def test_linux_finds_no_difference_and_what_is_written_is_kept(
     guest: Runner, torture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image, kept = torture.with_name("image"), torture.with_name("kept")
+    image, kept, packed, pack = (
+        torture.with_name(name) for name in ("image", "kept", "packed", "pack.erofs")
+    )
     kept.mkdir()
+    (packed / "etc").mkdir(parents=True)
+    (packed / "etc/of-pack").write_text("of a pack\n")
+    write_image([("/", str(packed))], str(pack))
     open_upper(str(kept)).close()  # made here, where it is quick
     newest = kernels.default()
     assert newest is not None
@@ -65,24 +71,25 @@ def test_linux_finds_no_difference_and_what_is_written_is_kept(
     here = subprocess.run(["sh", "-c", LIST, "sh", str(torture)], capture_output=True, check=False)
     assert here.stdout.count(b"\n") > 600, here
     there = guest.program(["sh", "-c", LIST, "sh", str(torture)])
-    root = ("--root-mode", "erofs", "--memory", "512M", "--read", f"/t={torture}", "--write", kept)
-    arguments = [*map(str, root), "--kernel", newest.version, "--disk", f"{image},ro"]
+    root = ["--root-mode", "erofs", "--memory", "512M", "--read", f"/t={torture}"]
+    root += ["--write", str(kept), "--pack", str(pack)]  # which lies below what is kept
+    arguments = [*root, "--kernel", newest.version, "--disk", f"{image},ro"]
     done = guest.run(*arguments, "--", "sh", "-c", LISTS)
     assert (done.status, done.stderr) == (1, b"")  # of grep: no complaint of the kernel's
     in_file, live, rest = done.stdout.split(b"\nEND\n")
     assert in_file == here.stdout
     assert live == there.stdout
-    assert rest == b"overlay\n0\n"
+    assert rest == b"overlay\nof a pack\n0\n"
     assert not (torture / "moved").exists()
 
     # From a store of the tests' own, which stays; what is in the user's is the user's business.
     monkeypatch.setenv("XDG_DATA_HOME", str(ROOT / ".cache/tests"))
     cloud = kernel_store.fetch(None, None, "cloud")
-    command = [*map(str, root), "--kernel", cloud.version, "--", "sh", "-c", AGAIN]
+    command = [*root, "--kernel", cloud.version, "--", "sh", "-c", AGAIN]
     store = f"XDG_DATA_HOME={ROOT / '.cache/tests'}"
     again = guest.program(["env", store, *python_command(MAIN, ["run", "--no-lab", *command])])
     assert again.stderr == b""
-    assert again.stdout == b"kept\n300\n1\n640\n0\n"
+    assert again.stdout == b"kept\nof a pack\nwritten over\n300\n1\n640\n0\n"
 
 
 # Linux's own client, told by netlink for the one device and by ioctls for the other. $1 is the

@@ -115,9 +115,9 @@ CHANGES = "C /etc\nD /etc/debian_version\nC /srv\nA /srv/new\nA /srv/new/file\n"
 
 
 def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:
-    wait = "trap 'echo bye; exit 4' TERM; echo up; while :; do sleep 1; done"
+    wait = "trap 'echo bye; exit 4' USR1; trap '' TERM; echo up; while :; do sleep 1; done"
     writes = "mkdir /srv/new; echo x > /srv/new/file; rm /etc/debian_version; "
-    forever = ("--", "sh", "-c", writes + wait)
+    forever = ("--stop-signal", "USR1", "--", "sh", "-c", writes + wait)
     script: list[tuple[dict[str, Any], Any]] = [
         (run("-d", "--name", "one", *forever), ok("one\n")),
         (cli("pause", "one"), ok("one\n")),
@@ -132,7 +132,7 @@ def test_machines_are_paused_stopped_killed_and_crash(guest: Runner) -> None:
         (cli("control", "one", "memory_info"), 0),
         (cli("stop", "--time", "30", "one", "missing"), 125),
         (cli("inspect", "one"), 0),
-        (cli("logs", "one"), ok("up\nbye\n", "Terminated\n")),  # says sh of its sleep
+        (cli("logs", "one"), ok("up\nbye\n", "User defined signal 1\n")),  # says sh of its sleep
         (cli("diff", "one"), ok(CHANGES)),
         (cli("commit", "one", "-o", "/tmp/layer.tar"), 0),
         (sh("tar -tf /tmp/layer.tar"),

@@ -65,5 +65,5 @@ def with_packs(options: RunOptions) -> RunOptions:
         return options
     from tinyvmm.roots import pack_mounts
 
-    pack_mounts.check(options.packs, options.writes)
+    pack_mounts.check(options.packs, options.writes, options.root_mode)
     return options._replace(disks=(*options.disks, *pack_mounts.disks(options.packs)))

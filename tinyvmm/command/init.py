@@ -84,9 +84,6 @@ def init_config(
     root_disks: "RootDisks | None",
 ) -> InitConfig:
     """Return what PID 1 is to do."""
-    mounts = (
-        root_disks.mounts() if root_disks else root_mounts(options.cache, options.private_writes)
-    )
     path = dict(entry.split("=", 1) for entry in options.env).get("PATH", "/usr/bin:/bin")
     return InitConfig(
         commands=search_path(options.argv[0], path) if options.argv else (),
@@ -94,7 +91,7 @@ def init_config(
         env=options.env,
         cwd=options.cwd,
         modules=modules.paths,
-        root=(*mounts, *_pack_mounts(options)),
+        root=_root(options, root_disks),
         mounts=(
             *(Mkdir(path) for path in options.directories),
             *STANDARD_MOUNTS,
@@ -115,14 +112,21 @@ def init_config(
     )
 
 
-def _pack_mounts(options: RunOptions) -> "Sequence[Filesystem]":
-    """How PID 1 joins packs with the root."""
+def _root(options: RunOptions, root_disks: "RootDisks | None") -> Sequence[Filesystem]:
+    """How PID 1 mounts the root, and joins packs with it."""
+    policies = options.cache, options.private_writes
     if not options.packs:
-        return ()
+        return root_disks.mounts() if root_disks else root_mounts(*policies)
     from tinyvmm.roots import pack_mounts
 
     own = len(options.disks) - len(pack_mounts.disks(options.packs))
-    return pack_mounts.mounts(options.packs, own)
+    below, at = pack_mounts.layers(options.packs, own)
+    over: Sequence[str] = ()
+    if root_disks or options.private_writes == "guest":  # an overlay, which can have them
+        over = at.get("/", ())
+        at = {guest: packs for guest, packs in at.items() if guest != "/"}
+    mounts = root_disks.mounts(over) if root_disks else root_mounts(*policies, over)
+    return (*below, *mounts, *pack_mounts.overlays(at))
 
 
 def _network(options: RunOptions) -> Network | None:

@@ -98,11 +98,17 @@ def lower_9p(tag: str, options: str) -> Mount:
     return Mount(tag, "/lower", "9p", abi.MS_RDONLY, options)
 
 
-def overlay_root(lower: Mount, scratch: Mount = SCRATCH_IN_RAM) -> tuple[Filesystem, ...]:
-    """Return how to mount `lower`, which is only read, as the root; `scratch` takes all writes."""
+def overlay_root(
+    lower: Mount, scratch: Mount = SCRATCH_IN_RAM, over: Sequence[str] = ()
+) -> tuple[Filesystem, ...]:
+    """Return how to mount `lower`, which is only read, as the root; `scratch` takes all writes.
+
+    `over` are directories that lie between the two, the uppermost first.
+    """
     # With redirect_dir a directory from below can be renamed; without, that is EXDEV.
     upper, work = f"{SCRATCH}/upper", f"{SCRATCH}/work"
-    layers = f"lowerdir={lower.target},upperdir={upper},workdir={work},redirect_dir=on"
+    below = ":".join([*over, lower.target])
+    layers = f"lowerdir={below},upperdir={upper},workdir={work},redirect_dir=on"
     return (
         lower,
         scratch,

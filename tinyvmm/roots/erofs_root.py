@@ -45,15 +45,15 @@ class RootDisks(NamedTuple):
     number: int
     """Of the image, among all disks."""
 
-    def mounts(self) -> Sequence[Filesystem]:
-        """Return how PID 1 mounts it."""
+    def mounts(self, over: Sequence[str] = ()) -> Sequence[Filesystem]:
+        """Return how PID 1 mounts it, with the directories `over` above what is read."""
         lower = Mount(f"/dev/{disk_name(self.number)}", "/lower", "erofs", abi.MS_RDONLY)
         scratch = SCRATCH_IN_RAM
         if self.upper is not None:
             scratch = Mount(
                 f"/dev/{disk_name(self.number + 1)}", SCRATCH, "ext4", data=_UPPER_OPTIONS
             )
-        return overlay_root(lower, scratch)
+        return overlay_root(lower, scratch, over)
 
 
 def check_shared(kernel: kernels.InstalledKernel) -> None:

@@ -44,14 +44,17 @@ class Shared(NamedTuple):
     """One of CACHES; None for mmap, or loose where it is read-only."""
 
 
-def root_mounts(cache: str | None, private_writes: str | None) -> Sequence[Filesystem]:
+def root_mounts(
+    cache: str | None, private_writes: str | None, over: Sequence[str] = ()
+) -> Sequence[Filesystem]:
     """How PID 1 mounts the root; ConfigError for a policy there is none of.
 
-    With `private_writes` "guest" the root is read-only, under an overlay in the guest's RAM.
+    With `private_writes` "guest" the root is read-only, under an overlay in the guest's RAM, and
+    the directories `over` lie between them.
     """
     options = v9fs_options(_known(cache or "loose", CACHES, "cache policy"))
     if _known(private_writes or "server", PRIVATE_WRITES, "place for private writes") == "guest":
-        return overlay_root(lower_9p(ROOT_TAG, options))
+        return overlay_root(lower_9p(ROOT_TAG, options), over=over)
     return (Mount(ROOT_TAG, NEW_ROOT, "9p", data=options),)
 
 

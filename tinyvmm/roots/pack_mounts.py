@@ -3,12 +3,13 @@
 An EROFS image is a disk, a zip a 9P tree. The guest mounts each read-only and puts an overlay over
 what a pack is at: packs above each other, the later over the earlier, and above all a layer in the
 guest's RAM that takes writes. At / the root is the lowest layer, and all that is written then is
-private; elsewhere a pack hides what the root has there, as a read tree's map does.
+private; but where the root is an overlay of the guest's anyway, packs at / are further layers of
+that. Elsewhere a pack hides what the root has there, as a read tree's map does.
 """
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -32,14 +33,17 @@ class PackMap(NamedTuple):
     pack: Pack
 
 
-def check(packs: Sequence[PackMap], writes: Sequence[tuple[str, str]]) -> None:
+def check(packs: Sequence[PackMap], writes: Sequence[tuple[str, str]], root_mode: str) -> None:
     """Raise ConfigError for a pack in the way of what the guest's writes are kept by."""
+    if root_mode == "erofs":
+        return  # one at / lies below what is written, and nothing else is kept apart
     for guest, pack in packs:
         for written, host in writes:
             if guest in {"/", written} or written.startswith(guest + "/"):
                 raise ConfigError(
                     f"--pack {guest}={pack.name}: what is written there stays in the guest's RAM, "
                     f"but --write {written}={host} is to keep it: leave one out"
+                    + (", or use --root-mode erofs" if guest == written == "/" else "")
                 )
 
 
@@ -77,15 +81,18 @@ def open_trees(packs: Sequence[PackMap], cleanup: ExitStack) -> list[tuple[str, 
     return trees
 
 
-def mounts(packs: Sequence[PackMap], first_disk: int) -> list[Filesystem]:
-    """How PID 1 mounts them, once the root is at NEW_ROOT; `first_disk` is the first's number."""
-    if not packs:
-        return []
-    steps: list[Filesystem] = [
-        Mkdir(_PLACE),
-        Mount("tmpfs", _WRITES, "tmpfs", data="size=50%,mode=0755"),
-    ]
-    layers: dict[str, list[str]] = {}
+class Layers(NamedTuple):
+    """The packs as PID 1 mounts them, before the root."""
+
+    mounts: Sequence[Filesystem]
+    at: Mapping[str, Sequence[str]]
+    """Where the packs are that the guest sees at a path, the uppermost first."""
+
+
+def layers(packs: Sequence[PackMap], first_disk: int) -> Layers:
+    """Return the mounts of `packs`, and what is to be where; `first_disk` is the first's number."""
+    steps: list[Filesystem] = [Mkdir(_PLACE)]
+    at: dict[str, list[str]] = {}
     disk = first_disk
     for number, (guest, pack) in enumerate(packs):
         target = f"{_PLACE}/{number}"
@@ -95,11 +102,17 @@ def mounts(packs: Sequence[PackMap], first_disk: int) -> list[Filesystem]:
         else:
             options = v9fs_options("loose")
             steps.append(Mount(_tag(number), target, "9p", abi.MS_RDONLY, options))
-        layers.setdefault(guest, []).insert(0, target)
-    for number, guest in enumerate(
-        sorted(layers, key=lambda path: path.count("/") - (path == "/"))
-    ):
-        steps += _overlay(guest, layers[guest], f"{_WRITES}/{number}")
+        at.setdefault(guest, []).insert(0, target)
+    return Layers(steps, at)
+
+
+def overlays(at: Mapping[str, Sequence[str]]) -> list[Filesystem]:
+    """How PID 1 lays packs over the root, once that is at NEW_ROOT."""
+    if not at:
+        return []
+    steps: list[Filesystem] = [Mount("tmpfs", _WRITES, "tmpfs", data="size=50%,mode=0755")]
+    for number, guest in enumerate(sorted(at, key=lambda path: path.count("/") - (path == "/"))):
+        steps += _overlay(guest, at[guest], f"{_WRITES}/{number}")
     return steps
 
 

@@ -39,6 +39,18 @@ TYPES = {
     7: stat.S_IFLNK,
 }
 
+# All of the tree $1 that programs can ask for: a line of each file; devices; attributes; contents.
+LIST = r"""
+cd "$1" || exit 1
+LC_ALL=C; export LC_ALL
+line='%P|%y|%m|%U|%G|%n|%T@|%l'
+find . -type d -printf "$line\n" -o -printf "$line|%s\n" | sort
+find . -type b -printf '%P ' -exec stat -c '%t:%T' {} \; -o -type c -printf '%P ' \
+    -exec stat -c '%t:%T' {} \; | sort
+find . -print0 | sort -z | xargs -0 getfattr -h -d -m - -e hex | sort
+find . -type f -print0 | sort -z | xargs -0 sha256sum
+"""
+
 
 class Entry(NamedTuple):
     """All that a file is, but its name."""

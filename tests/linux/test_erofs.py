@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.erofs_reader import make_torture_tree
+from tests.erofs_reader import LIST, make_torture_tree
 from tests.linux.conftest import MAIN, ROOT, Runner
 from tests.linux.test_instances import cli, do, ok, run, sh
 from tinyvmm.guest.modules import closure
@@ -17,17 +17,6 @@ from tinyvmm.roots.erofs_root import open_upper
 
 pytestmark = pytest.mark.linux
 
-# All of a tree that programs can ask for: a line of each file; devices; attributes; contents.
-LIST = r"""
-cd "$1" || exit 1
-LC_ALL=C; export LC_ALL
-line='%P|%y|%m|%U|%G|%n|%T@|%l'
-find . -type d -printf "$line\n" -o -printf "$line|%s\n" | sort
-find . -type b -printf '%P ' -exec stat -c '%t:%T' {} \; -o -type c -printf '%P ' \
-    -exec stat -c '%t:%T' {} \; | sort
-find . -print0 | sort -z | xargs -0 getfattr -h -d -m - -e hex | sort
-find . -type f -print0 | sort -z | xargs -0 sha256sum
-"""
 LISTS = f"""
 list() {{ ( {LIST} ) }}
 mkdir /mnt/image && mount -r -t erofs /dev/vda /mnt/image || exit 1

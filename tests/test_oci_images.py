@@ -1,5 +1,6 @@
 """Images from files into the store: names, configurations, what is kept and what goes."""
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -27,6 +28,7 @@ from tinyvmm.cli.table import size
 from tinyvmm.command.options import RunOptions
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci import store as store_module
+from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.oci.config import ImageConfig, combine, parse_config, parse_entrypoint
 from tinyvmm.images.oci.prepare import find_or_pull, prepare
 from tinyvmm.images.oci.pull import pull
@@ -356,6 +358,24 @@ def test_what_is_corrupted_is_refused_and_nothing_of_it_kept(
         path.unlink()
     with pytest.raises(ConfigError, match="No such file" if what == "missing" else "corrupted"):
         pull(name, store)
+    assert store.images() == []
+    assert os.listdir(f"{store.path}/layers") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, r"free some \(tinyvmm prune\), or set"), (errno.EROFS, "set XDG_DATA_HOME to")],
+)
+def test_what_cannot_be_stored_says_what_helps_and_leaves_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tree_writer.TreeWriter, "file", fails)
+    why = f"^image store {store.path}: {os.strerror(number)}; {remedy}"
+    with pytest.raises(ConfigError, match=why):
+        pull(hello(tmp_path / "lay"), store)
     assert store.images() == []
     assert os.listdir(f"{store.path}/layers") == []
 

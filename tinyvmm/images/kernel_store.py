@@ -13,6 +13,7 @@ from tinyvmm.images import kernels
 from tinyvmm.images.features import Files, embedded_config, note
 from tinyvmm.images.holding import is_held
 from tinyvmm.images.kernels import InstalledKernel, Progress, stored_kernel
+from tinyvmm.images.storing import storing
 from tinyvmm.kernel_files.kernel_image import kernel_version
 from tinyvmm.regular import regular
 
@@ -176,22 +177,18 @@ def _locked(store: str) -> Iterator[None]:
     import fcntl
     import shutil
 
-    try:
+    with storing("kernel", store, "free 0.5 GB, which a kernel with its modules takes"):
         os.makedirs(store, exist_ok=True)
         lock = os.open(os.path.join(store, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _store_error(store, error) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in os.listdir(store):
-            path = os.path.join(store, name)
-            if name.startswith(DRAFT_PREFIX) and os.path.isdir(path):
-                shutil.rmtree(path)
-        yield
-    except OSError as error:
-        raise _store_error(store, error) from None
-    finally:
-        os.close(lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name in os.listdir(store):
+                path = os.path.join(store, name)
+                if name.startswith(DRAFT_PREFIX) and os.path.isdir(path):
+                    shutil.rmtree(path)
+            yield
+        finally:
+            os.close(lock)
 
 
 def _store(draft: str, source: str) -> InstalledKernel:
@@ -263,13 +260,3 @@ def _unpacker(path: str) -> Callable[..., None] | None:
     if magic == debian.AR_MAGIC:
         return debian.unpack
     return rpm.unpack if magic.startswith(rpm.LEAD_MAGIC) else None
-
-
-def _store_error(store: str, error: OSError) -> ConfigError:
-    import errno
-
-    remedy = "set XDG_DATA_HOME to a directory you can write"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "a kernel with its modules takes 0.5 GB; free some, or set XDG_DATA_HOME elsewhere"
-    where = error.filename or store
-    return ConfigError(f"kernel store {where}: {error.strerror or error}; {remedy}")

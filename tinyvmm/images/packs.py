@@ -15,11 +15,12 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from errno import EDQUOT, ENOSPC, EOPNOTSUPP
+from errno import EOPNOTSUPP
 from typing import IO, Any, NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.written import Change
+from tinyvmm.images.storing import storing
 from tinyvmm.regular import regular
 
 KINDS = ("erofs", "zip")
@@ -258,7 +259,7 @@ def _install(name: str, fill: Callable[[str], str], source: str) -> Pack:
     """Have `fill` put a pack into a draft directory and say its kind; store it as `name`."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no name: give letters, digits, _ . and -, 64 at most")
-    with _store_named(), _draft(name) as draft:
+    with storing("pack", store_dir()), _draft(name) as draft:
         kind = fill(draft)
         path = os.path.join(draft, f"pack.{kind}")
         about = {
@@ -310,7 +311,7 @@ def _locked() -> Iterator[str]:
     from tinyvmm.images.holding import is_held
 
     store = store_dir()
-    with _store_named():
+    with storing("pack", store):
         os.makedirs(store, exist_ok=True)
         lock = os.open(os.path.join(store, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -322,19 +323,6 @@ def _locked() -> Iterator[str]:
             yield store
         finally:
             os.close(lock)
-
-
-@contextmanager
-def _store_named() -> Iterator[None]:
-    """Have an OSError be a ConfigError that says where, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "set XDG_DATA_HOME to a directory you can write"
-        if error.errno in {ENOSPC, EDQUOT}:
-            remedy = "make room there, or set XDG_DATA_HOME to a directory on another disk"
-        where = error.filename or store_dir()
-        raise ConfigError(f"pack store {where}: {error.strerror or error}; {remedy}") from None
 
 
 def _digest(path: str) -> str:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from errno import EDQUOT, ENOSPC
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.oci import reference, spec
@@ -21,6 +20,7 @@ from tinyvmm.images.oci.store import Image, Store
 from tinyvmm.images.oci.tree_writer import LayerError
 from tinyvmm.images.oci.unpack import LAYER_MAX, open_compressed, unpack
 from tinyvmm.images.progress import Progress
+from tinyvmm.images.storing import storing
 
 INDEX_DEPTH = 4  # indexes in indexes
 
@@ -34,13 +34,12 @@ def pull(
     cannot be had. Main thread: an interrupt breaks it off.
     """
     wanted = reference.parse(text)
-    with store.shared(), _source(wanted, insecure=insecure) as source:
+    named = storing("image", store.path, "free some (tinyvmm prune)")
+    with store.shared(), _source(wanted, insecure=insecure) as source, named:
         try:
             return _Pull(source, store, str(wanted), progress).run()
         except ConfigError as error:
             raise ConfigError(f"image {wanted}: {error}") from None
-        except OSError as error:
-            raise _store_error(store, error) from None
 
 
 @contextmanager
@@ -176,10 +175,3 @@ class _Pull:
             self._done += count
             if self._progress is not None:
                 self._progress(self._what, self._done, self._total)
-
-
-def _store_error(store: Store, error: OSError) -> ConfigError:
-    remedy: str = "set XDG_DATA_HOME to a directory you can write"
-    if error.errno in {ENOSPC, EDQUOT}:
-        remedy = "free some, or set XDG_DATA_HOME elsewhere"
-    return ConfigError(f"image store {store.path}: {error.strerror or error}; {remedy}")

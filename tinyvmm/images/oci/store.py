@@ -26,6 +26,7 @@ from tinyvmm.fileserver.removal import remove_whole
 from tinyvmm.images.holding import hold, is_held
 from tinyvmm.images.oci import reference
 from tinyvmm.images.oci.tree_writer import OPAQUE_XATTR
+from tinyvmm.images.storing import storing
 
 ID_PREFIX_MIN = 4  # hexadecimal digits that may stand for an image
 _DRAFT = ".draft-"
@@ -65,16 +66,11 @@ class Store:
 
     @contextmanager
     def _locked(self, how: int) -> Iterator[None]:
-        try:
+        with storing("image", self.path):
             os.makedirs(self.path, mode=0o700, exist_ok=True)
             for name in ("blobs", "layers", "partial"):
                 os.makedirs(self._file(name), mode=0o700, exist_ok=True)
             fd = os.open(self._file("lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"image store {self.path}: {error.strerror}; "
-                "set XDG_DATA_HOME to a directory you can write"
-            ) from None
         try:
             fcntl.flock(fd, how)
             yield

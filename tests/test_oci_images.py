@@ -21,12 +21,14 @@ from pathlib import Path
 import pytest
 
 from tests.oci import Layer, directory, entry, image, layer, tar_of, trees
-from tests.test_oci_unpack import names, seen, union
+from tests.test_oci_unpack import names, put, seen, union
 from tinyvmm.cli import instance
 from tinyvmm.cli.main import main
 from tinyvmm.cli.table import size
 from tinyvmm.command.options import RunOptions
 from tinyvmm.errors import ConfigError
+from tinyvmm.fileserver.written import list_changes
+from tinyvmm.images.layer import write_layer
 from tinyvmm.images.oci import store as store_module
 from tinyvmm.images.oci import tree_writer
 from tinyvmm.images.oci.config import ImageConfig, combine, parse_config, parse_entrypoint
@@ -241,6 +243,32 @@ def test_what_skopeo_and_umoci_write_is_read(tmp_path: Path, store: Store) -> No
     assert (low / "hello").exists()
     assert (high / "new").read_bytes() == b"new"
     assert (high / "hello").is_char_device()  # a whiteout
+
+
+def test_a_layer_that_commit_made_is_one_to_umoci_and_to_us(tmp_path: Path, store: Store) -> None:
+    lay, wrote, made = tmp_path / "lay", tmp_path / "wrote", tmp_path / "layer.tar"
+    image(lay, layer(entry("kept", b"old"), entry("gone"), entry("d/below"), entry("e/below")))
+    [below] = trees(store, pull(f"oci:{lay}:v1", store))
+    wrote.mkdir()
+    put(
+        wrote,
+        *(entry("kept", b"new"), entry(".wh.gone"), entry("d/.wh..wh..opq"), entry("d/own")),
+        entry("e/own"),
+    )
+    write_layer(list_changes([("/", str(below))], [("/", str(wrote))]), str(made), print)
+    subprocess.run(["umoci", "raw", "add-layer", "--image", f"{lay}:v1", str(made)], check=True)
+    bundle = tmp_path / "bundle"
+    unpacking = ["umoci", "unpack", "--rootless", "--image", f"{lay}:v1", str(bundle)]
+    subprocess.run(unpacking, check=True, capture_output=True)
+    root = bundle / "rootfs"
+    expected = {"kept", "d", "d/own", "e", "e/below", "e/own"}
+    assert {str(path.relative_to(root)) for path in root.rglob("*")} == expected
+    assert (root / "kept").read_bytes() == b"new"
+    with union(*trees(store, pull(f"oci:{lay}:v1", store))) as tree:
+        assert set(names(tree)) == {b"kept", b"d", b"e"}
+        assert set(names(tree, "d")) == {b"own"}
+        assert set(names(tree, "e")) == {b"own", b"below"}
+        assert seen(tree, "kept").st_size == 3
 
 
 def test_podmans_storage_is_read_through_skopeo(tmp_path: Path, store: Store) -> None:

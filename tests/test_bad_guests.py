@@ -37,7 +37,7 @@ MEMORY_MAX = 1 << 20  # bytes that no request makes a device take at once: as mu
 LEAK_MAX = 16 << 10
 MORE = int(os.environ.get("BAD_GUESTS", "1"))
 FIGHT_ROUNDS = 600 * MORE
-FIGHT_ENDS = 120.0 * MORE  # seconds: far more than it takes, to tell a deadlock
+FIGHT_ENDS = 400.0 * MORE  # seconds: far more than it takes, to tell a deadlock
 
 WIDTHS = (1, 2, 4, 8)
 VALUES = (

@@ -271,7 +271,7 @@ def test_what_a_device_raises_when_the_guest_asks_ends_the_run_with_one_line(
         machine.boot_real_mode(bytes.fromhex("ba 00 05  ec  ee  f4"))  # in al, dx; out dx, al
         machine.start()
         with pytest.raises(ConfigError, match=f"^--device {HERE}:Wrong,how={how}: {words}$"):
-            machine.wait(20)
+            machine.wait(60)
 
 
 class Chain(VirtioDevice):
@@ -318,7 +318,7 @@ def test_a_guest_reads_a_device_of_the_users_own() -> None:
         own_device.add(own_device.load("examples.dice_port:Dice,sides=200,seed=5"), machine)
         machine.boot_real_mode(guest)
         machine.start()
-        assert machine.wait(20) == StopCause.HALT
+        assert machine.wait(60) == StopCause.HALT
         thrown = machine.memory.read(0x2000, 2)
     from examples.dice_port import Dice
 

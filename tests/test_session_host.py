@@ -174,7 +174,7 @@ def test_no_record_of_a_guest_can_make_a_session_fail(kind: int, value: int) -> 
 
 def test_a_pipe_takes_output_at_once_until_the_session_has_ended(host: Host) -> None:
     def guest(g: Guest) -> None:
-        assert g.stdout.listened.wait(20)
+        assert g.stdout.listened.wait(60)
         send = g.stdout.passed_to
         assert send is not None
         assert send([memoryview(b"at "), memoryview(b"once")]) == 7
@@ -192,8 +192,8 @@ def test_what_is_no_pipe_and_a_function_get_output_from_a_thread(
     said: list[bytes] = []
 
     def guest(g: Guest) -> None:
-        assert g.stdout.listened.wait(20)
-        assert g.stderr.listened.wait(20)
+        assert g.stdout.listened.wait(60)
+        assert g.stderr.listened.wait(60)
         assert g.stdout.passed_to is g.stderr.passed_to is None
         g.stdout.send(b"a file")
         g.stderr.send(b"a function")

@@ -493,8 +493,20 @@ def test_what_a_stored_kernel_can_do_is_looked_up_once(tmp_path: Path) -> None:
     assert stored.modules
     (Path(stored.modules) / "modules.dep").write_text("")
     assert kernels.able(stored) == before
-    (Path(stored.vmlinuz).parent / "features").write_text("+of another version\n")
+    noted = Path(stored.vmlinuz).parent / "features"
+    noted.write_text("+of another version\n")
     assert kernels.able(stored)["9p"] is False
+    assert "-9p\n" in noted.read_text(), "what is found then is written down again"
+    noted.unlink()
+    assert kernels.able(stored)["9p"] is False
+    assert noted.exists()
+
+
+def test_beside_a_kernel_of_somebody_elses_nothing_is_written_down(tmp_path: Path) -> None:
+    path = make_boot(tmp_path)
+    before = set(path.parent.iterdir())
+    assert kernels.able(kernels.look_up(str(path)))["9p"] is not None
+    assert set(path.parent.iterdir()) == before
 
 
 def test_several_packages_can_make_one_kernel(tmp_path: Path) -> None:

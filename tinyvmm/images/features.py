@@ -4,11 +4,12 @@
     config                          what it was built with: beside it, or inside (CONFIG_IKCONFIG)
 
 Where there is neither, nothing is known, and the kernel has the benefit of the doubt. In the store
-the answers stand in a file of their own, written when the kernel is put in: a line each, `+`, `-`
-or `?` and the feature's name.
+the answers stand in a file of their own, written when the kernel is put in, or when somebody asks
+and it is not there: a line each, `+`, `-` or `?` and the feature's name.
 """
 
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 FEATURES = {
@@ -42,10 +43,20 @@ class Files(NamedTuple):
     modules: str | None
 
 
-def features(kernel: Files) -> Features:
-    """Return which of FEATURES a kernel has, None for what cannot be told."""
-    directory = os.path.dirname(kernel.vmlinuz)
-    return _noted(directory) or look(kernel)
+def features(kernel: Files, *, stored: bool) -> Features:
+    """Return which of FEATURES a kernel has, None for what cannot be told.
+
+    Of one that is `stored` it is written down, should it not be: every run asks several times, and
+    to look takes long, in the lab a second.
+    """
+    found = _noted(os.path.dirname(kernel.vmlinuz))
+    if found is not None:
+        return found
+    found = look(kernel)
+    if stored:
+        with suppress(OSError):  # the next one looks again
+            _write(kernel, found)
+    return found
 
 
 def look(kernel: Files) -> Features:
@@ -66,8 +77,12 @@ def look(kernel: Files) -> Features:
 
 def note(kernel: Files) -> None:
     """Write down what the kernel's files tell, beside it; OSError if that fails."""
+    _write(kernel, look(kernel))
+
+
+def _write(kernel: Files, found: Features) -> None:
     marks = {has: mark for mark, has in _MARKS.items()}
-    lines = [f"{marks[has]}{feature}\n" for feature, has in look(kernel).items()]
+    lines = [f"{marks[has]}{feature}\n" for feature, has in found.items()]
     path = os.path.join(os.path.dirname(kernel.vmlinuz), FILE)
     with open(path, "w", encoding="ascii") as file:
         file.writelines(lines)

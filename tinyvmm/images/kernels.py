@@ -130,7 +130,8 @@ def list_() -> list[InstalledKernel]:
 
 def able(kernel: InstalledKernel) -> Features:
     """Return what a kernel can do: which of FEATURES it has, None for what cannot be told."""
-    return features(Files(kernel.version, kernel.vmlinuz, kernel.modules))
+    stored = os.path.dirname(os.path.dirname(kernel.vmlinuz)) == store_dir()
+    return features(Files(kernel.version, kernel.vmlinuz, kernel.modules), stored=stored)
 
 
 def size(kernel: InstalledKernel) -> int:

@@ -115,14 +115,16 @@ def test_the_command_line_says_so_too(
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", ["read-only", "bogus=1", "rw,x", "ephemeral=1"])
+@pytest.mark.parametrize("more", ["read-only", "bogus=1", "ephemeral=1", "a b"])
 def test_an_option_that_is_none_is_told_from_a_name_with_a_comma(
     image: Path, tmp_path: Path, more: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"disk {image}: '{more}' is no option; there are ro, "):
         open_disk(parse_disk(f"{image},{more}"))
-    with pytest.raises(ConfigError, match=f"'{more}' is no option"):
-        open_disk(parse_disk(f"{image},{more},ro"))
+    for words in (f"{more},ro", f"ro,{more}", f"overlay={tmp_path}/delta,{more}"):
+        with pytest.raises(ConfigError, match=f"disk {image}: '{more}' is no option"):
+            open_disk(parse_disk(f"{image},{words}"))
+    assert os.listdir(tmp_path) == ["disk.img"]
     (tmp_path / f"disk.img,{more}").write_bytes(bytes(512))
     open_disk(parse_disk(f"{image},{more}")).close()
 

@@ -69,13 +69,13 @@ def _is_same(one: str, other: str) -> bool:
 
 
 def _check_path(path: str) -> None:
-    """Raise ConfigError for a comma that seems to begin an option, of which there is none such."""
-    at = path.rfind("/") + 1
-    while not os.path.exists(path) and (at := path.find(",", at) + 1):
-        if os.path.isfile(path[: at - 1]):
+    """Raise ConfigError for a last comma that seems to begin an option, of which there is none."""
+    at = -1
+    while not os.path.exists(path) and (at := path.find(",", at + 1)) >= 0:
+        if os.path.isfile(path[:at]):
             raise ConfigError(
-                f"disk {path[: at - 1]}: {path[at:]!r} is no option; there are ro, ephemeral, "
-                "overlay=FILE, format=raw|qcow2, serial=ID and queues=N"
+                f"disk {path[:at]}: {path.rpartition(',')[2]!r} is no option; there are ro, "
+                "ephemeral, overlay=FILE, format=raw|qcow2, serial=ID and queues=N"
             )
 
 

@@ -65,7 +65,7 @@ linux: $(BIN)/pytest
 bench: $(BIN)/pytest
 	$(BIN)/python -m bench
 
-# Every name of /usr in an EROFS image: compared, and checked by fsck.erofs.
+# Every name of /usr in an EROFS image: compared, here and in a guest, and checked by fsck.erofs.
 erofs-usr: $(BIN)/pytest
 	$(BIN)/python -m tests.erofs_usr
 

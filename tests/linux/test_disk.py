@@ -37,6 +37,10 @@ ask vdb_ro /sys/block/vdb/ro
 ask vdb_serial /sys/block/vdb/serial
 set -- /sys/block/vda/mq/*; echo queues=$#
 copy() { dd "$@" 2> /dev/null; }
+taskset -c 1 dd if=/dev/vda of=/dev/null bs=4k count=9 iflag=direct 2> /dev/null
+while read -r _ first second name; do  # only /dev/vda has a second queue
+    case $name in *-req.1) echo second=$((first + second)) ;; esac
+done < /proc/interrupts
 echo vdb=$(md5sum < /dev/vdb)
 copy if=/dev/zero of=/dev/vdb bs=512 count=1; echo vdb_write=$?
 copy if=/dev/urandom of=/tmp/data bs=512 count=999
@@ -90,6 +94,7 @@ def test_linux_uses_every_kind_of_disk(guest: Runner) -> None:
     assert found["sectors"] == str(24 * MIB // 512)
     assert found["serial"] == "the first"
     assert found["queues"] == "2"
+    assert int(found["second"]) >= 9, "requests of the second processor go by its own queue"
     assert int(found["discard"]) > 0
     assert int(found["zeroes"]) > 0
     assert found["cache"] == "write back"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvmm.guest.calls import build_calls
-from tinyvmm.instances.control import ControlServer
+from tinyvmm.instances.control_server import ControlServer
 from tinyvmm.instances.registry import Instance, State
 
 
@@ -44,7 +44,7 @@ class MachineHere:
         self.directory = directory
         self.instance = Instance(State("web", os.getpid(), ["x"], 1, 1, 1.0))
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._server = ControlServer(self.instance.file("control"), self.methods())
+        self._server = ControlServer(self.instance.file("control"), self.methods)
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         return {"status": self.status, "calls": self.calls, "exec_wait": self.exec_wait}

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinyvmm.methods.supervisor import Supervisor
+from tinyvmm.methods.supervised import Supervised
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- methods: python -m tests.control_docs -->\n", "<!-- end of methods -->"
@@ -18,7 +18,7 @@ Schema = dict[str, Any]
 
 def described() -> Schema:
     """Every method and notification of a machine."""
-    return Supervisor("").discover()
+    return Supervised("").supervisor().discover()
 
 
 def schema_text() -> str:

@@ -20,7 +20,7 @@ import pytest
 
 from tinyvmm import vm, vm_guest
 from tinyvmm.command.options import RunOptions
-from tinyvmm.methods.supervisor import Context, Supervisor
+from tinyvmm.methods.supervised import Context, Supervised
 from tinyvmm.session import HostFiles, Result
 
 
@@ -102,7 +102,7 @@ class LocalGuests:
         self,
         options: RunOptions,
         warn: Callable[[str], None],
-        supervisor: Supervisor | None = None,
+        supervised: Supervised | None = None,
         sinks: Any = None,
         *,
         files: HostFiles | None = None,
@@ -111,13 +111,13 @@ class LocalGuests:
         del warn, sinks, files
         if self.failure is not None:
             raise self.failure
-        assert supervisor is not None
+        assert supervised is not None
         session, executor = LocalSession(), LocalExecutor()
         self.options.append(options)
         self.sessions.append(session)
         self.executors.append(executor)
         tree: Any = options.root
-        supervisor.begin(Context(options.env, options.cwd, tree, lambda _: ()))
+        supervised.begin(Context(options.env, options.cwd, tree, lambda _: ()))
         on_session(session)
         host: Any = SimpleNamespace(close=lambda: None)
         attached: tuple[Any, ...] = (
@@ -127,10 +127,10 @@ class LocalGuests:
             lambda: b"booted\n",
             (Running(), host),
         )
-        supervisor.attach(*attached)
+        supervised.attach(*attached)
         session.on_started(1)
         session.over.wait()
-        supervisor.detach()
+        supervised.detach()
         executor.close()
         return session.result
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances import registry
 from tinyvmm.instances.attach import DetachKeys, parse_keys
-from tinyvmm.instances.control import ControlServer
+from tinyvmm.instances.control_server import ControlServer
 from tinyvmm.instances.output_log import OutputLog
 from tinyvmm.instances.registry import Instance, State
 
@@ -83,7 +83,7 @@ class Attachable:
         self.stdin = b""
         self.sizes: list[tuple[int, int]] = []
         self.server = ControlServer(
-            self.instance.file("control"), {"stdin": self.take, "resize": self.resize}
+            self.instance.file("control"), lambda: {"stdin": self.take, "resize": self.resize}
         )
 
     def take(self, *, data: str = "", eof: bool = False) -> None:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from tests.waiting import wait_for
 from tinyvmm.errors import ConfigError
 from tinyvmm.instances import control
-from tinyvmm.instances.control import ControlClient, ControlServer
+from tinyvmm.instances.control import ControlClient
 from tinyvmm.instances.control_schema import limits
+from tinyvmm.instances.control_server import CLIENTS_MAX, ControlServer
 
 
 class Served:
@@ -33,7 +34,7 @@ class Served:
         self.left: list[control.Client] = []
         self.server = ControlServer(
             self.path,
-            {
+            lambda: {
                 "add": self.add,
                 "refuse": self.refuse,
                 "wait": self.wait,
@@ -303,7 +304,7 @@ def test_a_line_without_an_end_costs_its_client_the_connection(served: Served) -
 
 
 def test_more_clients_than_there_may_be_are_turned_away_until_some_leave(served: Served) -> None:
-    held = [served.connect() for _ in range(control.CLIENTS_MAX)]
+    held = [served.connect() for _ in range(CLIENTS_MAX)]
     for sock in held:
         sock.sendall(request("add", a=1) + b"\n")
         assert sock.recv(100)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.control_docs import DOCS, described, page, schema_text
 from tinyvmm.instances.control_schema import check, limits, params_of, problem_of, schema_of
-from tinyvmm.methods.supervisor import Supervisor
+from tinyvmm.methods.supervised import Supervised
 
 
 class Point(TypedDict):
@@ -76,7 +76,7 @@ def test_every_method_says_what_it_takes_and_gives() -> None:
     for name, method in described()["methods"].items():
         assert method["summary"], name
         assert method["params"]["additionalProperties"] is False
-    assert set(described()["methods"]) == set(Supervisor("").methods())
+    assert set(described()["methods"]) == set(Supervised("").methods())
 
 
 def test_the_documents_are_the_methods() -> None:

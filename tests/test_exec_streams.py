@@ -22,10 +22,11 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.guest.execution import Execution
 from tinyvmm.guest.init import search_path
 from tinyvmm.instances import control
-from tinyvmm.instances.control import Client, ControlClient, ControlServer, remote
+from tinyvmm.instances.control import Client, ControlClient, remote
 from tinyvmm.instances.control_schema import check
-from tinyvmm.methods.exec_streams import ExecStreams
-from tinyvmm.methods.supervisor import Supervisor, _Turn, _Way
+from tinyvmm.instances.control_server import ControlServer
+from tinyvmm.methods.supervised import Supervised, Turn, Way
+from tinyvmm.methods.supervisor import Supervisor
 from tinyvmm.vsock_host import HostStream, VsockHost
 
 PATH = os.environ["PATH"]
@@ -131,15 +132,16 @@ class Machine(Supervisor):
     """A supervisor whose programs are made for this computer."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(str(directory / "vsock"))
-        self.host = VsockHost(self.vsock_path)
+        run = Supervised(str(directory / "vsock"))
+        super().__init__(run)
+        self.host = VsockHost(run.vsock_path)
         self.guest = Guest(directory, self.host)
-        self.streams = ExecStreams(self.host)
-        way = _Way(None, self.host, self.streams)  # type: ignore[arg-type]
-        self._turn = _Turn(None, None, self.guest, bytes, way)  # type: ignore[arg-type]
-        self.server = ControlServer(str(directory / "control"), {**self.methods(), "big": self.big})
+        self.way = Way(None, self.host)  # type: ignore[arg-type]
+        run.turn = Turn(None, None, self.guest, bytes, self.way)  # type: ignore[arg-type]
+        methods = {**self.methods(), "big": self.big}
+        self.server = ControlServer(str(directory / "control"), lambda: methods)
 
-    def _vsock_modules(self, way: _Way) -> tuple[()]:
+    def _vsock_modules(self, way: Way) -> tuple[()]:
         return ()
 
     def _execution(self, argv: Any, port: int, env: Any, *_more: Any) -> Execution:
@@ -156,7 +158,7 @@ class Machine(Supervisor):
             pass
 
     def close(self) -> None:
-        self.streams.close()
+        self.way.close()
         self.server.close()
         self.guest.close()
         self.host.close()
@@ -280,7 +282,7 @@ def test_a_client_that_does_not_read_holds_up_only_its_commands(
         out, _, status = slow.finish("much")
         assert (len(out), out.strip(b"\0"), status) == (9_000_000, b"", 0)
     assert done.exists()
-    assert machine.streams
+    assert machine.way.streams
 
 
 def test_what_there_is_no_room_for_is_told_later(ask: Asker) -> None:
@@ -301,7 +303,7 @@ def test_a_command_outlives_its_client(machine: Machine, tmp_path: Path) -> None
             client.listen()
     machine.guest.processes[0].wait(30)
     assert done.read_text() == "yes\n"
-    wait_for(lambda: not machine.streams._commands)
+    wait_for(lambda: not machine.way.streams._commands)
 
 
 def test_with_neither_stream_nor_port_nobody_hears_it(
@@ -330,7 +332,7 @@ def test_the_end_of_the_machine_is_told(machine: Machine, ask: Asker) -> None:
     ask.call("exec", argv=["sh", "-c", "echo up; sleep 100"], stream="a")
     while "a" not in ask.said:
         ask.listen()
-    machine.streams.close()
+    machine.way.streams.close()
     assert ask.finish("a")[2] == 255
     assert ask.ends["a"][1] == "the machine ended before the command did"
     with pytest.raises(ConfigError, match="the machine has ended"):

@@ -12,7 +12,7 @@ from tests.fuzz import control_client, ninep_session, virtio_device
 from tinyvmm.devices.virtio.queue import Virtqueue
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.fileserver import host, hostfile
-from tinyvmm.methods.supervisor import Supervisor
+from tinyvmm.methods.supervised import Supervised
 
 HERE = Path(__file__).parent / "fuzz"
 
@@ -135,7 +135,7 @@ def test_ram_written_where_it_was_not_given_would_be_noticed(
 def test_a_bug_of_a_method_and_an_answer_that_is_not_as_described_would_be_noticed(
     socket_place: control_client.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = sorted(Supervisor("").methods())
+    names = sorted(Supervised("").methods())
     ask_status = bytes([64 + (names.index("status") - 64) % len(names), 0])
     control_client.play(ask_status, socket_place)
     with monkeypatch.context() as broken:

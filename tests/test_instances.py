@@ -20,8 +20,9 @@ import pytest
 
 from tinyvmm.cli.main import main
 from tinyvmm.errors import ConfigError
-from tinyvmm.instances import registry
-from tinyvmm.instances.control import ControlClient, ControlServer
+from tinyvmm.instances import control, registry
+from tinyvmm.instances.control import ControlClient
+from tinyvmm.instances.control_server import ControlServer
 from tinyvmm.instances.registry import Instance, State
 
 
@@ -273,11 +274,11 @@ def test_a_machine_that_is_gone_as_soon_as_it_ends_has_been_stopped(
     how_to_end = refuse if how == "by itself" else end
     methods = {"stop": how_to_end, "kill": how_to_end}
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(ControlServer, "check", lambda *_: None)
+    monkey.setattr(control, "check", lambda *_: None)
     servers: list[ControlServer] = []
     starter = threading.Timer(
         0.2 if how == "late" else 0.0,
-        lambda: servers.append(ControlServer(instance.file("control"), methods)),
+        lambda: servers.append(ControlServer(instance.file("control"), lambda: methods)),
     )
     starter.start()
     if how != "late":
@@ -341,7 +342,7 @@ def test_other_users_have_machines_of_their_own(
     base = top / "tinyvmm"
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(top))
     instance = Instance(state("web"))
-    server = ControlServer(instance.file("control"), {"status": lambda: "status of root's"})
+    server = ControlServer(instance.file("control"), lambda: {"status": lambda: "status of root's"})
     theirs = base.parent / "theirs"
     theirs.mkdir()
     os.chown(theirs, NOBODY, NOBODY)

@@ -20,11 +20,12 @@ from tinyvmm.devices.virtio.vsock import VirtioVsock
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.protocol import ENDED, ENDED_STATUS, EXECUTED, SIGNAL, STARTED, WINSIZE
 from tinyvmm.inside.executor import Executor
-from tinyvmm.instances.control import ControlClient, ControlServer
+from tinyvmm.instances.control import ControlClient
 from tinyvmm.instances.control_schema import check
+from tinyvmm.instances.control_server import ControlServer
 from tinyvmm.instances.exec_client import FIRST_PORT
 from tinyvmm.machine import Machine
-from tinyvmm.methods.supervisor import Context, Supervisor
+from tinyvmm.methods.supervised import Context, Supervised
 from tinyvmm.session import Result
 from tinyvmm.vsock_host import VsockHost
 
@@ -64,10 +65,10 @@ class Run:
         machine.add_virtio(vsock)
         machine.boot_real_mode(CODE)
         self.session = Session()
-        self.supervisor = Supervisor(self.vsock_host.path, keep_stdin=True)
+        self.supervised = Supervised(self.vsock_host.path, keep_stdin=True)
         self.executor = Executor(self.session.send)
-        self.server = ControlServer(self.path, self.supervisor.methods())
-        self.supervisor.attach(
+        self.server = ControlServer(self.path, self.supervised.methods)
+        self.supervised.attach(
             machine,
             self.session,  # type: ignore[arg-type]
             self.executor,
@@ -77,13 +78,13 @@ class Run:
         machine.start()
 
     def close(self) -> None:
-        self.supervisor.detach()
-        self.supervisor.end(Result(0, "exited"))
+        self.supervised.detach()
+        self.supervised.end(Result(0, "exited"))
         self.server.close()
         self.machine.close()
         self.vsock_host.close()
-        if self.supervisor.stdin is not None:
-            os.close(self.supervisor.stdin)
+        if self.supervised.stdin is not None:
+            os.close(self.supervised.stdin)
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_what_a_slow_reader_misses_is_counted_and_the_guest_goes_on(run: Run, as
 
     with Asker(run.path) as slow:
         slow.call("trace", kinds=["port"])
-        (watcher,) = run.supervisor._watching._traces.values()
+        (watcher,) = run.supervised.supervisor()._watching._traces.values()
         wait_for(lambda: watcher._lost > 0)
         before = counter()
         wait_for(lambda: counter() != before)
@@ -285,11 +286,11 @@ def test_a_command_that_reads_nothing_holds_up_neither_its_writers_connection_no
     for _ in range(5):
         ask._sock.sendall(b'{"jsonrpc": "2.0", "id": "status", "method": "status"}\n')
     assert sorted(ask._receive()["id"] for _ in range(6)) == ["in0", *["status"] * 5]
-    run.supervisor.end(Result(0, "exited"))  # which closes the pipe
+    run.supervised.end(Result(0, "exited"))  # which closes the pipe
 
 
 def test_stopping_asks_first_and_then_ends(run: Run, ask: Asker) -> None:
-    run.session.on_end = run.supervisor.end
+    run.session.on_end = run.supervised.end
     assert ask.call("wait", timeout=0.01) is None
     assert ask.call("stop", time=0.05) == {"status": 137, "message": None}
     assert run.session.sent == [(SIGNAL, 15)]
@@ -298,15 +299,15 @@ def test_stopping_asks_first_and_then_ends(run: Run, ask: Asker) -> None:
 
 
 def test_a_machine_that_starts_or_is_just_ending_is_killed_too(run: Run, ask: Asker) -> None:
-    turn = run.supervisor._turn
-    run.supervisor._turn = None
+    turn = run.supervised.turn
+    run.supervised.turn = None
     with pytest.raises(ConfigError, match="the machine does not run"):
         ask.call("kill", signal="HUP")
     ask.call("kill")
     assert run.session.ended == []
     assert turn is not None
     assert turn.way is not None
-    run.supervisor.attach(*turn[:4], (turn.way.vsock, turn.way.host))
+    run.supervised.attach(*turn[:4], (turn.way.vsock, turn.way.host))
     assert run.session.ended == [Result(137, "signal")]
 
 
@@ -334,7 +335,7 @@ def test_the_end_of_any_program_removes_what_a_killed_client_left(
         threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
 
     monkeypatch.setattr(run.executor, "_send", answer)
-    run.supervisor.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
+    run.supervised.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
     run.executor.on_record(STARTED, 2)
     left = Path(f"{run.vsock_host.path}_{FIRST_PORT}")
     assert ask.call(method, **params)["pid"] == 70
@@ -353,25 +354,25 @@ def test_what_is_asked_while_the_machine_reboots_is_asked_of_one_machine(
         threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
 
     monkeypatch.setattr(run.executor, "_send", answer)
-    run.supervisor.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
+    run.supervised.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
     run.executor.on_record(STARTED, 2)
-    before = run.supervisor._now()
+    before = run.supervised.now()
     assert before.way is not None
     vsock = before.way.vsock, before.way.host
     used: list[object] = []
 
     def reboot() -> Any:
         """Give the machine of now, and have another one from then on."""
-        turn = run.supervisor._turn
-        run.supervisor.attach(run.machine, before.session, Executor(run.session.send), bytes, vsock)
-        after = run.supervisor._turn
+        turn = run.supervised.turn
+        run.supervised.attach(run.machine, before.session, Executor(run.session.send), bytes, vsock)
+        after = run.supervised.turn
         assert after is not None
         assert after.way is not None
         monkeypatch.setattr(after.way.streams, "open", used.append)
         monkeypatch.setattr(after.way.streams, "ended", used.append)
         return turn
 
-    monkeypatch.setattr(run.supervisor, "_now", reboot)
+    monkeypatch.setattr(run.supervised, "now", reboot)
     assert ask.call("exec", argv=["true"])["pid"] == 70
     run.executor.on_record(ENDED, 70)
     run.executor.on_record(ENDED_STATUS, 0)

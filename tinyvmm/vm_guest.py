@@ -16,7 +16,7 @@ from tinyvmm.command.options import GUEST_CID
 from tinyvmm.command.run import run_command
 from tinyvmm.errors import ConfigError, MachineError
 from tinyvmm.instances import exec_client
-from tinyvmm.methods.supervisor import Supervisor
+from tinyvmm.methods.supervised import Supervised
 from tinyvmm.process import Task
 from tinyvmm.process_streams import Ends
 from tinyvmm.scratch import ScratchDirectory
@@ -142,15 +142,14 @@ class Guest:
             options = run_options(given, cleanup)
             directory = ScratchDirectory(_socket_place())
             cleanup.callback(directory.close)
-            self.supervisor = Supervisor(os.path.join(directory.path, "vsock"))
-            self._methods = self.supervisor.methods()
-            options = options._replace(vsock=(self.supervisor.vsock_path, GUEST_CID))
+            self.supervised = Supervised(os.path.join(directory.path, "vsock"))
+            options = options._replace(vsock=(self.supervised.vsock_path, GUEST_CID))
             kept = cleanup.pop_all()
 
-        supervisor = self.supervisor
+        supervised = self.supervised
 
         def launch(take: Callable[[Session], None]) -> Result:
-            return run_command(options, _log.warning, supervisor, files=_NOBODY, on_session=take)
+            return run_command(options, _log.warning, supervised, files=_NOBODY, on_session=take)
 
         self.task = Task(launch, kept.close, "machine")
 
@@ -177,7 +176,7 @@ class Guest:
     def board(self) -> "Board":
         """The board of now."""
         try:
-            return self.supervisor.machine
+            return self.supervised.machine
         except ConfigError:
             raise MachineError(self._end()) from None
 
@@ -195,13 +194,13 @@ class Guest:
     def console(self) -> str:
         """Return the last that the kernel printed."""
         try:
-            return self.supervisor.console()
+            return self.supervised.now().console().decode(errors="replace")
         except ConfigError:
-            return self.supervisor.last_console.decode(errors="replace")
+            return self.supervised.last_console.decode(errors="replace")
 
     def call(self, method: str, **params: Any) -> Any:
         """Call a control method: so this is an exec_client.Caller."""
-        return self._methods[method](**params)
+        return self.supervised.supervisor().call(method, **params)
 
     def execute(
         self,
@@ -236,7 +235,7 @@ class Guest:
 
     def close(self) -> None:
         """End it and wait until nothing is left."""
-        self.supervisor.shut(_CLOSED)
+        self.supervised.shut(_CLOSED)
         self.task.kill(_CLOSED)
         self.task.join()
 

@@ -22,11 +22,10 @@ from tinyvmm.bus import Bus
 from tinyvmm.devices.rtc import Rtc
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.instances import control
-from tinyvmm.instances.control import ControlServer
 from tinyvmm.instances.control_schema import check
+from tinyvmm.instances.control_server import ControlServer
 from tinyvmm.memory import GuestMemory
-from tinyvmm.methods.exec_streams import ExecStreams
-from tinyvmm.methods.supervisor import Context, Supervisor, _Turn, _Way
+from tinyvmm.methods.supervised import Context, Supervised, Turn, Way
 from tinyvmm.session import Result
 
 STEPS_MAX = 40
@@ -69,32 +68,31 @@ class Place:
     def __init__(self, directory: str) -> None:
         self.path = os.path.join(directory, f"control{os.getpid()}")
         self.memory = GuestMemory(1 << 20)
-        self.server = ControlServer(self.path, {})
+        self.server = ControlServer(self.path, dict)
 
     def close(self) -> None:
         """Take it away."""
         self.server.close()
         self.memory.close()
 
-    def supervisor(self) -> tuple[Supervisor, ExecStreams]:
+    def supervised(self) -> tuple[Supervised, Way]:
         """A new one, as a run that has just ended."""
         ports, mmio = Bus("port"), Bus("mmio")
         ports.add(0x70, 2, Rtc())
         host = SimpleNamespace(offer=lambda *_: None, withdraw=lambda _: None, tidy=lambda _: None)
-        streams = ExecStreams(cast("Any", host))
         machine = SimpleNamespace(
             memory=self.memory, ports=ports, mmio=mmio, virtio_devices=(VirtioRng(),), vcpus=[],
             paused=False, pause=lambda _=None: None, resume=lambda _=None: None,
         )  # fmt: skip
         session = SimpleNamespace(send=lambda *_: None, end=lambda _: None)
-        supervisor = Supervisor(f"{self.path}-vsock")
+        supervised = Supervised(f"{self.path}-vsock")
         root = SimpleNamespace()
-        supervisor.begin(Context(["PATH=/bin"], "/", cast("Any", root), lambda _: ()))
-        way = _Way(VirtioRng(), cast("Any", host), streams)
+        supervised.begin(Context(["PATH=/bin"], "/", cast("Any", root), lambda _: ()))
+        way = Way(VirtioRng(), cast("Any", host))
         turn = (machine, session, Executor(), lambda: b"console", way)
-        supervisor._turn = _Turn(*cast("Any", turn))
-        supervisor._result = Result(0, "exited")
-        return supervisor, streams
+        supervised.turn = Turn(*cast("Any", turn))
+        supervised.result = Result(0, "exited")
+        return supervised, way
 
 
 class Steps:
@@ -138,9 +136,9 @@ def lines(steps: Steps, methods: dict[str, Any]) -> Iterator[tuple[bytes, str | 
 
 def play(data: bytes, place: Place) -> None:
     """Play one input; AssertionError or an exception if it does harm."""
-    supervisor, streams = place.supervisor()
-    described = supervisor.discover()
-    place.server.methods = supervisor.methods()
+    supervised, way = place.supervised()
+    described = supervised.supervisor().discover()
+    place.server.methods = supervised.methods
     asked: dict[int, str] = {}
     bugs: list[Any] = []
     old, threading.excepthook = threading.excepthook, bugs.append
@@ -162,8 +160,8 @@ def play(data: bytes, place: Place) -> None:
             reader.close()
         judge(answers, asked, described)
     finally:
-        streams.close()
-        supervisor.end(Result(0, "exited"))
+        way.close()
+        supervised.end(Result(0, "exited"))
         threading.excepthook = old
     assert not bugs, bugs
     assert trace.hook is None
@@ -173,7 +171,7 @@ def play(data: bytes, place: Place) -> None:
     ):
         assert time.monotonic() < deadline, "a thread is left"
         time.sleep(0.001)
-    assert not streams._commands
+    assert not way.streams._commands
 
 
 def judge(answers: list[dict[str, Any]], asked: dict[int, str], described: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ def main() -> None:
     import tinyvmm.inside.guest_processes
     import tinyvmm.instances.attach
     import tinyvmm.instances.control
+    import tinyvmm.instances.control_server
     import tinyvmm.instances.exec_client
     import tinyvmm.methods.supervisor  # noqa: F401 (what each step needs)
 

@@ -66,9 +66,9 @@ def _run(
     """Run it, while others can reach it; `ready` is told its name when the command runs."""
     from tinyvmm.command.checks import settle
     from tinyvmm.command.run import run_command
-    from tinyvmm.instances.control import ControlServer
+    from tinyvmm.instances.control_server import ControlServer
     from tinyvmm.instances.registry import WRITES, Instance, State
-    from tinyvmm.methods.supervisor import Supervisor
+    from tinyvmm.methods.supervised import Supervised
     from tinyvmm.session import Result
 
     options = settle(options)
@@ -94,7 +94,7 @@ def _run(
     options = options._replace(keep_writes=instance.file(WRITES))
     result = Result(STATUS_FAILED, "machine", "interrupted")
     vsock = (options.vsock and options.vsock[0]) or instance.file("vsock")
-    supervisor = Supervisor(vsock, keep_stdin=args.detach and args.interactive)
+    supervised = Supervised(vsock, keep_stdin=args.detach and args.interactive)
     try:
         started = False
 
@@ -104,7 +104,7 @@ def _run(
             if ready is not None:
                 ready(instance.state.name)
 
-        supervisor.on_started = on_started
+        supervised.on_started = on_started
         sinks = {}
         if args.detach:
             from tinyvmm.instances.output_log import STREAMS, OutputLog
@@ -112,10 +112,10 @@ def _run(
             log = OutputLog(instance.file("output"))
             sinks = {stream: _logging(log, stream) for stream in STREAMS}
             warn = _warning(log, warn)
-        server = ControlServer(instance.file("control"), supervisor.methods())
+        server = ControlServer(instance.file("control"), supervised.methods)
         try:
-            result = run_command(options, warn, supervisor, sinks)
-            supervisor.end(result)
+            result = run_command(options, warn, supervised, sinks)
+            supervised.end(result)
         finally:
             server.close()
         if args.detach and not started:  # nobody has a use for a machine that never was
@@ -125,7 +125,7 @@ def _run(
         raise
     finally:
         try:
-            instance.end(result.status, result.message, supervisor.last_console)
+            instance.end(result.status, result.message, supervised.last_console)
         except ConfigError as error:  # which makes no difference to the command's status
             warn(str(error))
     return result

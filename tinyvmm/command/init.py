@@ -13,7 +13,7 @@ from tinyvmm.roots.mounts import root_mounts, shared_mounts
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
-    from tinyvmm.methods.supervisor import Context
+    from tinyvmm.methods.supervised import Context
     from tinyvmm.roots.erofs_root import RootDisks
     from tinyvmm.terminal import Terminal
 
@@ -63,7 +63,7 @@ def context(
     options: RunOptions, root: Tree, where: str | None, inserted: ModuleArchive
 ) -> "Context":
     """Return what a command of `exec` has in common with ours; `where` the kernel's modules are."""
-    from tinyvmm.methods.supervisor import Context
+    from tinyvmm.methods.supervised import Context
 
     def modules(names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         from tinyvmm.guest.modules import closure

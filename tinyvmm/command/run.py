@@ -30,13 +30,13 @@ from tinyvmm.session import HostFiles, Result, Session
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.
 if TYPE_CHECKING:
     from tinyvmm.kernel_files.kernel_image import Kernel
-    from tinyvmm.methods.supervisor import Supervisor
+    from tinyvmm.methods.supervised import Supervised
 
 
 def run_command(
     options: RunOptions,
     warn: Callable[[str], None],
-    supervisor: "Supervisor | None" = None,
+    supervised: "Supervised | None" = None,
     sinks: Mapping[str, Callable[[bytes], None]] | None = None,
     *,
     files: HostFiles | None = None,
@@ -44,7 +44,7 @@ def run_command(
 ) -> Result:
     """Run `options.argv` in a new virtual machine and return how it ended.
 
-    `warn` takes lines for the user, on any thread. `supervisor` then answers for the machine;
+    `warn` takes lines for the user, on any thread. `supervised` is told of the machine;
     `files` and `sinks` are as for `Session`, which `on_session` is given before it runs.
     ConfigError for what cannot be done.
     """
@@ -64,13 +64,13 @@ def run_command(
         terminal = open_terminal(options)
         options = with_stop_signal(with_user(options, root), root)
         config = init_config(options, modules, terminal, root_disks)
-        if supervisor is not None:
-            supervisor.stop_signal = int(options.stop_signal or signal.SIGTERM)
-            supervisor.begin(context(options, root, installed.modules, modules))
+        if supervised is not None:
+            supervised.stop_signal = int(options.stop_signal or signal.SIGTERM)
+            supervised.begin(context(options, root, installed.modules, modules))
         initrd = [modules.archive, init_archive(config)]
         ends = Ends(files, sinks or {}, on_session)
         opened = Opened(
-            options, served, disks, root_disks, own_devices, terminal, warn, supervisor, ends
+            options, served, disks, root_disks, own_devices, terminal, warn, supervised, ends
         )
         timeout, begin = options.timeout, monotonic()
         while True:  # once, unless the guest reboots and is to

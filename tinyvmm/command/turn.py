@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tinyvmm.disks.raw import RawDisk
     from tinyvmm.inside.executor import Executor
     from tinyvmm.kernel_files.kernel_image import Kernel
-    from tinyvmm.methods.supervisor import Supervisor
+    from tinyvmm.methods.supervised import Supervised
     from tinyvmm.own_device import OwnDevice
     from tinyvmm.roots.erofs_root import RootDisks
     from tinyvmm.terminal import Terminal
@@ -110,7 +110,7 @@ class Opened(NamedTuple):
     own_devices: "list[OwnDevice]"
     terminal: "Terminal | None"
     warn: Callable[[str], None]
-    supervisor: "Supervisor | None"
+    supervised: "Supervised | None"
     ends: Ends
 
 
@@ -121,7 +121,7 @@ class Turn:
         """The machine of `opened` that may take `timeout` seconds."""
         self._opened = opened
         self._options = opened.options
-        self._supervisor = opened.supervisor
+        self._supervised = opened.supervised
         self._timeout = timeout
         self._tail = _Tail(opened.options.console)
         self._executor: Executor | None = None
@@ -148,18 +148,18 @@ class Turn:
             )
             if self._opened.ends.on_session is not None:
                 self._opened.ends.on_session(session)
-            self._supervise(machine, session, vsock)
             machine.start()
-            if self._opened.root_disks is not None:
-                self._opened.root_disks.image.plan_ahead()
-            arguments = (machine, session, self._tail, self._options.own_init)
-            watch = threading.Thread(target=_watch, args=arguments, daemon=True)
-            watch.start()
             try:
+                self._supervise(machine, session, vsock)
+                if self._opened.root_disks is not None:
+                    self._opened.root_disks.image.plan_ahead()
+                arguments = (machine, session, self._tail, self._options.own_init)
+                watch = threading.Thread(target=_watch, args=arguments, daemon=True)
+                watch.start()
                 result = session.run()
             finally:
-                if self._supervisor is not None:
-                    self._supervisor.detach()
+                if self._supervised is not None:
+                    self._supervised.detach()
             machine.stop(StopCause.STOPPED)
             watch.join()
             with suppress(VcpuError):  # `_watch` told the session; another error is a bug of ours
@@ -183,24 +183,24 @@ class Turn:
         """The session's ends on this side; a detached command has only what it is sent."""
         if self._opened.ends.files is not None:
             return self._opened.ends.files
-        if self._supervisor is None or not self._opened.ends.sinks:
+        if self._supervised is None or not self._opened.ends.sinks:
             return host_files()
-        return HostFiles(self._supervisor.stdin, None, None)
+        return HostFiles(self._supervised.stdin, None, None)
 
     def _supervise(self, machine: Machine, session: Session, vsock: "VirtioVsock | None") -> None:
-        if self._supervisor is None:
+        if self._supervised is None:
             return
         from tinyvmm.inside.executor import Executor
 
         host = self._vsock_host
         way = None if vsock is None or host is None else (vsock, host)
         self._executor = Executor(session.send)
-        self._supervisor.attach(machine, session, self._executor, self._tail.last, way)
+        self._supervised.attach(machine, session, self._executor, self._tail.last, way)
 
     def _on_record(self, kind: int, value: int) -> None:
-        if self._executor is not None and self._supervisor is not None:
+        if self._executor is not None and self._supervised is not None:
             self._executor.on_record(kind, value)
-            self._supervisor.on_record(kind, value)
+            self._supervised.on_record(kind, value)
 
     def _machine(
         self, cleanup: ExitStack
@@ -208,8 +208,8 @@ class Turn:
         """Make the machine with its devices, until `cleanup`; the session's ports, the vsock."""
         options = self._options
         vsock_at = options.vsock
-        if vsock_at is None and self._supervisor is not None:
-            vsock_at = (self._supervisor.vsock_path, GUEST_CID)
+        if vsock_at is None and self._supervised is not None:
+            vsock_at = (self._supervised.vsock_path, GUEST_CID)
         self._vsock_host = vsock_host = open_vsock(vsock_at, cleanup)
         net = open_net(options, self._opened.warn, cleanup)
         machine = cleanup.enter_context(

@@ -4,16 +4,16 @@ r"""The control socket of a machine: JSON-RPC 2.0 over a Unix stream socket, one
     < {"jsonrpc": "2.0", "id": 1, "result": {"state": "running", ...}}\n
     < {"jsonrpc": "2.0", "method": "trace_record", "params": {...}}\n
 
-What methods there are is in supervisor.py, and docs/control.md describes them. Only this user (and
-root) may connect. The server notifies a client of what it has asked to be told. A message without
-an id gets no answer; arrays of messages are not understood.
+What methods there are is in supervisor.py, and docs/control.md describes them. Who may connect is
+for control_server.py to say, which listens. The server notifies a client of what it has asked to be
+told. A message without an id gets no answer; arrays of messages are not understood.
 
 Threads: each client has one, which reads a line and does as it says, one after the other. A method
 that may have to wait is marked `remote(waits=True)`: it runs on a thread of its own, so that it
 holds up nobody, and answers when it is done; those of one `lane` wait in line for each other.
 What a client does not read is kept for it by another thread, and no lock is held meanwhile.
 
-Everything is bounded: the clients (`CLIENTS_MAX`), a line (`LINE_MAX`), what a client may have
+Everything is bounded: the clients (control_server.py), a line (`LINE_MAX`), what a client may have
 under way (`CALLS_MAX`, `CALLS_BYTES_MAX`), and what waits for it to read (`UNREAD_MAX`): beyond
 that no more of its requests are read, and `Client.notify` refuses. So a client that floods, reads
 nothing, or never ends its line stops nobody but itself.
@@ -22,22 +22,20 @@ Specification: JSON-RPC 2.0, sections 4 and 5.
 """
 
 import json
-import os
 import select
 import socket
-import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from tinyvmm.errors import ConfigError, TinyvmmError
 
+if TYPE_CHECKING:
+    from tinyvmm.instances.control_server import ControlServer
+
 LINE_MAX = 1 << 20
-CLIENTS_MAX = 256
 CALLS_MAX = 128  # of one client that wait
 CALLS_BYTES_MAX = 4 << 20  # of all their lines
 UNREAD_MAX = 4 << 20
@@ -97,11 +95,21 @@ def how(method: Method) -> Remote:
 _AT_ONCE = Remote()
 
 
+def check(method: Method, params: Mapping[str, Any]) -> None:
+    """Raise InvalidParamsError if a method cannot be called so."""
+    from tinyvmm.instances.control_schema import problem_of
+
+    problem = problem_of(method, params)
+    if problem is not None:
+        raise InvalidParamsError(problem)
+
+
 class Client:
     """One connection, on the server's side."""
 
     def __init__(self, server: "ControlServer", sock: socket.socket) -> None:
         self._server = server
+        self._methods = server.methods()
         self._sock = sock
         self._changed = threading.Condition()  # guards all below
         self._unread: deque[memoryview] = deque()
@@ -268,7 +276,7 @@ class Client:
             number = number if isinstance(number, str | int | float) else None
             self._answer(_failure(number, INVALID_REQUEST, "no request of JSON-RPC 2.0"))
             return
-        method = self._server.methods.get(message["method"])
+        method = self._methods.get(message["method"])
         if method is None:
             text = f"no method is named {message['method']!r}"
             self._reply(message, _failure(message.get("id"), METHOD_NOT_FOUND, text))
@@ -331,7 +339,7 @@ class Client:
         number = message.get("id")
         params = message.get("params", {})
         try:
-            self._server.check(message["method"], params)
+            check(method, params)
             more = {"client": self} if how(method).client else {}
             result = method(**params, **more)
         except TinyvmmError as error:
@@ -343,89 +351,6 @@ class Client:
             threading.excepthook(threading.ExceptHookArgs(hook_args))
             return _failure(number, INTERNAL_ERROR, f"a bug: {type(error).__name__}: {error}")
         return {"jsonrpc": "2.0", "id": number, "result": result}
-
-
-class ControlServer:
-    """Serves `methods` at `path` until `close`."""
-
-    def __init__(self, path: str, methods: Mapping[str, Method]) -> None:
-        """Listen; each method takes the message's params as keyword arguments."""
-        self.methods = methods
-        self._listener = socket.socket(socket.AF_UNIX)
-        mask = os.umask(0o177)
-        try:
-            self._listener.bind(path)
-        except OSError as error:
-            self._listener.close()
-            raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from None
-        finally:
-            os.umask(mask)
-        self._listener.listen(CLIENTS_MAX)
-        self._lock = threading.Lock()  # guards _clients
-        self._clients: set[socket.socket] = set()
-        self._closed: float | None = None
-        threading.Thread(target=self._accept, name="control", daemon=True).start()
-
-    def close(self) -> None:
-        """Stop listening and hang up; what a client is being answered still reaches it."""
-        with self._lock:
-            self._closed = time.monotonic()
-            clients = list(self._clients)
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for client in clients:
-            with suppress(OSError):
-                client.shutdown(socket.SHUT_RD)
-
-    @property
-    def closed_for(self) -> float:
-        """For how many seconds it has been closed."""
-        return 0.0 if self._closed is None else time.monotonic() - self._closed
-
-    def check(self, name: str, params: Mapping[str, Any]) -> None:
-        """Raise InvalidParamsError if a method cannot be called so."""
-        from tinyvmm.instances.control_schema import problem_of
-
-        problem = problem_of(self.methods[name], params)
-        if problem is not None:
-            raise InvalidParamsError(problem)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                if self._closed is not None:
-                    return
-                time.sleep(0.05)  # it has gone again, or there are no descriptors left for it
-                continue
-            with self._lock:
-                welcome = self._closed is None and len(self._clients) < CLIENTS_MAX
-                if welcome:
-                    self._clients.add(client)
-            if welcome and _may(client):
-                serve = Client(self, client).serve
-                threading.Thread(target=serve, name="control client", daemon=True).start()
-                continue
-            if not welcome:
-                text = json.dumps(_failure(None, BUSY, f"{CLIENTS_MAX} clients are here already"))
-                with suppress(OSError):
-                    client.send(text.encode() + b"\n", socket.MSG_DONTWAIT)
-            self.forget(client)
-
-    def forget(self, client: socket.socket) -> None:
-        """Hang up."""
-        with self._lock:
-            self._clients.discard(client)
-        client.close()
-
-
-def _may(client: socket.socket) -> bool:
-    """Whether the process at the other end is this user's or root's (unix(7), SO_PEERCRED)."""
-    size = struct.calcsize("3i")
-    _, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return uid in {os.geteuid(), 0}
 
 
 def _no_number(text: str) -> float:
@@ -443,6 +368,11 @@ def _is_request(message: object) -> bool:
         and isinstance(message.get("params", {}), dict)
         and isinstance(message.get("id"), str | int | float | None)
     )
+
+
+def busy(text: str) -> bytes:
+    """Return the line that tells a client, whoever asks nothing yet, that there is too much."""
+    return json.dumps(_failure(None, BUSY, text)).encode() + b"\n"
 
 
 def _failure(number: object, code: int, text: str) -> Mapping[str, Any]:

@@ -13,18 +13,20 @@ from tests.test_kernel_image import make_vmlinux, write
 
 ROOT = Path(__file__).parent.parent
 TO_THE_FIRST_KVM_RUN = """
-import os, sys
+import gc, os, sys
 from tinyvmm.cli.main import main
 from tinyvmm.lab import probe
 from tinyvmm.machine import Machine
 
 def report(self):
     print(*sys.modules, flush=True)
+    print(sum(generation["collections"] for generation in gc.get_stats()) - before, flush=True)
     self.close()
     os._exit(0)
 
 Machine.start = report
 probe.missing_for_linux = lambda: None  # the guest does not run
+before = sum(generation["collections"] for generation in gc.get_stats())
 sys.exit(main(["run", "--kernel", sys.argv[1], "--", "true"]))
 """
 ASKED_BY_NOBODY_YET = """
@@ -40,6 +42,7 @@ sys.stdin.read()
 server.close()
 """
 LATER = {
+    "tinyvmm.guest.modules",
     "tinyvmm.inside",
     "tinyvmm.instances.control",
     "tinyvmm.instances.control_schema",
@@ -50,7 +53,7 @@ LATER = {
     "tinyvmm.methods.shares",
     "tinyvmm.methods.supervisor",
 }
-"""For whoever asks; exec's programs."""
+"""For whoever asks; for the first run with a kernel."""
 NEVER = {"asyncio", "dataclasses", "inspect", "pathlib", "shutil", "subprocess", "tempfile"}
 """Large, and used on no way that each run takes."""
 
@@ -60,9 +63,11 @@ def test_what_nobody_has_asked_for_is_not_imported_before_the_guest_runs(tmp_pat
     kernel = write(tmp_path / "vmlinux", make_vmlinux())
     command = [sys.executable, "-S", "-c", TO_THE_FIRST_KVM_RUN, kernel]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    modules, collections = done.stdout.splitlines()
+    loaded = set(modules.split())
     assert "tinyvmm.command.turn" in loaded
     assert loaded & (LATER | NEVER) == set()
+    assert collections == "0"  # of garbage that there cannot be
 
 
 def test_many_first_requests_at_once_are_answered_while_the_machine_starts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ command where there is one, 125 when tinyvmm itself could not do what was asked,
 """
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from tinyvmm import __version__
 from tinyvmm.errors import TinyvmmError
 
 STATUS_FAILED = 125
+GARBAGE_MIN = 50_000  # objects; start-up makes half as many, none of which the collector could free
 _CANNOT_WRITE = {ENOSPC, EDQUOT, EFBIG, EIO}  # of our output, or of whatever else
 _REMEDIES: dict[int | None, str] = {  # wherever it is that no more files can be opened
     EMFILE: "; let it open more: ulimit -n",
@@ -116,6 +118,7 @@ def all_modules() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv by default) and return the exit status."""
+    gc.set_threshold(GARBAGE_MIN)
     _occupy_streams()
     own, guests = split_argv(sys.argv[1:] if argv is None else argv)
     known = own and own[0] in COMMANDS

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from tinyvmm.guest.init import InitConfig, build_init
 from tinyvmm.guest.initramfs import Archive
-from tinyvmm.guest.modules import closure
 
 _MAGIC = b"tinyvmm modules 1:"
 _SUFFIX = ".cpio"
@@ -34,6 +33,8 @@ def module_archive(modules_dir: str, wanted: Sequence[str], cache_dir: str) -> M
     found = _read(cached)
     if found is not None:
         return found
+    from tinyvmm.guest.modules import closure
+
     archive = Archive()
     paths = []
     for module in closure(modules_dir, wanted):

@@ -397,12 +397,12 @@ class Assembler:
         `reg` is the register operand or the digit that extends the opcode; `size` the operand
         size in bytes, which decides the prefixes (Intel volume 2, sections 2.1 and 2.2).
         """
-        opcode = (opcode,) if isinstance(opcode, int) else opcode
+        encoded = bytes((opcode,) if isinstance(opcode, int) else opcode)
         number = reg.code if isinstance(reg, Register) else reg
         modrm, extension, reference = self._modrm(number & 7, rm)
         rex = (size == 8) << 3 | (number >> 3) << 2 | extension
-        self._prefixes(size, rex, *(r for r in (reg, rm) if isinstance(r, Register)))
-        self.data(bytes(opcode) + modrm)
+        self._prefixes(size, rex, reg, rm)
+        self._code += encoded + modrm
         if reference is not None:
             label, disp = reference
             width = 2 if self.bits == 16 else 4
@@ -410,17 +410,19 @@ class Assembler:
             at = len(self._code) - width
             trailing = len(immediate) if self.bits == 64 else None
             self._references.append((at, width, label, trailing))
-        self.data(immediate)
+        self._code += immediate
 
-    def _prefixes(self, size: int, rex: int, *registers: Register) -> None:
+    def _prefixes(self, size: int, rex: int, *operands: RegMem | int) -> None:
         if size == (4 if self.bits == 16 else 2):
-            self.data(b"\x66")
-        # spl, bpl, sil and dil are ah, ch, dh and bh unless there is a REX prefix.
-        rex_byte = any(r.size == 1 and 4 <= r.code < 8 for r in registers)
-        if rex or rex_byte:
+            self._code += b"\x66"
+        for operand in operands:
+            # spl, bpl, sil and dil are ah, ch, dh and bh unless there is a REX prefix.
+            if isinstance(operand, Register) and operand.size == 1 and 4 <= operand.code < 8:
+                rex |= 0x40
+        if rex:
             if self.bits != 64:
-                raise ValueError(f"needs 64-bit mode: {registers}")
-            self.data(bytes([0x40 | rex]))
+                raise ValueError(f"needs 64-bit mode: {operands}")
+            self._code.append(0x40 | rex)
 
     def _modrm(self, reg: int, rm: RegMem) -> tuple[bytes, int, tuple[str, int] | None]:
         """ModRM, SIB and displacement; REX bits X and B; the label still to be filled in."""

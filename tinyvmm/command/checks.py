@@ -1,7 +1,6 @@
 """Options before anything is made: what they leave open is decided, what cannot be is refused."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tinyvmm.command.options import ROOT_MODES, RunOptions
 from tinyvmm.command.parts import load_devices
@@ -9,10 +8,6 @@ from tinyvmm.command.trees import open_root
 from tinyvmm.errors import ConfigError
 from tinyvmm.images import kernels
 from tinyvmm.roots.mounts import Shared, arrange, root_mounts
-
-# What most runs have none of is imported where it is made: the lab pays dearly for each module.
-if TYPE_CHECKING:
-    pass
 
 
 def settle(options: RunOptions) -> RunOptions:

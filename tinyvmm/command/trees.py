@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from tinyvmm.command.options import RunOptions
 from tinyvmm.errors import ConfigError
@@ -14,10 +13,6 @@ from tinyvmm.fileserver.union import UnionTree, open_tree
 from tinyvmm.guest.init import ROOT_TAG
 from tinyvmm.roots.mounts import open_shared, shared_tag
 from tinyvmm.scratch import ScratchDirectory
-
-# What most runs have none of is imported where it is made: the lab pays dearly for each module.
-if TYPE_CHECKING:
-    pass
 
 
 def open_root(options: RunOptions, scratch: str | None) -> UnionTree:

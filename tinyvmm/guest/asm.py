@@ -137,14 +137,16 @@ _FORMATS = {1: "<b", 2: "<h", 4: "<i", 8: "<q"}
 
 def _fits(value: int, size: int) -> bool:
     """Whether `value`, sign extended from `size` bytes, is itself again."""
-    return -(1 << (8 * size - 1)) <= value < 1 << (8 * size - 1)
+    half = 1 << (8 * size - 1)
+    return -half <= value < half
 
 
 def _immediate(value: int, size: int) -> bytes:
     """`value` as `size` little-endian bytes; both its signed and unsigned ranges are welcome."""
-    if not -(1 << (8 * size - 1)) <= value < 1 << (8 * size):
-        raise ValueError(f"{value:#x} does not fit {size} bytes")
-    return (value & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
+    try:
+        return value.to_bytes(size, "little", signed=value < 0)
+    except OverflowError:
+        raise ValueError(f"{value:#x} does not fit {size} bytes") from None
 
 
 def _signed(value: int, size: int) -> int:

@@ -34,9 +34,10 @@ host's to `take_output`, which `on_output` tells; that passes on many chains at 
 from the guest's RAM and while the driver need not kick, and returns what has to be waited for.
 Until it has found nothing, whatever else comes is for it as well: so the stream keeps its order.
 
-Threads: vCPU threads through the transport, any host thread through the methods of a port; all hold
-the device's lock. `on_output`, `on_space` and what `pass_to` has been given are called with it
-held: the first two may call the port's methods, and none may wait for another thread.
+Threads: vCPU threads and the doorbells' through the transport, any host thread through the methods
+of a port; all hold the device's lock. `on_output`, `on_space` and what `pass_to` has been given are
+called with it held: the first two may call the port's methods, and none may wait for another
+thread.
 """
 
 import struct
@@ -164,6 +165,8 @@ class ConsolePort:
 
 class VirtioConsole(VirtioDevice):
     """The device: its ports have the ids 1, 2... in the order given."""
+
+    ioeventfd = True  # who writes much has more to write, who writes little waits for an answer
 
     def __init__(self, ports: Sequence[ConsolePort]) -> None:
         sizes = [UNUSED_QUEUE_SIZE] * 2 + [CONTROL_QUEUE_SIZE] * 2

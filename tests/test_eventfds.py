@@ -4,6 +4,7 @@ import os
 import resource
 import struct
 import threading
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from tinyvmm.devices.device import Device
 from tinyvmm.devices.virtio.mmio import VirtioMmio
 from tinyvmm.devices.virtio.pci import NOTIFY, NOTIFY_OFF_MULTIPLIER
 from tinyvmm.devices.virtio.rng import VirtioRng
-from tinyvmm.eventfds import MsiRoutes
+from tinyvmm.eventfds import Doorbells, MsiRoutes
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
 
@@ -147,6 +148,26 @@ def test_doorbells_move_with_the_bar() -> None:
         assert [e.address for e in exits] == [config + 0x10, 0xF4]
         assert device.heard.wait(30)
     assert device.bells == [(0, "io virtio-rng")]
+
+
+def test_what_rang_before_the_end_is_answered_before_the_wait_for_it_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Rung()
+    with Machine(memory=1 << 20) as machine:
+        listen = Doorbells.wait
+
+        def late(doorbells: Doorbells) -> list[tuple[int, int]]:
+            wait_for(lambda: machine.cause is not None)
+            time.sleep(0.2)  # a thread that had no processor
+            return listen(doorbells)
+
+        monkeypatch.setattr(Doorbells, "wait", late)
+        machine.add_virtio(device)
+        bell = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE + NOTIFY
+        run(machine, writes((bell, 0)))
+        assert device.bells == [(0, "io virtio-rng")]
+        assert machine.wait(0) == machine.cause
 
 
 def test_an_error_on_a_devices_thread_ends_the_run_and_is_raised() -> None:

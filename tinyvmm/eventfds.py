@@ -21,6 +21,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from tinyvmm import kvm, trace
@@ -181,6 +182,7 @@ class Doorbells(Bells):
         self._on_error = on_error
         self._thread: threading.Thread | None = None
         self._end = os.eventfd(0, flags)
+        self._untold = [self._end]  # until the thread is told to end
         self.poller = select.poll()
         for fd in (*self._fds, self._end):
             self.poller.register(fd, select.POLLIN)
@@ -196,7 +198,7 @@ class Doorbells(Bells):
         try:
             while True:
                 for fd, _ in wait():
-                    if fd == self._end:
+                    if fd == self._end:  # the last of them: what rang before has been answered
                         return
                     read(fd)
                     notify(numbers[fd])
@@ -207,10 +209,18 @@ class Doorbells(Bells):
         """Sleep until a bell rings; (descriptor, events) of each."""
         return self.poller.poll()
 
-    def close(self) -> None:
-        """End the thread and close the eventfds; the guest must not run any more."""
-        os.eventfd_write(self._end, 1)
+    def finish(self) -> None:
+        """Return when all that rang has been answered and the thread has ended.
+
+        The guest must not run any more. From any thread, and harmless when done twice.
+        """
+        with suppress(IndexError):  # somebody else has
+            os.eventfd_write(self._untold.pop(), 1)
         if self._thread is not None:
             self._thread.join()
+
+    def close(self) -> None:
+        """End the thread and close the eventfds; the guest must not run any more."""
+        self.finish()
         for fd in (*self._fds, self._end):
             os.close(fd)

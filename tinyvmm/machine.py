@@ -474,6 +474,8 @@ class Machine:
             self._running.release()  # for whoever else waits
         for vcpu in self.vcpus:
             vcpu.join()
+        for doorbells in self._doorbells:  # what the guest rang for last is answered, too
+            doorbells.finish()
         if self._error is not None:
             raise self._error
         return self.cause

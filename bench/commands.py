@@ -27,6 +27,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import monotonic
 
+from bench.place import MAIN
+
 ROOT = Path(__file__).parent.parent
 RUNS, EXECS = int(os.environ.get("ROUNDS", "5")), int(os.environ.get("EXECS", "15"))
 LIMIT = 240  # seconds for one command
@@ -44,10 +46,6 @@ KERNEL = ROOT / ".cache" / "vng-kernel"
 UDEV = ROOT / ".cache" / "vng-udev"
 RUNTIMES = [(runtime, pivot) for pivot in (True, False) for runtime in ("crun", "runc")]
 CONTAINER = ["--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
-MAIN = (
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'tinyvmm'; "
-    "from tinyvmm.cli.main import main; sys.exit(main())"
-)
 
 
 def tinyvmm(*arguments: str) -> list[str]:

@@ -11,14 +11,10 @@ import sys
 from statistics import median
 from time import monotonic
 
-from bench.place import ROOT, where_linux_runs
+from bench.place import MAIN, where_linux_runs
 
 ROUNDS = 5
 LIMIT = 120  # seconds for one run
-RUN = (
-    f"import sys; sys.path.insert(0, {ROOT!r}); sys.argv[0] = 'tinyvmm'; "
-    "from tinyvmm.cli.main import main; sys.exit(main())"
-)
 
 
 def versions() -> list[str]:
@@ -44,7 +40,7 @@ def sizes(version: str) -> str:
 def run_once(version: str) -> float:
     """Return the seconds from exec to the end of `tinyvmm run -- true`."""
     python = os.path.realpath(sys.executable)
-    command = [python, "-I", "-S", "-c", RUN, "run", "--no-lab", "--kernel", version, "--", "true"]
+    command = [python, "-I", "-S", "-c", MAIN, "run", "--no-lab", "--kernel", version, "--", "true"]
     begin = monotonic()
     subprocess.run(command, check=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
     return monotonic() - begin

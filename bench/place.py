@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = str(Path(__file__).parent.parent)
+MAIN = (  # `tinyvmm`, for `python -c`
+    f"import sys; sys.path.insert(0, {ROOT!r}); sys.argv[0] = 'tinyvmm'; "
+    "from tinyvmm.cli.main import main; sys.exit(main())"
+)
 
 
 def where_linux_runs(function: Callable[..., object], *arguments: object, timeout: float) -> Any:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from bench.place import ROOT
+from bench.place import MAIN
 
 BLOCKS, FILES = 1000, 250
 MARK = ("port", 0x80)
@@ -24,27 +24,28 @@ WAYS = {
     "pci, default": (),
     "pci, threads": ("--ioeventfd", "on"),
 }
-GUEST = f"""
+_GUEST = """
 mark() {{ printf x | dd of=/dev/port bs=1 seek=128 conv=notrunc 2> /dev/null; }}
 disk() {{ dd if=/dev/vda of=/dev/null bs=4k count=$1 iflag=direct 2> /dev/null; }}
 files() {{ n=0; while [ $n -lt $1 ]; do read -r line < /live/file$n; n=$((n + 1)); done; }}
 mark; disk 1; files 1
-mark; disk {BLOCKS}
-mark; files {FILES}
+mark; disk {blocks}
+mark; files {files}
 mark
 """
-MAIN = (
-    f"import sys; sys.path.insert(0, {ROOT!r}); sys.argv[0] = 'tinyvmm'; "
-    "from tinyvmm.cli.main import main; sys.exit(main())"
-)
 LIMIT = 300  # seconds for one guest
+
+
+def guest(blocks: int, files: int) -> str:
+    """Return what a guest's shell runs: so many requests of its disk and opened files, at MARKs."""
+    return _GUEST.format(blocks=blocks, files=files)
 
 
 def arguments(way: str, live: str, trace: str) -> list[str]:
     """Return the command line of a guest."""
     options = ["--disk", f"{live}/image,ro", "--shared", f"/live={live},ro,cache=none"]
     options += ["--trace", "9p,port,mmio", "--trace-file", trace, *WAYS[way]]
-    return ["run", "--no-lab", *options, "--", "sh", "-c", GUEST]
+    return ["run", "--no-lab", *options, "--", "sh", "-c", guest(BLOCKS, FILES)]
 
 
 def counted(lines: Sequence[bytes]) -> tuple[float, float]:

@@ -28,8 +28,7 @@ from statistics import median
 from time import monotonic
 from typing import NamedTuple
 
-from bench.kernels import RUN
-from bench.place import where_linux_runs
+from bench.place import MAIN, where_linux_runs
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
 ROUNDS = 1
@@ -218,7 +217,7 @@ def command_of(subject: str, work: str, modules: list[str], env: list[str]) -> l
     kernel = kernels.find()
     if not subject.startswith("QEMU"):
         python = os.path.realpath(sys.executable)
-        ours = [python, "-I", "-S", "-c", RUN, "run", "--no-lab", "--kernel", kernel.version]
+        ours = [python, "-I", "-S", "-c", MAIN, "run", "--no-lab", "--kernel", kernel.version]
         ours += ["--root-mode", subject, "--read", f"/={work}/tree", "--memory", f"{MEMORY_MIB}M"]
         for variable in env:
             ours += ["--env", variable]

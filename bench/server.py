@@ -13,8 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
+from bench.place import MAIN
 from tinyvmm import ninep
 from tinyvmm.fileserver.client import Client, File, connect
 
@@ -74,10 +74,6 @@ def pipelined(client: Client, root: File) -> None:
         pass
 
 
-MAIN = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r}); "
-    "from tinyvmm.cli.main import main; sys.exit(main())"
-)
 CASES: list[tuple[str, Callable[[Client, File], None], int]] = [
     ("walk+getattr+clunk", stat, 500),
     ("open+read 4k+close", read_4k, 400),

@@ -10,11 +10,11 @@ CHAOS=N plays N games instead of a few.
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from tests.bad_guests import VIRTIO
+from tests.bad_guests import VIRTIO, Made
 from tinyvmm import bare_kernel
 from tinyvmm.devices.debug_exit import DebugExit
 from tinyvmm.devices.fw_cfg import FwCfg
@@ -23,9 +23,22 @@ from tinyvmm.vcpu import StopCause
 
 GAMES = int(os.environ.get("CHAOS", "3"))
 ENDS = 400.0  # seconds: far more than it takes
+MEMORY = 64 << 20  # the guest's RAM
 GROWTH_MAX = 64 << 10  # KiB of memory, of which the guest's RAM is most
 
 DEVICES = [name for name in VIRTIO if name != "balloon"]  # whose memory here is not the machine's
+
+
+def play(machine: Machine, made: Sequence[Made], kernel: str, game: int) -> None:
+    """Give `machine`, of two processors, the devices and what the guest needs, and start it."""
+    machine.ports.add(0xF4, 4, DebugExit(machine.end))
+    machine.ports.add(0x510, 2, FwCfg(ram_size=MEMORY, cpus=2, files={}))
+    for one in made:
+        machine.add_virtio(one.device)
+    bare = bare_kernel.read_kernel(kernel)
+    assert bare is not None
+    machine.boot_bare(bare, cmdline=f"game {game}")
+    machine.start()
 
 
 @pytest.mark.kvm
@@ -35,15 +48,8 @@ def test_the_worst_guest_harms_only_itself(build: Callable[..., str], game: int)
     made = [VIRTIO[name]() for name in DEVICES]
     try:
         mode = (None, True, False)[game % 3]
-        with Machine(memory=64 << 20, cpus=2, ioeventfd=mode) as machine:
-            machine.ports.add(0xF4, 4, DebugExit(machine.end))
-            machine.ports.add(0x510, 2, FwCfg(ram_size=64 << 20, cpus=2, files={}))
-            for one in made:
-                machine.add_virtio(one.device)
-            kernel = bare_kernel.read_kernel(build("chaos"))
-            assert kernel is not None
-            machine.boot_bare(kernel, cmdline=f"game {game}")
-            machine.start()
+        with Machine(memory=MEMORY, cpus=2, ioeventfd=mode) as machine:
+            play(machine, made, build("chaos"), game)
             assert machine.wait(ENDS) == StopCause.DEVICE
             assert machine.exit_value == 3
             assert machine.pci is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import served
 from tests.virtio_driver import Driver, Queue
 from tests.waiting import wait_for
 from tinyvmm import ninep, trace
@@ -26,21 +27,12 @@ HANG = 120.0  # seconds; nothing here takes one
 QUICK, SLOW = 1, 2  # fids
 
 
-class Gate:
+class Gate(served.Gate):
     """Where slow reads wait; the test opens it for one at a time, or for all."""
 
     def __init__(self) -> None:
-        self.waiting = threading.Semaphore(0)  # one for each read that has arrived
-        self.passes = threading.Semaphore(0)
+        super().__init__()
         self.closed: list[str] = []
-
-    def wait_until_reached(self, count: int = 1) -> None:
-        for _ in range(count):
-            assert self.waiting.acquire(timeout=HANG)
-
-    def wait(self) -> None:
-        self.waiting.release()
-        assert self.passes.acquire(timeout=HANG)
 
 
 class GatedFile(HostFile):

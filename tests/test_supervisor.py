@@ -320,6 +320,17 @@ def test_whoever_waits_and_leaves_is_waited_for_no_more(run: Run) -> None:
     wait_for(lambda: not any(t.name == "control call" for t in threading.enumerate()))
 
 
+def start_programs_as_70(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the guest be up, and each program that is asked for begin as process 70."""
+
+    def answer(*_: object) -> None:
+        threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
+
+    monkeypatch.setattr(run.executor, "_send", answer)
+    run.supervised.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
+    run.executor.on_record(STARTED, 2)
+
+
 @pytest.mark.parametrize(
     ("method", "params"),
     [
@@ -331,12 +342,7 @@ def test_whoever_waits_and_leaves_is_waited_for_no_more(run: Run) -> None:
 def test_the_end_of_any_program_removes_what_a_killed_client_left(
     run: Run, ask: Asker, monkeypatch: pytest.MonkeyPatch, method: str, params: dict[str, Any]
 ) -> None:
-    def answer(*_: object) -> None:
-        threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
-
-    monkeypatch.setattr(run.executor, "_send", answer)
-    run.supervised.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
-    run.executor.on_record(STARTED, 2)
+    start_programs_as_70(run, monkeypatch)
     left = Path(f"{run.vsock_host.path}_{FIRST_PORT}")
     assert ask.call(method, **params)["pid"] == 70
     with socket.socket(socket.AF_UNIX) as listener:
@@ -350,12 +356,7 @@ def test_the_end_of_any_program_removes_what_a_killed_client_left(
 def test_what_is_asked_while_the_machine_reboots_is_asked_of_one_machine(
     run: Run, ask: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(*_: object) -> None:
-        threading.Timer(0, run.executor.on_record, (EXECUTED, 70)).start()
-
-    monkeypatch.setattr(run.executor, "_send", answer)
-    run.supervised.begin(Context([], "/", None, lambda _: ()))  # type: ignore[arg-type]
-    run.executor.on_record(STARTED, 2)
+    start_programs_as_70(run, monkeypatch)
     before = run.supervised.now()
     assert before.way is not None
     vsock = before.way.vsock, before.way.host

@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 
 from tests.bad_guests import VIRTIO
-from tests.test_chaos import DEVICES, ENDS
-from tinyvmm import bare_kernel
-from tinyvmm.devices.debug_exit import DebugExit
-from tinyvmm.devices.fw_cfg import FwCfg
+from tests.test_chaos import DEVICES, ENDS, MEMORY, play
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
 
@@ -183,16 +180,9 @@ def test_locks_are_taken_in_the_order_of_the_page(watch: Watch, build: Callable[
 
     made = [VIRTIO[name]() for name in DEVICES]
     try:
-        with Machine(memory=64 << 20, cpus=2) as machine:
+        with Machine(memory=MEMORY, cpus=2) as machine:
             machine.add_board(console=lambda data: None)
-            machine.ports.add(0xF4, 4, DebugExit(machine.end))
-            machine.ports.add(0x510, 2, FwCfg(ram_size=64 << 20, cpus=2, files={}))
-            for one in made:
-                machine.add_virtio(one.device)
-            kernel = bare_kernel.read_kernel(build("chaos"))
-            assert kernel is not None
-            machine.boot_bare(kernel, cmdline="game 7")
-            machine.start()
+            play(machine, made, build("chaos"), 7)
             pauser = threading.Thread(target=pause, args=(machine,))
             pauser.start()
             assert machine.wait(ENDS) == StopCause.DEVICE

@@ -6,22 +6,13 @@ from collections import Counter
 
 import pytest
 
+from bench.requests import MARK
+from bench.requests import guest as script
 from tests.linux.conftest import Runner
 
 pytestmark = pytest.mark.linux
 
 READS, FILES = 500, 100
-MARK = ["port", 0x80]
-
-GUEST = f"""
-mark() {{ printf x | dd of=/dev/port bs=1 seek=128 conv=notrunc 2> /dev/null; }}
-disk() {{ dd if=/dev/vda of=/dev/null bs=4k count=$1 iflag=direct 2> /dev/null; }}
-files() {{ n=0; while [ $n -lt $1 ]; do read -r line < /live/file$n; n=$((n + 1)); done; }}
-mark; disk 1; files 1
-mark; disk {READS}
-mark; files {FILES}
-mark; echo done
-"""
 
 
 def test_a_stream_of_requests_rings_no_doorbell_and_takes_no_interrupt_that_we_see(
@@ -37,7 +28,7 @@ def test_a_stream_of_requests_rings_no_doorbell_and_takes_no_interrupt_that_we_s
             *("--ioeventfd", "on", "--disk", f"{live / 'image'},ro"),
             *("--shared", f"/live={live},ro,cache=none"),
             *("--trace", "9p,port,mmio", "--trace-file", seen),
-            *("--", "sh", "-c", GUEST),
+            *("--", "sh", "-c", script(READS, FILES) + "echo done"),
         )
         assert (done.status, done.stdout, done.stderr) == (0, b"done\n", b"")
         lines = guest.program(["cat", seen]).stdout.splitlines()
@@ -47,7 +38,7 @@ def test_a_stream_of_requests_rings_no_doorbell_and_takes_no_interrupt_that_we_s
     for record in map(json.loads, lines):
         if record["record"] == "NineP":
             rows[-1][record["message"].partition("(")[0]] += 1
-        elif [record["space"], record["address"]] == MARK:
+        elif (record["space"], record["address"]) == MARK:
             rows.append(Counter())
         else:
             rows[-1][f"{record['space']} {record['address']:#x}"] += 1

@@ -28,7 +28,7 @@ Not emulated: VIRTIO_CONSOLE_F_EMERG_WRITE, removal of ports. A driver without F
 device with nothing to say.
 
 Output goes one of two ways. Who has a place that takes bytes without waiting says so by `pass_to`:
-then a few of them are on their way before the driver's kick has returned, and no thread is woken
+then a few of them are on their way by whoever hears the driver's kick, and no other thread is woken
 for it. Many, what such a place leaves, and all output where there is none, are for a thread of the
 host's to `take_output`, which `on_output` tells; that passes on many chains at a time, straight
 from the guest's RAM and while the driver need not kick, and returns what has to be waited for.
@@ -74,9 +74,9 @@ UNUSED_QUEUE_SIZE = 2
 # name the same RAM again and again.
 OUTPUT_MAX = 16 << 20
 SIZE_MAX = 0xFFFF
-# Bytes that are passed on before a kick has returned, and at a time by a thread of the host's: to
+# Bytes that are passed on by whoever hears a kick, and at a time by a thread of the host's: to
 # wake that takes as long as a few thousand bytes do, and whoever sends more has more to send, which
-# the guest may prepare meanwhile. How often, before others get the lock or the vCPU goes on.
+# the guest may prepare meanwhile. How often, before others get the lock or the next kick is heard.
 NOW_MAX, BATCH_MAX = 4 << 10, 128 << 10
 BATCHES_NOW, BATCHES = 2, 16
 NOTHING, MORE, FULL = range(3)  # what is left to be passed on; FULL: for a thread
@@ -298,7 +298,7 @@ class VirtioConsole(VirtioDevice):
         """
         if port.send is None or port.kept:
             return FULL
-        queue = self.queues[2 * port.id + 3]
+        queue = self._transmitq(port)
         chains: list[Chain] = []
         views: list[memoryview] = []
         size = 0
@@ -334,7 +334,7 @@ class VirtioConsole(VirtioDevice):
         self, port: ConsolePort, send: Callable[[Views], int], chains: Sequence[Chain], data: bytes
     ) -> int:
         """Have `send` take `data` of `chains` last of all: whoever answers meets nobody here."""
-        queue = self.queues[2 * port.id + 3]
+        queue = self._transmitq(port)
         queue.push_read(chains)
         left = NOTHING if queue.expect(1) else MORE
         taken = send((memoryview(data),))
@@ -351,7 +351,7 @@ class VirtioConsole(VirtioDevice):
         end = 0
         for number, chain in enumerate(chains):
             if end >= taken:
-                self.queues[2 * port.id + 3].unpop(len(chains) - number)
+                self._transmitq(port).unpop(len(chains) - number)
                 return chains[:number]
             end += size_of(chain.readable)
             if end > taken:
@@ -359,8 +359,11 @@ class VirtioConsole(VirtioDevice):
                 port.kept.append(b"".join(cut(views, size_of(views) - (end - taken))))
         return chains
 
+    def _transmitq(self, port: ConsolePort) -> Virtqueue:
+        return self.queues[2 * port.id + 3]
+
     def _next_output(self, port: ConsolePort) -> bytes:
-        queue = self.queues[2 * port.id + 3]
+        queue = self._transmitq(port)
         chain = self._pop_output(port, queue)
         if chain is None:
             return b""

@@ -232,37 +232,32 @@ class Virtqueue:
         if not self.ready:
             return
         idx = self.used_idx
-        avail = self._avail
         self._used_ring[idx & self._mask] = chain.head | written << 32
-        self._used[1] = self.used_idx = (idx + 1) & 0xFFFF
-        self.served += 1
-        with self._fence:
-            pass
-        if self._event_idx:
-            # vring_need_event(used_event, idx + 1, idx): it passes used_event with this very chain.
-            if avail[self._used_event] == idx:
-                self.on_used()
-        elif not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
-            self.on_used()
+        self._publish((idx + 1) & 0xFFFF)
 
     def push_read(self, chains: Sequence[Chain]) -> None:
         """Give `chains` back, which were only read, and interrupt at most once, as `push` does."""
         if not self.ready:
             return
-        old = idx = self.used_idx
-        avail = self._avail
+        idx = self.used_idx
         for chain in chains:
             self._used_ring[idx & self._mask] = chain.head
             idx = (idx + 1) & 0xFFFF
+        self._publish(idx)
+
+    def _publish(self, idx: int) -> None:
+        """Show the driver the used ring up to `idx`; interrupt it if it asked for any of that."""
+        old, avail = self.used_idx, self._avail
+        count = (idx - old) & 0xFFFF
         self._used[1] = self.used_idx = idx
-        self.served += len(chains)
+        self.served += count
         with self._fence:
             pass
         if self._event_idx:
             # vring_need_event(used_event, idx, old) of <linux/virtio_ring.h>.
-            if (idx - avail[self._used_event] - 1) & 0xFFFF < (idx - old) & 0xFFFF:
+            if (idx - avail[self._used_event] - 1) & 0xFFFF < count:
                 self.on_used()
-        elif chains and not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
+        elif count and not avail[0] & VIRTQ_AVAIL_F_NO_INTERRUPT:
             self.on_used()
 
     def take_over(self, last_avail: int) -> None:

@@ -2,17 +2,18 @@
 
 All guests are up at once, each in a process of its own, and what serves the sockets lets one of
 them go on at a time: so each round has a turn of everybody within seconds. ROUNDS says how many;
-BEFORE, paths of other checkouts with colons between, has these take part as well.
+BEFORE, paths of other checkouts with colons between, has these take part as well; WAYS, which
+doorbells of ours do. When a guest dies, what was measured until then is shown.
 """
 
-import json
 import os
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from bench import links
 from bench.guest9p import COMMON
@@ -25,68 +26,101 @@ QEMU = "QEMU"
 
 def ways() -> dict[str, tuple[str, str]]:
     """The ways of ours by name: the checkout, and how doorbells ring."""
+    wanted = os.environ.get("WAYS", ",".join(links.OURS)).split(",")
     others = [path for path in os.environ.get("BEFORE", "").split(os.pathsep) if path]
     before = {f"before{number or ''}": path for number, path in enumerate(others)}
-    return {name: (ROOT, name) for name in links.OURS} | {
-        name: (os.path.abspath(path), links.OURS[0]) for name, path in before.items()
+    return {name: (ROOT, name) for name in wanted} | {
+        name: (os.path.abspath(path), "thread") for name, path in before.items()
     }
 
 
-def run_ours(bench: Bench, root: str, doorbells: str) -> list[str]:
-    """Boot the VMM of a checkout."""
+def run_ours(bench: Bench, root: str, doorbells: str) -> Iterator[str]:
+    """Boot the VMM of a checkout, and yield the lines that the program says."""
     from tinyvmm.lab.lab import python_command
 
     code = (
-        "import sys, json; where, root, doorbells, *rest = sys.argv[1:]; sys.path.insert(0, root); "
-        "from bench.links import Bench, run_ours; archive = open(where + '/archive', 'rb').read(); "
-        "bench = Bench(('console',), where, rest[0], archive, rest[1]); "
-        "print(json.dumps(run_ours(bench, doorbells)))"
+        "import os, sys; where, root, doorbells, *rest = sys.argv[1:]; sys.path.insert(0, root)\n"
+        "from bench import links; archive = open(where + '/archive', 'rb').read()\n"
+        "bench = links.Bench(('console',), where, rest[0], archive, rest[1])\n"
+        "if hasattr(links, 'boot_ours'):\n"
+        "    links.boot_ours(bench, doorbells, lambda said: os.write(1, said))\n"
+        "else:\n"  # an older checkout says all of it at the end
+        "    print('\\n'.join(links.run_ours(bench, doorbells)))\n"
     )
     arguments = [bench.where, root, doorbells, bench.vmlinuz, bench.cmdline]
-    command = python_command(code, arguments)
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=links.LIMIT)
-    lines: list[str] = json.loads(done.stdout)
-    return lines
+    return links.said(python_command(code, arguments))
 
 
 def measure(
     program: str, what: Sequence[str], rounds: int, run: dict[str, tuple[str, str]]
-) -> list[Entry]:
-    """Have everybody take `rounds` turns, after one to warm caches."""
+) -> Iterator[Entry]:
+    """Have everybody take `rounds` turns, after one to warm caches.
+
+    RuntimeError, after all that was measured, if a guest died.
+    """
     from tinyvmm.images import kernels
 
     turns = str(len(run) + 1), str(rounds + 1)
-    with (
-        tempfile.TemporaryDirectory() as where,
-        links.hosting(what, program, where, turns),
-        ThreadPoolExecutor() as pool,
-    ):
+    with TemporaryDirectory() as where, links.hosting(what, program, where, turns):
         archive, modules = links.initramfs(program, what)
         Path(where, "archive").write_bytes(archive)
         cmdline = f"{COMMON} -- {','.join(what)} {COUNT} {MIB} {' '.join(modules)}"
         bench = Bench(what, where, kernels.find().vmlinuz, archive, cmdline)
-        ends = {name: pool.submit(run_ours, bench, *how) for name, how in run.items()}
-        ends[QEMU] = pool.submit(links.run_qemu, bench)
-        return [entry for name, end in ends.items() for entry in numbered(end.result(), name)]
+        guests = {name: run_ours(bench, *how) for name, how in run.items()}
+        guests[QEMU] = links.run_qemu(bench)
+        yield from together({name: numbered(lines, name) for name, lines in guests.items()})
 
 
-def numbered(lines: Sequence[str], name: str) -> list[Entry]:
-    """Return what a guest measured, with the number of the turn."""
-    found: list[Entry] = []
+def together(sources: dict[str, Iterator[Entry]]) -> Iterator[Entry]:
+    """Yield what comes of any of the sources, each read by a thread of its own."""
+    found: SimpleQueue[Entry | Exception | None] = SimpleQueue()
+
+    def read(source: Iterator[Entry]) -> None:
+        end = None
+        try:
+            for entry in source:
+                found.put(entry)
+        except Exception as error:  # noqa: BLE001 (raised where they come together)
+            end = error
+        found.put(end)
+
+    for source in sources.values():
+        threading.Thread(target=read, args=[source], daemon=True).start()
+    failed, running = [], len(sources)
+    while running:
+        entry = found.get()
+        if isinstance(entry, Entry):
+            yield entry
+        else:
+            running -= 1
+            failed += [str(entry)] if entry is not None else []
+    if failed:
+        raise RuntimeError("\n".join(failed))
+
+
+def numbered(lines: Iterator[str], name: str) -> Iterator[Entry]:
+    """Yield what a guest measures, with the number of the turn."""
+    turns: Counter[str] = Counter()
     for entry in links.entries(lines, name, 0):
-        turn = sum(known.what == entry.what for known in found)
-        found.append(entry._replace(turn=turn))
-    return found
+        yield entry._replace(turn=turns[entry.what])
+        turns[entry.what] += 1
 
 
-def show(found: list[Entry]) -> None:
-    """Print medians, and those of each round's ratio to QEMU's with the least and the greatest."""
-    names = list(dict.fromkeys(entry.vmm for entry in found))
+def show(found: list[Entry], names: Sequence[str]) -> None:
+    """Print medians, and those of each round's ratio to QEMU's with the least and the greatest.
+
+    Of the rounds that all of `names` came to the end of.
+    """
     each = {(e.vmm, e.what, e.turn): e.ns / e.often / 1000 for e in found if e.turn}
-    turns = range(1, max(entry.turn for entry in found) + 1)
+    whats = list(dict.fromkeys(entry.what for entry in found))
+    done = Counter(e.vmm for e in found if e.turn and e.what in whats[-1:])
+    turns = range(1, min(done[name] for name in names) + 1)
+    print(f"{len(turns)} rounds")
+    if not turns:
+        return
     columns = "".join(f"{name:>11}" for name in names)
     print(f"{'microseconds for each':26}{columns}   ratios (of each round)")
-    for what in dict.fromkeys(entry.what for entry in found):
+    for what in whats:
         row = "".join(f"{median(each[name, what, t] for t in turns):11.1f}" for name in names)
         for name in names:
             ratios = [each[name, what, t] / each[QEMU, what, t] for t in turns]
@@ -97,5 +131,6 @@ def show(found: list[Entry]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    rounds = int(os.environ.get("ROUNDS", ROUNDS))
-    show(links.run("console", ("console",), rounds, ways()))
+    rounds, run = int(os.environ.get("ROUNDS", ROUNDS)), ways()
+    cpus = int(os.environ.get("CPUS", "0")) or None
+    show(links.run("console", ("console",), rounds, run, cpus=cpus), [*run, QEMU])

@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -156,13 +157,13 @@ def add_ours(bench: Bench, vmm: str, machine: "Machine", cleanup: ExitStack) -> 
 
 def relay(port: "ConsolePort", path: str) -> Callable[[], None]:
     """Lead a port to the Unix socket at `path`; returns what ends that."""
-    from tinyvmm.streams import CHUNK, PortInput, PortOutput, Sender
+    from tinyvmm.streams import CHUNK, PortInput, PortOutput, Receiver, Sender
 
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(path)
     source, target = PortOutput(port), PortInput(port)
-    sender = Sender.of(sock.fileno())
-    if sender is None:
+    sender, receiver = Sender.of(sock.fileno()), Receiver.of(sock.fileno())
+    if sender is None or receiver is None:
         raise RuntimeError("no socket")
     source.pass_to(sender.send)
 
@@ -170,8 +171,12 @@ def relay(port: "ConsolePort", path: str) -> Callable[[], None]:
         while data := source.read():
             sock.sendall(data)
 
+    def given() -> bytes:
+        data = target.attend(receiver)
+        return sock.recv(CHUNK) if data is None else data
+
     def back() -> None:
-        while data := sock.recv(CHUNK):
+        while data := given():
             target.write(data)
 
     threads = [threading.Thread(target=main, daemon=True) for main in (out, back)]
@@ -185,31 +190,37 @@ def relay(port: "ConsolePort", path: str) -> Callable[[], None]:
         for thread in threads:
             thread.join()
         sender.close()
+        receiver.close()
         sock.close()
 
     return end
 
 
-def run_ours(bench: Bench, vmm: str) -> list[str]:
+def run_ours(bench: Bench, vmm: str) -> Iterator[str]:
     """Boot our VMM, and return the lines that the program said."""
+    shown = bytearray()
+    boot_ours(bench, vmm, shown.extend)
+    yield from shown.decode(errors="replace").splitlines()
+
+
+def boot_ours(bench: Bench, vmm: str, console: Callable[[bytes], None]) -> None:
+    """Boot our VMM, have `console` take what is said, and return at its end."""
     from tinyvmm.boot import load_kernel
     from tinyvmm.machine import Machine
 
-    shown = bytearray()
     with ExitStack() as cleanup:
         machine = Machine(memory=512 << 20, ioeventfd=vmm in {"thread", VHOST})
-        machine.add_board(console=shown.extend)
+        machine.add_board(console=console)
         add_ours(bench, vmm, machine, cleanup)
         cleanup.enter_context(machine)
         kernel = cleanup.enter_context(load_kernel(bench.vmlinuz))
         machine.boot_linux(kernel, initrd=[bench.archive], cmdline=f"reboot=a {bench.cmdline}")
         machine.start()
         machine.wait(LIMIT)
-    return shown.decode(errors="replace").splitlines()
 
 
-def run_qemu(bench: Bench) -> list[str]:
-    """Boot QEMU, and return the lines that the program said."""
+def run_qemu(bench: Bench) -> Iterator[str]:
+    """Boot QEMU, and yield the lines that the program says."""
     initrd = os.path.join(bench.where, "initrd")
     Path(initrd).write_bytes(bench.archive)
     qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults"]
@@ -242,27 +253,43 @@ def run_qemu(bench: Bench) -> list[str]:
             qemu += [f"virtio-net-pci,netdev=p,mac={MACS['passt']},host_mtu=65520"]
         if "vsock" in bench.what:
             qemu += ["-device", "vhost-vsock-pci,guest-cid=3"]
-        done = subprocess.run(
-            qemu,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=LIMIT,
-            check=False,
-            pass_fds=pass_fds,
-        )
-    said = done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
-    return said.splitlines()
+        yield from said(qemu, pass_fds)
 
 
-def entries(lines: Sequence[str], vmm: str, turn: int) -> list[Entry]:
-    """Return what was measured; RuntimeError if the program did not come to its end."""
-    words = [line.split() for line in lines]
-    if ["done"] not in words:
-        raise RuntimeError(f"{vmm}: " + "\n".join(lines[-10:]))
-    return [
-        Entry(vmm, turn, what, int(often), int(ns))
-        for what, often, ns in [line[1:] for line in words if line[:1] == ["end"]]
-    ]
+def said(command: Sequence[str], pass_fds: Sequence[int] = ()) -> Iterator[str]:
+    """Run a guest's VMM, and yield the lines that it says, as they come."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=pass_fds,
+    ) as process:
+        timer = threading.Timer(LIMIT, process.kill)
+        timer.start()
+        try:
+            if process.stdout is not None:
+                yield from (line.rstrip() for line in process.stdout)
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def entries(lines: Iterable[str], vmm: str, turn: int) -> Iterator[Entry]:
+    """Yield what is measured, as it is; RuntimeError if the program does not come to its end."""
+    last: deque[str] = deque(maxlen=10)
+    done = False
+    for line in lines:
+        last.append(line)
+        match line.split():
+            case ["done"]:
+                done = True
+            case ["end", what, often, ns]:
+                yield Entry(vmm, turn, what, int(often), int(ns))
+    if not done:
+        raise RuntimeError(f"the guest of {vmm} died: " + "\n".join(last))
 
 
 def insert(name: str) -> None:
@@ -323,20 +350,18 @@ def hosting(
             process.communicate()
 
 
-def measure(program: str, what: Sequence[str], rounds: int) -> list[Entry]:
+def measure(program: str, what: Sequence[str], rounds: int) -> Iterator[Entry]:
     """Run each VMM `rounds` times in turn, after once to warm caches."""
     from tinyvmm.images import kernels
 
-    found = []
     with tempfile.TemporaryDirectory() as where, hosting(what, program, where):
         archive, modules = initramfs(program, what)
         cmdline = f"{COMMON} -- {','.join(what)} {COUNT} {MIB} {' '.join(modules)}"
         bench = Bench(what, where, kernels.find().vmlinuz, archive, cmdline)
         for turn in range(rounds + 1):
             for vmm in ours(what):
-                found += entries(run_ours(bench, vmm), vmm, turn)
-            found += entries(run_qemu(bench), "QEMU", turn)
-    return found
+                yield from entries(run_ours(bench, vmm), vmm, turn)
+            yield from entries(run_qemu(bench), "QEMU", turn)
 
 
 def show(found: list[Entry]) -> None:
@@ -363,31 +388,48 @@ def main(what: Sequence[str] = tuple(MODULES)) -> None:
     show(run("links", what, int(os.environ.get("ROUNDS", ROUNDS))))
 
 
-def run(module: str, what: Sequence[str], *arguments: object) -> list[Entry]:
-    """Have `measure` of a module of bench/ measure, here or in the lab.
+def run(
+    module: str, what: Sequence[str], *arguments: object, cpus: int | None = None
+) -> list[Entry]:
+    """Have `measure` of a module of bench/ measure, here or in the lab, which has `cpus`.
 
-    `arguments` are what it takes besides the C program and `what`.
+    `arguments` are what it takes besides the C program and `what`. What was measured before a guest
+    or the lab died is returned as well, and why it ended is said on stderr.
     """
-    from tinyvmm.lab.lab import Lab, python_command
+    from tinyvmm.lab.lab import Lab, LabError, python_command
     from tinyvmm.lab.probe import missing_for_linux
 
-    with tempfile.TemporaryDirectory() as directory:
-        program = os.path.join(directory, "program")
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as share:
+        program, found = os.path.join(directory, "program"), Path(share, "found")
+        found.touch()
         gcc = ["gcc", "-O2", "-static", "-pthread", "-o", program, str(C_PROGRAM)]
         subprocess.run(gcc, check=True)
         initramfs(program, what)  # which fills the cache that the lab sees as well
+        wanted = program, tuple(what), *arguments
         code = (
-            f"import sys, json; sys.path.insert(0, {ROOT!r}); from bench.{module} import measure"
-            f"; print(json.dumps(measure({program!r}, {tuple(what)!r}, *{arguments!r})))"
+            f"import sys; sys.path.insert(0, {ROOT!r}); from bench import links, {module}; "
+            f"links.write({str(found)!r}, {module}.measure(*{wanted!r}))"
         )
         command = ["unshare", "-n", *python_command(code, [])]
         if missing_for_linux() is None:
-            done = subprocess.run(command, capture_output=True, check=False)
-            status, stdout, stderr = done.returncode, done.stdout, done.stderr
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+            status, why = done.returncode, done.stderr
         else:
-            with Lab() as lab:
-                ran = lab.run(command, timeout=LIMIT * 20)
-            status, stdout, stderr = ran.status, ran.stdout, ran.stderr
+            try:
+                with Lab(shares=[share], cpus=cpus) as lab:
+                    ran = lab.run(command, timeout=LIMIT * 20)
+                status, why = ran.status, ran.stderr.decode(errors="replace")
+            except LabError as error:
+                status, why = 1, str(error)
         if status:
-            sys.exit(stderr.decode() or f"the measuring process ended with status {status}")
-        return [Entry(*entry) for entry in json.loads(stdout.splitlines()[-1])]
+            sys.stderr.write(why or f"the measuring process ended with status {status}\n")
+        return [Entry(*json.loads(line)) for line in found.read_text().splitlines()]
+
+
+def write(path: str, found: Iterable[Entry]) -> None:
+    """Write each entry to a file as soon as it is there: who measures, or the lab, may die."""
+    with open(path, "w", encoding="ascii", buffering=1) as file:
+        try:
+            file.writelines(json.dumps(entry) + "\n" for entry in found)
+        except RuntimeError as error:
+            sys.exit(str(error))

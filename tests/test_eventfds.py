@@ -5,6 +5,8 @@ import resource
 import struct
 import threading
 import time
+from functools import partial
+from typing import Any, cast
 
 import pytest
 
@@ -51,6 +53,19 @@ class Ender(Device):
 
     def write(self, offset: int, size: int, value: int) -> None:
         self.machine.stop(f"{value:#x}")
+
+
+class Slow(Device):
+    """Returns from a write when a bell has been answered once more."""
+
+    name = "slow"
+
+    def __init__(self, rung: Rung) -> None:
+        self.rung = rung
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        assert self.rung.heard.wait(30)
+        self.rung.heard.clear()
 
 
 def writes(*stores: tuple[int, int]) -> bytes:
@@ -168,6 +183,44 @@ def test_what_rang_before_the_end_is_answered_before_the_wait_for_it_returns(
         run(machine, writes((bell, 0)))
         assert device.bells == [(0, "io virtio-rng")]
         assert machine.wait(0) == machine.cause
+
+
+def test_a_devices_thread_hears_of_a_descriptor_until_it_is_to_no_more() -> None:
+    heard: list[bytes] = []
+    errors: list[BaseException] = []
+    doorbells = Doorbells(cast("Any", None), Rung(), 0, errors.append)
+    doorbells.start()
+    source, target = os.pipe()
+    assert doorbells.watch(source, lambda: heard.append(os.read(source, 1)))
+    for count in range(1, 5):
+        os.write(target, b"x")
+        wait_for(partial(lambda count: len(heard) == count, count))
+    doorbells.unwatch(source)
+    doorbells.unwatch(source)
+    os.write(target, b"y")
+    time.sleep(0.1)
+    assert heard == [b"x"] * 4
+    with open(__file__, "rb") as file:  # epoll has nothing to say of files
+        assert not doorbells.watch(file.fileno(), lambda: None)
+    assert doorbells.watch(source, lambda: heard.append(os.read(source, 1)))
+    wait_for(lambda: heard[-1] == b"y")
+    doorbells.close()
+    doorbells.unwatch(source)  # harmless
+    os.close(source)
+    os.close(target)
+    assert errors == []
+
+
+def test_a_bell_is_heard_each_time_it_rings_though_nobody_reads_it() -> None:
+    device = Rung()
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(device)
+        bell = layout.PCI_WINDOW_GPA + layout.PCI_SLOT_STRIDE + NOTIFY
+        machine.ports.add(0xF8, 1, Slow(device))
+        rings = [writes((bell, 0))[:-3] + b"\xe6\xf8"] * 20  # out 0xF8, which waits for the answer
+        exits = run(machine, b"".join(rings) + b"\xe6\xf4\xf4")
+        assert [e.address for e in exits] == [0xF8] * 20 + [0xF4]
+    assert device.bells == [(0, "io virtio-rng")] * 20
 
 
 def test_an_error_on_a_devices_thread_ends_the_run_and_is_raised() -> None:

@@ -6,19 +6,30 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyvmm import session as session_module
+from tinyvmm.eventfds import Doorbells
 from tinyvmm.guest.protocol import EXEC_FAILED, EXITED, RECORD, SETUP_FAILED, SIGNAL, STARTED
 from tinyvmm.session import HostFiles, Ports, Result, Session, write_all
-from tinyvmm.streams import PortOutput, SocketInput, SocketOutput
+from tinyvmm.streams import (
+    CHUNK,
+    LITTLE,
+    PortInput,
+    PortOutput,
+    Receiver,
+    SocketInput,
+    SocketOutput,
+)
 from tinyvmm.views import Views
 
 
@@ -35,6 +46,14 @@ class GuestPort:
         self.changed = threading.Condition()
         self.listened = threading.Event()
         self.passed_to: Callable[[Views], int] | None = None
+        self.watcher: Doorbells | None = None
+
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        return self.watcher is not None and self.watcher.watch(fd, call)
+
+    def unwatch(self, fd: int) -> None:
+        assert self.watcher is not None
+        self.watcher.unwatch(fd)
 
     def take_output(self) -> bytes:
         self.listened.set()
@@ -82,11 +101,25 @@ class Guest(NamedTuple):
         return Ports.of(self)
 
 
-class Host:
-    """A session whose host descriptors are pipes, and whose guest is a function in a thread."""
+def device_thread(on_error: Callable[[BaseException], None]) -> Doorbells:
+    """A device's own thread, without a machine."""
+    device = SimpleNamespace(name="test", notify=lambda _index: None)
+    thread = Doorbells(cast("Any", None), device, 0, on_error)
+    thread.start()
+    return thread
 
-    def __init__(self) -> None:
+
+class Host:
+    """A session whose host descriptors are pipes, and whose guest is a function in a thread.
+
+    `own_thread`: the device has a thread that may read stdin.
+    """
+
+    def __init__(self, *, own_thread: bool = False) -> None:
         self.guest = Guest(GuestPort(), GuestPort(), GuestPort(), GuestPort())
+        self.errors: list[BaseException] = []
+        self.watcher = device_thread(self.errors.append) if own_thread else None
+        self.guest.stdin.watcher = self.watcher
         self.stdin, self.to_stdin = os.pipe()
         self.from_stdout, self.stdout = os.pipe()
         self.from_stderr, self.stderr = os.pipe()
@@ -127,11 +160,14 @@ class Host:
                 os.close(fd)
         if self.stderr >= 0:
             os.close(self.stderr)
+        if self.watcher is not None:
+            self.watcher.close()
+        assert self.errors == []
 
 
-@pytest.fixture
-def host() -> Iterator[Host]:
-    host = Host()
+@pytest.fixture(params=[False, True], ids=["relayed", "own thread"])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    host = Host(own_thread=request.param)
     yield host
     host.close()
 
@@ -624,6 +660,194 @@ def test_a_failing_relay_fails_the_session_instead_of_hanging_it(host: Host) -> 
     session = Session(ports, command="prog", files=host.files)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         session.run()
+
+
+# --- stdin read by the device's own thread -------------------------------------------------------
+
+
+class Noting(GuestPort):
+    """Notes which thread put what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put: list[tuple[str, int]] = []
+        self.watched = threading.Event()
+
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        watched = super().watch(fd, call)
+        self.watched.set()
+        return watched
+
+    def put_input(self, data: bytes | memoryview, *, patient: bool = False) -> int:
+        self.put.append((threading.current_thread().name, len(data)))
+        return super().put_input(data, patient=patient)
+
+
+class Reader:
+    """A `PortInput` with a thread that feeds it, as a session has."""
+
+    def __init__(self, fd: int) -> None:
+        self.errors: list[BaseException] = []
+        self.port = Noting()
+        self.port.watcher = device_thread(self.errors.append)
+        self.input = PortInput(self.port)
+        receiver = Receiver.of(fd)
+        assert receiver is not None
+        self.receiver = receiver
+        self.thread = threading.Thread(target=self.feed, args=[fd], name="feeder")
+        self.thread.start()
+
+    def feed(self, fd: int) -> None:
+        while True:
+            data = self.input.attend(self.receiver)
+            if data is None:
+                data = os.read(fd, CHUNK)
+            if not data:
+                return
+            self.input.write(data)
+
+    def close(self) -> None:
+        self.input.release()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+        self.receiver.close()
+        assert self.port.watcher is not None
+        self.port.watcher.close()
+        assert self.errors == []
+
+
+def stream_pair(kind: str, where: Path) -> tuple[int, int]:
+    """The descriptors to read from and to write to."""
+    if kind == "socket":
+        ours, its = socket.socketpair()
+        return ours.detach(), its.detach()
+    if kind == "pipe":
+        return os.pipe()
+    os.mkfifo(where / "fifo")
+    source = os.open(where / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(source, True)
+    return source, os.open(where / "fifo", os.O_WRONLY)
+
+
+@pytest.fixture(params=["pipe", "fifo", "socket"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, int]]:
+    source, target = stream_pair(request.param, tmp_path)
+    yield source, target
+    os.close(source)
+    with contextlib.suppress(OSError):
+        os.close(target)
+
+
+def test_a_few_bytes_wake_only_the_devices_own_thread(pair: tuple[int, int]) -> None:
+    source, target = pair
+    reader = Reader(source)
+    assert reader.port.watched.wait(60)
+    sent = b""
+    for number in range(20):
+        sent += bytes([number])
+        os.write(target, sent[-1:])
+        assert reader.port.wait_for(len(sent)) == sent
+    assert reader.port.put == [("io test", 1)] * 20
+    os.write(target, bytes(CHUNK))  # many are for who may wait
+    reader.port.wait_for(len(sent) + CHUNK)
+    assert {name for name, size in reader.port.put if size > LITTLE} <= {"feeder"}
+    os.close(target)
+    reader.thread.join(60)
+    assert not reader.thread.is_alive()  # at the end of the input
+    reader.close()
+
+
+def test_what_has_no_room_waits_in_the_feeding_thread_and_is_in_order(
+    pair: tuple[int, int],
+) -> None:
+    source, target = pair
+    reader = Reader(source)
+    reader.port.capacity = 3
+    os.write(target, b"ab")
+    reader.port.wait_for(2)
+    os.write(target, b"cde")
+    assert reader.port.wait_for(3) == b"abc"
+    os.write(target, b"fg")  # and is not read: the pipe fills
+    time.sleep(0.1)
+    assert bytes(reader.port.received) == b"abc"
+    reader.port.post(100)
+    assert reader.port.wait_for(7) == b"abcdefg"
+    os.write(target, b"h")
+    assert reader.port.wait_for(8) == b"abcdefgh"
+    reader.close()
+
+
+def test_what_comes_after_the_release_is_not_read(pair: tuple[int, int]) -> None:
+    source, target = pair
+    reader = Reader(source)
+    os.write(target, b"x")
+    reader.port.wait_for(1)
+    reader.input.release()
+    os.write(target, b"mine")
+    reader.close()
+    assert os.read(source, 100) == b"mine"
+    assert bytes(reader.port.received) == b"x"
+
+
+@pytest.mark.parametrize("data", [b"", b"last words"])
+def test_a_named_pipe_whose_writer_has_gone_before_is_read_to_its_end(
+    data: bytes, tmp_path: Path
+) -> None:
+    source, target = stream_pair("fifo", tmp_path)
+    os.write(target, data)
+    os.close(target)
+    reader = Reader(source)
+    reader.thread.join(60)
+    assert not reader.thread.is_alive()
+    assert bytes(reader.port.received) == data
+    reader.close()
+    os.close(source)
+
+
+@given(pieces=st.lists(st.binary(min_size=1, max_size=3 * LITTLE), max_size=8))
+@settings(deadline=None, max_examples=30)
+def test_stdin_of_many_sizes_arrives_byte_exact(pieces: list[bytes]) -> None:
+    host = Host(own_thread=True)
+    try:
+        host.guest.stdin.capacity = 0
+
+        def guest(g: Guest) -> None:
+            g.record(STARTED, 2)
+            for piece in pieces:
+                write_all(host.to_stdin, piece)
+                g.stdin.post(len(piece) // 2)
+            g.stdin.post(sum(map(len, pieces)))
+            os.close(host.to_stdin)
+            host.to_stdin = -1
+            assert g.stdin.closed.wait(60)
+            g.record(EXITED, 0)
+
+        host.run(guest)
+        assert bytes(host.guest.stdin.received) == b"".join(pieces)
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "terminal", "closed", "writing end", "datagrams"])
+def test_what_may_wait_is_not_for_a_devices_thread(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"data")
+    if kind == "file":
+        fds = [os.open(tmp_path / "file", os.O_RDONLY)]
+    elif kind == "terminal":
+        fds = list(reversed(os.openpty()))
+    elif kind == "writing end":
+        fds = list(reversed(os.pipe()))
+    else:
+        fds = [end.detach() for end in socket.socketpair(type=socket.SOCK_DGRAM)]
+    if kind == "closed":
+        for fd in fds:
+            os.close(fd)
+    before = len(os.listdir("/proc/self/fd"))
+    assert Receiver.of(fds[0]) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    if kind != "closed":
+        for fd in fds:
+            os.close(fd)
 
 
 # --- over sockets -------------------------------------------------------------------------------

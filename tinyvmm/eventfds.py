@@ -13,8 +13,9 @@ serve it inline, on the vCPU's thread and at the price of an exit: docs/decision
 kernel answers, there are `Bells` alone: vhost.py.
 
 Threads: a vCPU's thread sets routes and places doorbells; any thread fires a line; each `Doorbells`
-has one of its own, which is inside `VirtioDevice.notify` or asleep. `MsiRoutes` has a lock for its
-table, taken with an Msix's held; doorbells are placed under the lock of the PCI bus.
+has one of its own, which is inside `VirtioDevice.notify` or what `watch` was given, or asleep.
+`MsiRoutes` has a lock for its table, taken with an Msix's held; doorbells are placed under the lock
+of the PCI bus.
 """
 
 import os
@@ -22,6 +23,7 @@ import select
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from tinyvmm import kvm, trace
@@ -169,7 +171,11 @@ class Bells:
 
 
 class Doorbells(Bells):
-    """The doorbells of one device, and the thread that answers them."""
+    """The doorbells of one device, and the thread that answers them.
+
+    The same thread hears of what else the device waits for, if that is a descriptor: two threads
+    that pass on a stream each way meet at the interpreter's lock for each answer.
+    """
 
     def __init__(
         self, vm: kvm.VM, device: Notified, count: int, on_error: Callable[[BaseException], None]
@@ -177,15 +183,19 @@ class Doorbells(Bells):
         """Make `count` doorbells, not yet at any address; `on_error` takes a bug of ours."""
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         super().__init__(vm, [os.eventfd(0, flags) for _ in range(count)])
-        self._notify = device.notify
         self._name = device.name
         self._on_error = on_error
         self._thread: threading.Thread | None = None
         self._end = os.eventfd(0, flags)
         self._untold = [self._end]  # until the thread is told to end
-        self.poller = select.poll()
+        notify = device.notify
+        self._calls: dict[int, Callable[[], None]] = {
+            fd: partial(notify, index) for index, fd in enumerate(self._fds)
+        }
+        self.poller = select.epoll()
+        # By its edges an eventfd is heard each time it is written to, and need not be read.
         for fd in (*self._fds, self._end):
-            self.poller.register(fd, select.POLLIN)
+            self.poller.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def start(self) -> None:
         """Start to answer."""
@@ -193,21 +203,36 @@ class Doorbells(Bells):
         self._thread.start()
 
     def _main(self) -> None:
-        numbers = {fd: index for index, fd in enumerate(self._fds)}
-        notify, wait, read = self._notify, self.wait, os.eventfd_read
+        calls, wait = self._calls, self.wait
         try:
             while True:
                 for fd, _ in wait():
-                    if fd == self._end:  # the last of them: what rang before has been answered
+                    call = calls.get(fd)
+                    if call is not None:
+                        call()
+                    elif fd == self._end:  # the last of them: what rang before has been answered
                         return
-                    read(fd)
-                    notify(numbers[fd])
         except BaseException as error:  # noqa: BLE001 (a thread's end must reach the machine)
             self._on_error(error)
 
     def wait(self) -> list[tuple[int, int]]:
         """Sleep until a bell rings; (descriptor, events) of each."""
         return self.poller.poll()
+
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        """Have the thread `call` whenever `fd` can be read; False if epoll will not. Any thread."""
+        self._calls[fd] = call
+        try:
+            self.poller.register(fd, select.EPOLLIN)
+        except OSError:  # as all that epoll may have are in use
+            del self._calls[fd]
+            return False
+        return True
+
+    def unwatch(self, fd: int) -> None:
+        """Do so no more; only a call that has begun goes on. From any thread."""
+        if self._calls.pop(fd, None) is not None:
+            self.poller.unregister(fd)
 
     def finish(self) -> None:
         """Return when all that rang has been answered and the thread has ended.
@@ -222,5 +247,7 @@ class Doorbells(Bells):
     def close(self) -> None:
         """End the thread and close the eventfds; the guest must not run any more."""
         self.finish()
+        self._calls.clear()
+        self.poller.close()
         for fd in (*self._fds, self._end):
             os.close(fd)

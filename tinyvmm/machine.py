@@ -266,6 +266,7 @@ class Machine:
 
         doorbells = Doorbells(self.open_vm(), device, len(device.queues), failed)
         self._doorbells.append(doorbells)
+        device.watcher = doorbells
         return doorbells
 
     def _pci_bus(self) -> "PciBus":

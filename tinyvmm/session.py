@@ -41,7 +41,16 @@ from tinyvmm.guest.protocol import (
     STARTED,
     WINSIZE,
 )
-from tinyvmm.streams import CHUNK, ConsolePort, Input, Output, PortInput, PortOutput, Sender
+from tinyvmm.streams import (
+    CHUNK,
+    ConsolePort,
+    Input,
+    Output,
+    PortInput,
+    PortOutput,
+    Receiver,
+    Sender,
+)
 
 if TYPE_CHECKING:
     from tinyvmm.terminal import Terminal
@@ -523,19 +532,28 @@ class Session:
 
     def _relay_input(self) -> None:
         self._input_may_flow.wait()
-        escape = None
+        escape = receiver = None
         if self._terminal is not None:
             from tinyvmm.terminal import EscapeKeys
 
             escape = EscapeKeys()
+        elif self._files.stdin is not None:
+            receiver = Receiver.of(self._files.stdin)
         try:
-            while data := self._read_input():
+            while data := self._next_input(receiver):
                 if escape is not None and escape.seen(data):
                     self._post("escape")
                 self._ports.stdin.write(data)
         finally:
             os.close(self._quit_read)
+            if receiver is not None:
+                receiver.close()
         self._ports.stdin.close()
+
+    def _next_input(self, receiver: Receiver | None) -> bytes:
+        """Return the next bytes that the machine has not taken by itself; b"" at the end."""
+        data = self._ports.stdin.attend(receiver) if receiver is not None else None
+        return self._read_input() if data is None else data
 
     def _read_input(self) -> bytes:
         """Return the next bytes of our stdin; b"" at its end, or at the session's."""

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from fcntl import F_GETFL, fcntl
 from queue import Empty, SimpleQueue
 from time import sleep
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 CHUNK = 64 * 1024
+LITTLE = 4096  # bytes that are not worth to wake a thread for
 PATIENCE = 0.05  # seconds that a guest has to make room for more than one buffer
 SHUT_WR = 1  # socket.SHUT_WR, without importing socket for a machine that has none
 
@@ -36,6 +38,13 @@ class Input(Protocol):
 
     def close(self) -> None:
         """Let the guest's reader see end of file after what was written."""
+
+    def attend(self, receiver: "Receiver") -> bytes | None:
+        """Have the machine itself take what comes, which wakes nobody else, while that is little.
+
+        Return the first that it did not take; b"" at the end, or after `release`; None if whoever
+        calls had better read by itself.
+        """
 
     def release(self) -> None:
         """Drop what is not yet accepted; once this returns, the machine is not touched again."""
@@ -75,6 +84,12 @@ class ConsolePort(Protocol):
     def close(self) -> None:
         """Let the guest's reader see end of file."""
 
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        """Have a thread of the device's `call` whenever `fd` can be read; False if it has none."""
+
+    def unwatch(self, fd: int) -> None:
+        """Do so no more."""
+
 
 class Sender:
     """What writes to a descriptor without ever waiting, whatever others have made of it.
@@ -113,6 +128,37 @@ class Sender:
             return self._write(views)
         except OSError:  # whoever writes the rest is told why
             return 0
+
+
+class Receiver:
+    """What reads from a descriptor without ever waiting: a `Sender`, the other way."""
+
+    def __init__(self, fd: int, read: Callable[[], bytes], close: Callable[[], None]) -> None:
+        self.fd = fd
+        """Ours: to wait for."""
+        self.read = read
+        """Return what there is, b"" at the end; BlockingIOError if there is nothing now."""
+        self.close = close
+        """Let go of what is ours; the descriptor stays open."""
+
+    @classmethod
+    def of(cls, fd: int) -> "Self | None":
+        """Return that for `fd`; None where it may wait: a terminal, a file; or if it is closed."""
+        try:
+            kind = stat.S_IFMT(os.fstat(fd).st_mode)
+            if kind == stat.S_IFIFO and fcntl(fd, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                return cls(own, lambda: os.read(own, CHUNK), lambda: os.close(own))
+            if kind == stat.S_IFSOCK:
+                from socket import MSG_DONTWAIT, SOCK_STREAM, socket
+
+                sock = socket(fileno=os.dup(fd))
+                if sock.type == SOCK_STREAM:
+                    return cls(sock.fileno(), lambda: sock.recv(CHUNK, MSG_DONTWAIT), sock.close)
+                sock.close()
+        except OSError:
+            return None
+        return None
 
 
 class Wake:
@@ -183,7 +229,11 @@ class PortOutput:
 
 
 class PortInput:
-    """Host to guest over a console port: `write` and `close` in one thread, `release` from any.
+    """Host to guest over a console port: all but `release` in one thread, and that from any.
+
+    A few bytes at a time are put by the device's own thread (`attend`), which has passed on what
+    they answer: two threads would meet at the interpreter's lock. For many, and where there is no
+    room at once, it is worth to wake the other, which may wait.
 
     `_lock` covers each use of the port, and `_port` is None once it is released.
     """
@@ -192,10 +242,49 @@ class PortInput:
         self._port: ConsolePort | None = port
         self._lock = threading.Lock()
         self._space = Wake()
+        self._receiver: Receiver | None = None  # whose descriptor the device watches
+        self._left: SimpleQueue[bytes] = SimpleQueue()
+        self._much = False  # was written last
         port.on_space = self._space.set
+
+    def attend(self, receiver: Receiver) -> bytes | None:
+        """Have the device's thread take what comes; see Input."""
+        if self._much:
+            return None
+        with self._lock:
+            if self._port is None:
+                return b""
+            # Look first: of a named pipe that nobody writes to any more nothing is heard.
+            with suppress(BlockingIOError):
+                return _read(receiver)
+            self._receiver = receiver
+            if not self._port.watch(receiver.fd, self._take):
+                self._receiver = None
+                return None
+        return self._left.get()
+
+    def _take(self) -> None:
+        """Put what there is to read, if it is little and there is room; on the device's thread."""
+        with self._lock:
+            port, receiver = self._port, self._receiver
+            if port is None or receiver is None:
+                return
+            try:
+                data = _read(receiver)
+            except BlockingIOError:  # others have read it
+                return
+            if 0 < len(data) <= LITTLE:
+                accepted = port.put_input(data)
+                if accepted == len(data):
+                    return
+                data = data[accepted:]
+            self._receiver = None
+            port.unwatch(receiver.fd)
+            self._left.put(data)
 
     def write(self, data: bytes) -> None:
         """Block until the guest has posted buffers for all of `data`."""
+        self._much = len(data) > LITTLE
         rest = memoryview(data)
         patient = True
         while True:
@@ -217,8 +306,21 @@ class PortInput:
     def release(self) -> None:
         """Let go of the port."""
         with self._lock:
-            self._port = None
+            port, self._port = self._port, None
+            if port is not None and self._receiver is not None:
+                port.unwatch(self._receiver.fd)
+        self._left.put(b"")
         self._space.set()
+
+
+def _read(receiver: Receiver) -> bytes:
+    """Read; an input that fails is at its end. BlockingIOError if there is nothing now."""
+    try:
+        return receiver.read()
+    except BlockingIOError:
+        raise
+    except OSError:
+        return b""
 
 
 class SocketOutput:
@@ -284,6 +386,11 @@ class SocketInput:
         except OSError as error:
             if error.errno not in {errno.ENOTCONN, errno.EBADF}:  # its owner may have closed it
                 raise
+
+    def attend(self, receiver: Receiver) -> bytes | None:
+        """Leave it to the caller."""
+        del receiver
+        return None
 
     def release(self) -> None:
         """Wake a blocked writer: to a machine that listens no more, the end is as good as any."""

@@ -33,6 +33,8 @@ for it. Many, what such a place leaves, and all output where there is none, are 
 host's to `take_output`, which `on_output` tells; that passes on many chains at a time, straight
 from the guest's RAM and while the driver need not kick, and returns what has to be waited for.
 Until it has found nothing, whatever else comes is for it as well: so the stream keeps its order.
+Input comes by `put_input` from any thread. The device's own, which answers the doorbells, may be
+the one that finds it (`watch`): then a byte there and back wakes no thread but that.
 
 Threads: vCPU threads and the doorbells' through the transport, any host thread through the methods
 of a port; all hold the device's lock. `on_output`, `on_space` and what `pass_to` has been given are
@@ -140,6 +142,19 @@ class ConsolePort:
         if self._console is None:
             return 0
         return self._console.put_input(self, data, patient=patient)
+
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        """Have the device's own thread `call` whenever `fd` can be read; False if it has none.
+
+        From any thread; the device's lock is not held.
+        """
+        watcher = self._console.watcher if self._console is not None else None
+        return watcher is not None and watcher.watch(fd, call)
+
+    def unwatch(self, fd: int) -> None:
+        """Do so no more; a call that has begun may go on. Whoever closes `fd` does this before."""
+        if self._console is not None and self._console.watcher is not None:
+            self._console.watcher.unwatch(fd)
 
     def resize(self, rows: int, cols: int) -> None:
         """Tell a console's readers that the terminal has this size now; at most 65535 each.

@@ -18,7 +18,7 @@ taken, handled and given back within one hold of it, so a reset never finds one 
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from tinyvmm import trace
 from tinyvmm.devices.device import GuestMemory
@@ -46,6 +46,16 @@ CONFIGURATION_CHANGE = 1 << 1
 
 CONFIGURATION = -1
 """The source of an interrupt that is not a queue's."""
+
+
+class Watcher(Protocol):
+    """The thread that answers the doorbells of a device: it has ears for other descriptors, too."""
+
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        """`call` whenever `fd` can be read, without any lock; False if that cannot be heard of."""
+
+    def unwatch(self, fd: int) -> None:
+        """Do so no more; only a call that has begun goes on."""
 
 
 class VirtioDevice:
@@ -79,6 +89,8 @@ class VirtioDevice:
         self.driver_features = 0
         self._interrupt: Callable[[int], None] = _nobody
         self._memory: GuestMemory | None = None
+        self.watcher: Watcher | None = None
+        """A thread of the device's own, where its doorbells are eventfds."""
         self.queues = [Virtqueue(index, size, self.fail) for index, size in enumerate(queue_sizes)]
 
     def handle(self, queue: Virtqueue) -> None:

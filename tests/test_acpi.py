@@ -57,7 +57,7 @@ def follow(blob: bytes, gpa: int = GPA) -> Tables:
 MACHINES = {
     "one processor, nothing else": build_tables(GPA, cpus=1, virtio=[], uart=False),
     "a usual one": build_tables(GPA, cpus=2, virtio=nodes(3), uart=True),
-    "all there can be": build_tables(GPA, cpus=255, virtio=nodes(14), uart=True, pci=True),
+    "all there can be": build_tables(GPA, cpus=255, virtio=nodes(14), uart=True, pci=1),
     "one with devices of the user's own": build_tables(GPA, cpus=1, virtio=nodes(1), devices=OWN),
     "as many devices as there can be": build_tables(GPA, cpus=255, devices=OWN[:1] * 64),
 }
@@ -152,7 +152,7 @@ ASL_PCI = """
             Name (_HID, EisaId ("PNP0A08"))
             Name (_CID, EisaId ("PNP0A03"))
             Name (_UID, Zero)
-            Name (_SEG, Zero)
+            Name (_SEG, %(segment)s)
             Name (_BBN, Zero)
             Name (_CCA, One)
             Name (_CRS, ResourceTemplate ()
@@ -241,20 +241,21 @@ def asl_integer(value: int) -> str:
 @pytest.mark.parametrize(
     ("virtio", "uart", "pci", "own"),
     [
-        (0, False, False, False),
-        (1, True, False, False),
-        (0, True, True, True),
-        (14, True, True, True),
+        (0, False, None, False),
+        (1, True, None, False),
+        (0, True, 0, True),
+        (14, True, 1, True),
     ],
 )
 def test_the_dsdt_is_what_iasl_compiles_from_the_source_we_mean(
-    virtio: int, uart: bool, pci: bool, own: bool, tmp_path: Path
+    virtio: int, uart: bool, pci: int | None, own: bool, tmp_path: Path
 ) -> None:
     devices = "".join(
         ASL_VIRTIO % {"index": index, "uid": asl_integer(index), **node._asdict()}
         for index, node in enumerate(nodes(virtio))
     )
-    devices += (ASL_PCI if pci else "") + (ASL_UART if uart else "")
+    devices += "" if pci is None else ASL_PCI % {"segment": asl_integer(pci)}
+    devices += ASL_UART if uart else ""
     (tmp_path / "dsdt.asl").write_text(
         ASL_START + devices + ASL_END + (ASL_OWN if own else "") + "}}"
     )
@@ -329,6 +330,6 @@ def test_the_madt_lists_every_processor_and_the_ioapic(tmp_path: Path) -> None:
 def test_the_mcfg_says_where_the_configuration_space_of_bus_0_is(tmp_path: Path) -> None:
     read = fields(tmp_path, follow(MACHINES["all there can be"]).by_signature["MCFG"])
     assert int(read["Base Address"], 16) == layout.PCI_ECAM_GPA
-    assert (read["Segment Group Number"], read["Start Bus Number"]) == ("0000", "00")
+    assert (read["Segment Group Number"], read["Start Bus Number"]) == ("0001", "00")
     buses = int(read["End Bus Number"], 16) + 1
     assert buses << 20 == layout.PCI_ECAM_LEN  # 1 MiB a bus

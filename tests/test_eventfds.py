@@ -13,8 +13,13 @@ import pytest
 from tests.waiting import wait_for
 from tinyvmm import kvm, layout, trace
 from tinyvmm.devices.device import Device
+from tinyvmm.devices.pci import PCI_INTERRUPT_LINE
 from tinyvmm.devices.virtio.mmio import VirtioMmio
-from tinyvmm.devices.virtio.pci import NOTIFY, NOTIFY_OFF_MULTIPLIER
+from tinyvmm.devices.virtio.pci import (
+    NOTIFY,
+    NOTIFY_OFF_MULTIPLIER,
+    VIRTIO_PCI_CAP_PCI_CFG,
+)
 from tinyvmm.devices.virtio.rng import VirtioRng
 from tinyvmm.eventfds import Doorbells, MsiRoutes
 from tinyvmm.machine import Machine
@@ -68,10 +73,22 @@ class Slow(Device):
         self.rung.heard.clear()
 
 
+END = b"\xe6\xf4\xf4"  # out 0xF4
+
+
+def store(gpa: int, value: int) -> bytes:
+    """Code for flat 32-bit mode, which writes 32 bits."""
+    return b"\xc7\x05" + struct.pack("<II", gpa, value)
+
+
+def copy(gpa: int, to_gpa: int) -> bytes:
+    """Code that reads 32 bits, and leaves them at another address."""
+    return b"\xa1" + struct.pack("<I", gpa) + b"\xa3" + struct.pack("<I", to_gpa)
+
+
 def writes(*stores: tuple[int, int]) -> bytes:
-    """Code for flat 32-bit mode: store each 32-bit value at its address, then out 0xF4."""
-    code = b"".join(b"\xc7\x05" + struct.pack("<II", gpa, value) for gpa, value in stores)
-    return code + b"\xe6\xf4\xf4"
+    """Code that stores each 32-bit value at its address, then ends."""
+    return b"".join(store(gpa, value) for gpa, value in stores) + END
 
 
 def protected_mode(machine: Machine, code: bytes) -> None:
@@ -163,6 +180,27 @@ def test_doorbells_move_with_the_bar() -> None:
         assert [e.address for e in exits] == [config + 0x10, 0xF4]
         assert device.heard.wait(30)
     assert device.bells == [(0, "io virtio-rng")]
+
+
+def test_configuration_space_is_read_without_exits_until_reading_leads_elsewhere() -> None:
+    config = layout.PCI_ECAM_GPA + (1 << 15)
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(VirtioRng())
+        assert machine.pci is not None
+        ours = machine.pci.slots[1]
+        window = bytes(ours.config).index(bytes((20, VIRTIO_PCI_CAP_PCI_CFG))) - 2
+        code = copy(config, 0x6000) + copy(config + (1 << 12), 0x6004)
+        code += store(config + PCI_INTERRUPT_LINE, 0x11) + copy(config + PCI_INTERRUPT_LINE, 0x6008)
+        code += store(config + window + 12, 4) + copy(config, 0x600C)
+        exits = run(machine, code + END)
+        found = struct.unpack("<4I", machine.memory.read(0x6000, 16))
+    assert found == (0x1044_1AF4, 0xFFFF_FFFF, 0x11, 0x1044_1AF4)
+    assert [(exit_.direction, exit_.address) for exit_ in exits] == [
+        ("write", config + PCI_INTERRUPT_LINE),
+        ("write", config + window + 12),
+        ("read", config),
+        ("write", 0xF4),
+    ]
 
 
 def test_what_rang_before_the_end_is_answered_before_the_wait_for_it_returns(

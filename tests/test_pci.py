@@ -1,5 +1,6 @@
 """PCI and virtio over it, from the driver's side: what a kernel does to find and start a device."""
 
+import ctypes
 import re
 import struct
 from pathlib import Path
@@ -285,6 +286,48 @@ def test_read_only_registers_stay_as_they_are() -> None:
         board.set_config(offset, 4, 0xFFFF_FFFF)
     assert [board.config(offset, 4) for offset in range(0, 256, 4)] == before
     assert board.config(256, 4) == board.config(0xFFC, 4) == 0  # no extended capabilities
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.integers(0, 255),
+            st.sampled_from((1, 2, 4)),
+            st.integers(0, 1 << 32),
+        )
+    )
+)
+def test_the_memory_of_a_bus_is_what_its_ecam_answers(
+    writes: list[tuple[int, int, int, int]],
+) -> None:
+    board = Board()
+    for slot, offset, size, value in writes:
+        board.ecam.write(slot << 15 | offset, size, value & (1 << 8 * size) - 1)
+    hva, length = board.bus.memory()
+    assert length == 2 << 15
+    shown = ctypes.string_at(hva, length)
+    read = b"".join(board.ecam.read(at, 4).to_bytes(4, "little") for at in range(0, length, 4))
+    window = board.capabilities()[-1][1] + 16
+    assert shown[: 1 << 15 | window] == read[: 1 << 15 | window]
+    assert shown[1 << 15 | window + 4 :] == read[1 << 15 | window + 4 :]
+    if board.bus.passive:  # else these lead to the BAR
+        assert shown == read
+
+
+def test_a_bus_is_active_from_before_a_read_does_more_than_read() -> None:
+    board = Board()
+    told: list[bool] = []
+    board.bus.on_active = lambda: told.append(board.bus.passive)
+    for register in range(0, 256, 4):  # what every driver does
+        board.set_config(register, 4, board.config(register, 4))
+    assert (board.bus.passive, told) == (True, [])
+    window = board.capabilities()[-1][1]
+    board.set_config(window + 12, 4, 4)
+    assert told == [False]
+    board.set_config(window + 8, 4, 4)
+    assert told == [False]
 
 
 def test_a_bus_has_32_slots() -> None:

@@ -65,12 +65,13 @@ def build_tables(
     cpus: int,
     virtio: Sequence[VirtioMmioNode] = (),
     uart: bool = True,
-    pci: bool = False,
+    pci: int | None = None,
     devices: Sequence[DeviceNode] = (),
 ) -> bytes:
     """Return all tables, to be put at `gpa` (a multiple of 16), where the RSDP then is.
 
-    Processors have the local APIC ids 0 to cpus - 1.
+    Processors have the local APIC ids 0 to cpus - 1. `pci` is the segment group in which
+    the PCI bus is said to be; None if there is none.
     """
     out = bytearray(_align(_RSDP_LEN))
 
@@ -81,8 +82,8 @@ def build_tables(
 
     dsdt = place(_table(b"DSDT", 2, _dsdt_aml(virtio, devices, uart=uart, pci=pci)))
     tables = [place(_fadt(dsdt, uart=uart)), place(_madt(cpus))]
-    if pci:
-        tables.append(place(_mcfg()))
+    if pci is not None:
+        tables.append(place(_mcfg(pci)))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     out[:_RSDP_LEN] = _rsdp(xsdt)
     return bytes(out)
@@ -174,9 +175,9 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, body)
 
 
-def _mcfg() -> bytes:
+def _mcfg(segment: int) -> bytes:
     """Memory-mapped configuration space (PCI Firmware Specification 3.2, table 4-2): bus 0."""
-    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", PCI_ECAM_GPA, 0, 0, 0))
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", PCI_ECAM_GPA, segment, 0, 0))
 
 
 # --- AML terms (20.2) -------------------------------------------------------------------------
@@ -304,11 +305,11 @@ def _interrupt(gsi: int, *, edge: bool = False) -> bytes:
 
 
 def _dsdt_aml(
-    virtio: Sequence[VirtioMmioNode], own: Sequence[DeviceNode], *, uart: bool, pci: bool
+    virtio: Sequence[VirtioMmioNode], own: Sequence[DeviceNode], *, uart: bool, pci: int | None
 ) -> bytes:
     devices = [_virtio_device(index, node) for index, node in enumerate(virtio)]
-    if pci:
-        devices += _pci_host_bridge()
+    if pci is not None:
+        devices += _pci_host_bridge(pci)
     if uart:
         edge = _interrupt(COM1_GSI, edge=True)
         devices.append(_isa_device(b"COM1", "PNP0501", _ports(COM1_PORT, 8), edge))
@@ -340,7 +341,7 @@ def _own_device(index: int, node: DeviceNode) -> bytes:
     )
 
 
-def _pci_host_bridge() -> list[bytes]:
+def _pci_host_bridge(segment: int) -> list[bytes]:
     """A PCI Express root with one bus, and what reserves its configuration space.
 
     Linux believes MCFG only if the space it names is a motherboard resource as well.
@@ -351,7 +352,7 @@ def _pci_host_bridge() -> list[bytes]:
             _name(b"_HID", _eisa_id("PNP0A08")),
             _name(b"_CID", _eisa_id("PNP0A03")),
             _name(b"_UID", _ZERO),
-            _name(b"_SEG", _ZERO),
+            _name(b"_SEG", _integer(segment)),
             _name(b"_BBN", _ZERO),
             _name(b"_CCA", _ONE),
             _crs(

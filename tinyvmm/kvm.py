@@ -430,8 +430,11 @@ KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
 KVM_CAP_SET_GUEST_DEBUG = 23
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_READONLY_MEM = 81
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_BINARY_STATS_FD = 203
+
+KVM_MEM_READONLY = 1 << 1
 
 KVM_IRQCHIP_PIC_MASTER = 0
 KVM_IRQCHIP_PIC_SLAVE = 1
@@ -538,10 +541,15 @@ class VM(Handle):
         super().__init__(fd)
         self._vcpu_mmap_size = vcpu_mmap_size
 
-    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int) -> None:
-        """Back `size` bytes at guest-physical `gpa` by our memory at `hva`; size 0 removes."""
+    def set_user_memory_region(
+        self, slot: int, gpa: int, size: int, hva: int, flags: int = 0
+    ) -> None:
+        """Back `size` bytes at guest-physical `gpa` by our memory at `hva`; size 0 removes.
+
+        With KVM_MEM_READONLY in `flags` the guest's writes are exits.
+        """
         region = kvm_userspace_memory_region(
-            slot=slot, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva
+            slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva
         )
         self._ioctl("KVM_SET_USER_MEMORY_REGION", region)
 

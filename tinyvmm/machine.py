@@ -48,6 +48,9 @@ SWITCH_INTERVAL = 1e-6
 
 CPUS_MAX = 255  # APIC ids of 8 bits, of which 255 means everybody
 
+# Where Linux, which reaches segment 0 by ports, has to find PCI in memory: devices/pci.py.
+_LINUX_PCI_SEGMENT = 1
+
 _MSR_IA32_MISC_ENABLE = 0x1A0  # bit 0: fast string operations (Intel SDM volume 4)
 _MSR_MTRR_DEF_TYPE = 0x2FF  # bit 11: enable; low bits: type 6 is write-back (SDM 3A, 12.11.2.1)
 
@@ -125,6 +128,7 @@ class Machine:
                         vm.set_tss_addr(layout.TSS_GPA)
                     vm.create_irqchip()
                     vm.create_pit2()
+                self._readonly = bool(system.check_extension(kvm.KVM_CAP_READONLY_MEM))
                 supported = system.supported_cpuid()
                 tsc_deadline = irqchip and bool(
                     system.check_extension(kvm.KVM_CAP_TSC_DEADLINE_TIMER)
@@ -281,6 +285,19 @@ class Machine:
             self.ports.add(layout.PCI_CONFIG_PORT, 8, config_ports)
         return self.pci
 
+    def _show_configuration(self, bus: "PciBus") -> None:
+        """Have the guest read configuration space without exits, while reading is all it does."""
+        if not self._readonly or not bus.passive:
+            return
+        vm, slot = self.open_vm(), len(self.memory.regions)
+        hva, length = bus.memory()
+
+        def hide() -> None:
+            vm.set_user_memory_region(slot, layout.PCI_ECAM_GPA, 0, hva)
+
+        bus.on_active = hide
+        vm.set_user_memory_region(slot, layout.PCI_ECAM_GPA, length, hva, kvm.KVM_MEM_READONLY)
+
     # --- booting ----------------------------------------------------------------------------
 
     def boot_real_mode(self, code: bytes, gpa: int = 0x1000) -> None:
@@ -298,7 +315,7 @@ class Machine:
         """Put `kernel`, its initramfs and the ACPI tables in RAM, and vCPU 0 at its entry."""
         from tinyvmm import boot
 
-        self._write_acpi_tables()
+        self._write_acpi_tables(_LINUX_PCI_SEGMENT)
         entry = boot.load(
             self.memory, kernel, initrd=initrd, cmdline=cmdline, acpi_rsdp_gpa=layout.ACPI_GPA
         )
@@ -310,7 +327,7 @@ class Machine:
         """Put a PVH or multiboot kernel with its modules in RAM, and vCPU 0 at its entry."""
         from tinyvmm import bare_kernel
 
-        self._write_acpi_tables()
+        self._write_acpi_tables(0)
         entry = bare_kernel.load(self.memory, kernel, modules=modules, cmdline=cmdline)
         self.memory.write(layout.GDT_GPA, bare_kernel.GDT)
         handle = self.vcpus[0].handle
@@ -326,7 +343,7 @@ class Machine:
         regs = kvm.kvm_regs(rip=entry.rip, rax=entry.rax, rbx=entry.rbx, rflags=1 << 1)
         handle.set_regs(regs)
 
-    def _write_acpi_tables(self) -> None:
+    def _write_acpi_tables(self, pci_segment: int) -> None:
         from tinyvmm import acpi
 
         nodes = [
@@ -338,7 +355,7 @@ class Machine:
             cpus=len(self.vcpus),
             virtio=nodes,
             uart=self.uart is not None,
-            pci=self.pci is not None,
+            pci=None if self.pci is None else pci_segment,
             devices=self.device_nodes,
         )
         self.memory.write(layout.ACPI_GPA, tables)
@@ -366,6 +383,8 @@ class Machine:
     def start(self) -> None:
         """Start every vCPU; those after the first wait for the guest's SIPI."""
         handle_kicks()
+        if self.pci is not None:
+            self._show_configuration(self.pci)
         if not self._hurried:
             self._hurried = True
             _hurry(1)

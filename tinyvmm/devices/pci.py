@@ -11,8 +11,14 @@ itself no device; `Ecam` and `ConfigPorts` are, and lead to it:
     Ecam          4 KiB a function, at  slot << 15 | register
     ConfigPorts   0xCF8 takes 1 << 31 | slot << 11 | register; 0xCFC..0xCFF are that register
 
+A guest reads ten registers for each that it writes, and looks for most of them again and again. So
+the bus keeps configuration space in memory, laid out as ECAM has it, which a machine may show to
+its guest, read-only: then reads are no exits. That ends when reading comes to do something: see
+`Function.passive`.
+
 Linux wants the ports even where there is ECAM: without them it says that it has no way to PCI at
-all, and only later, from ACPI, learns better. It goes on to prefer them.
+all, and only later, from ACPI, learns better. It goes on to prefer them, but in PCI segment 0 only,
+which is all they can reach; so acpi.py has it find this bus in another.
 
 Model: a bus 0 with a host bridge. Not emulated: interrupt pins (MSI-X is all there is), I/O and
 64-bit BARs, bridges, power management, extended capabilities, functions past 0.
@@ -20,6 +26,8 @@ Model: a bus 0 with a host bridge. Not emulated: interrupt pins (MSI-X is all th
 Threads: all vCPU threads. The bus's one lock guards every configuration space behind it.
 """
 
+import ctypes
+import mmap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +56,8 @@ PCI_CLASS_BRIDGE_HOST = 0x0600
 
 CONFIG_LEN = 256  # of 4096: there are no extended capabilities, and beyond these all reads 0
 SLOTS = 32
+_SLOT_LEN = 1 << 15  # in ECAM: eight functions of 4 KiB
+_PAGE_LEN = 1 << 12
 _CAPABILITIES = 0x40
 _U32 = 0xFFFF_FFFF
 
@@ -59,7 +69,7 @@ class Function:
         self, vendor: int, device: int, class_code: int, *, bar_len: int = 0, subsystem: int = 0
     ) -> None:
         """Make a function of a 16-bit class; its BAR answers `bar_len` bytes, a power of two."""
-        self.config = bytearray(CONFIG_LEN)
+        self.config: bytearray | memoryview = bytearray(CONFIG_LEN)
         self.writable = bytearray(CONFIG_LEN)
         self.bar_len = bar_len
         self.on_map: Callable[[int | None], None] = _nobody
@@ -104,6 +114,11 @@ class Function:
         self.put(PCI_BASE_ADDRESS_0, 4, gpa, writable=_U32 & ~(self.bar_len - 1))
         self.write_config(PCI_COMMAND, 2, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER)
 
+    @property
+    def passive(self) -> bool:
+        """Whether reading configuration space does nothing but read; at first it must."""
+        return True
+
     def read_config(self, offset: int, size: int) -> int:
         """Answer a read of configuration space."""
         return self.get(offset, size)
@@ -147,15 +162,34 @@ class PciBus:
 
     def __init__(self) -> None:
         """Make a bus with a host bridge."""
-        self.slots: list[Function] = [host_bridge()]
+        self.slots: list[Function] = []
         self.lock = threading.Lock()
+        self.on_active: Callable[[], None] | None = None
+        """Told, once, that reads are no longer `passive`, before there is one; `lock` is held."""
+        self._memory = mmap.mmap(-1, SLOTS * _SLOT_LEN)
+        self.add(host_bridge())
 
     def add(self, function: Function) -> int:
         """Plug `function` into the next slot; gives the slot, IndexError if there is none."""
         if len(self.slots) >= SLOTS:
             raise IndexError("every slot is taken")
+        start = len(self.slots) * _SLOT_LEN
+        space = memoryview(self._memory)[start : start + _SLOT_LEN]
+        space[_PAGE_LEN:] = b"\xff" * (_SLOT_LEN - _PAGE_LEN)  # functions there are none of
+        space[:CONFIG_LEN] = function.config
+        function.config = space[:CONFIG_LEN]
         self.slots.append(function)
         return len(self.slots) - 1
+
+    @property
+    def passive(self) -> bool:
+        """Whether reads do nothing but read."""
+        return all(function.passive for function in self.slots)
+
+    def memory(self) -> tuple[int, int]:
+        """Return address and length of what ECAM has of the slots in use; the bus's own."""
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        return hva, len(self.slots) * _SLOT_LEN
 
     def read(self, slot: int, offset: int, size: int) -> int:
         """Read configuration space; all-ones where there is no function."""
@@ -167,8 +201,13 @@ class PciBus:
     def write(self, slot: int, offset: int, size: int, value: int) -> None:
         """Write configuration space."""
         if slot < len(self.slots) and offset + size <= CONFIG_LEN:
+            function = self.slots[slot]
             with self.lock:
-                self.slots[slot].write_config(offset, size, value)
+                function.write_config(offset, size, value)
+                tell = self.on_active
+                if tell is not None and not function.passive:
+                    self.on_active = None
+                    tell()
 
 
 class Ecam(Device):

@@ -398,6 +398,11 @@ class VirtioFunction(Function):
         head = struct.pack("<BBBB2xII", 16 + len(more), cfg_type, 0, 0, offset, length)
         return self.add_capability(PCI_CAP_ID_VNDR, head + more, writable)
 
+    @property
+    def passive(self) -> bool:
+        """Not once a driver has opened the window: from then on reads lead to the BAR."""
+        return not any(self.config[self._window_at + 4 : self._window_at + _CFG_DATA])
+
     def read_config(self, offset: int, size: int) -> int:
         """Read a register; pci_cfg_data is what the window shows."""
         if offset == self._window_at + _CFG_DATA:

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -303,8 +304,29 @@ class Place:
         return len(data)
 
 
-def test_what_has_room_gets_output_before_the_kick_returns_and_nobody_is_woken() -> None:
+class OwnThread:
+    """The thread that a device has where its doorbells are eventfds."""
+
+    def watch(self, fd: int, call: Callable[[], None]) -> bool:
+        del fd, call
+        return True
+
+    def unwatch(self, fd: int) -> None:
+        pass
+
+
+@pytest.fixture(params=[None, OwnThread()], ids=["a vCPU's thread", "a thread of its own"])
+def watcher(request: pytest.FixtureRequest) -> OwnThread | None:
+    """Whose thread hears the kicks."""
+    watcher: OwnThread | None = request.param
+    return watcher
+
+
+def test_what_has_room_gets_output_before_the_kick_returns_and_nobody_is_woken(
+    watcher: OwnThread | None,
+) -> None:
     guest = plugged("a")
+    guest.device.watcher = watcher
     port, place = guest.ports[0], Place(1 << 20)
     port.on_output = lambda: pytest.fail("woken")
     port.pass_to(place.send)
@@ -322,12 +344,14 @@ def test_what_has_room_gets_output_before_the_kick_returns_and_nobody_is_woken()
 @given(
     sent=st.lists(st.binary(min_size=1, max_size=20), max_size=60),
     rooms=st.lists(st.integers(0, 30), max_size=60),
+    watcher=st.sampled_from([None, OwnThread()]),
 )
 @settings(deadline=None)
 def test_output_keeps_its_order_whatever_a_place_takes_of_it(
-    sent: list[bytes], rooms: list[int]
+    sent: list[bytes], rooms: list[int], watcher: OwnThread | None
 ) -> None:
     guest = plugged("a")
+    guest.device.watcher = watcher
     port, place = guest.ports[0], Place(0)
     queue = guest.transmitq(1)
     port.pass_to(place.send)
@@ -373,8 +397,26 @@ def test_much_output_wakes_a_thread_once_which_has_it_passed_on_until_nothing_is
     assert (woken, bytes(place.got[-1:]), queue.kicks) == ([True], b"x", 2)
 
 
-def test_output_that_a_place_has_no_room_for_stays_with_the_guest_but_for_one_chain() -> None:
+def test_much_output_wakes_nobody_where_the_device_has_a_thread() -> None:
     guest = plugged("a")
+    guest.device.watcher = OwnThread()
+    port, queue, place = guest.ports[0], guest.transmitq(1), Place(1 << 20)
+    port.on_output = lambda: pytest.fail("woken")
+    port.pass_to(place.send)
+    for number in range(3):
+        queue.add([bytes([number]) * 5000], [])
+    queue.kick()
+    assert place.got == b"".join(bytes([number]) * 5000 for number in range(3))
+    assert len(queue.used()) == 3
+    queue.send([b"x"], [])
+    assert place.got[-1:] == b"x"
+
+
+def test_output_that_a_place_has_no_room_for_stays_with_the_guest_but_for_one_chain(
+    watcher: OwnThread | None,
+) -> None:
+    guest = plugged("a")
+    guest.device.watcher = watcher
     port, queue, place = guest.ports[0], guest.transmitq(1), Place(25)
     port.pass_to(place.send)
     while queue.free:
@@ -406,10 +448,11 @@ def test_as_many_pieces_are_passed_on_at_a_time_as_a_system_call_takes() -> None
 
 
 @pytest.mark.parametrize("without", [0, EVENT_IDX])
-def test_a_guest_that_always_has_more_does_not_keep_its_vcpu_in_the_device(
-    monkeypatch: pytest.MonkeyPatch, without: int
+def test_a_guest_that_always_has_more_does_not_keep_a_thread_in_the_device(
+    monkeypatch: pytest.MonkeyPatch, without: int, watcher: OwnThread | None
 ) -> None:
     guest = plugged("a", without=without)
+    guest.device.watcher = watcher
     port, queue, ram = guest.ports[0], guest.transmitq(1), guest.driver.ram
     head, view, place = queue.free[-1], ram.view, Place(1 << 20)
     woken = []
@@ -533,6 +576,47 @@ def test_a_receive_buffer_without_room_stops_the_device() -> None:
     guest.receiveq(1).send([b"readable"], [])
     assert guest.ports[0].put_input(b"data") == 0
     assert guest.driver.status & NEEDS_RESET
+
+
+@pytest.mark.parametrize("wrong", ["address", "length", "empty", "readable", "head", "too many"])
+def test_input_stops_at_a_buffer_that_breaks_a_rule_and_not_before(wrong: str) -> None:
+    guest = plugged("a")
+    queue, ram = guest.receiveq(1), guest.driver.ram
+    for _ in range(2):
+        queue.add([], [10])
+    gpa = ram.alloc(10)
+    descriptor = {
+        "address": (0xFFFF_FFFF_FFFF_FFF0, 10, WRITE),
+        "length": (gpa, 0xFFFF_FFFF, WRITE),
+        "empty": (gpa, 0, WRITE),
+        "readable": (gpa, 10, 0),
+    }.get(wrong, (gpa, 10, WRITE))
+    head = queue.free.pop()
+    queue.write_descriptor(head, *descriptor)
+    queue.publish(queue.size if wrong == "head" else head)
+    if wrong == "too many":
+        for _ in range(queue.size):
+            queue.publish(head)
+    put = guest.ports[0].put_input(bytes(range(100)))
+    assert guest.driver.status & NEEDS_RESET
+    assert put == (0 if wrong == "too many" else 20)
+    assert [queue.filled(*used) for used in queue.used()] == (
+        [] if wrong == "too many" else [bytes(range(10)), bytes(range(10, 20))]
+    )
+    assert bytes(ram.view(gpa, 10)) == bytes(10)
+    assert guest.ports[0].put_input(b"more") == 0
+
+
+@pytest.mark.parametrize("without", [0, EVENT_IDX])
+def test_much_input_interrupts_for_the_first_buffer_and_the_last(without: int) -> None:
+    guest = plugged("a", without=without)
+    queue = guest.receiveq(1)
+    for _ in range(5):
+        queue.add([], [10])
+    seen: list[int] = []
+    guest.device.queues[queue.index].on_used = lambda: seen.append(len(queue.used()))
+    assert guest.ports[0].put_input(bytes(45)) == 45
+    assert seen == [1, 4]
 
 
 def test_close_reaches_the_driver_after_all_that_was_put() -> None:

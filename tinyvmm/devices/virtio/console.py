@@ -28,10 +28,12 @@ Not emulated: VIRTIO_CONSOLE_F_EMERG_WRITE, removal of ports. A driver without F
 device with nothing to say.
 
 Output goes one of two ways. Who has a place that takes bytes without waiting says so by `pass_to`:
-then a few of them are on their way by whoever hears the driver's kick, and no other thread is woken
-for it. Many, what such a place leaves, and all output where there is none, are for a thread of the
-host's to `take_output`, which `on_output` tells; that passes on many chains at a time, straight
-from the guest's RAM and while the driver need not kick, and returns what has to be waited for.
+then they are on their way by whoever hears the driver's kick, and no other thread is woken for it:
+all of them where the device has a thread of its own, only a few on a vCPU's. Many of those, what
+such a place leaves, and all output where there is none, are for a thread of the host's to
+`take_output`, which `on_output` tells. Who may take time passes on many chains at a time, straight
+from the guest's RAM and while the driver need not kick; `take_output` returns what has to be waited
+for.
 Until it has found nothing, whatever else comes is for it as well: so the stream keeps its order.
 Input comes by `put_input` from any thread. The device's own, which answers the doorbells, may be
 the one that finds it (`watch`): then a byte there and back wakes no thread but that.
@@ -76,11 +78,12 @@ UNUSED_QUEUE_SIZE = 2
 # name the same RAM again and again.
 OUTPUT_MAX = 16 << 20
 SIZE_MAX = 0xFFFF
-# Bytes that are passed on by whoever hears a kick, and at a time by a thread of the host's: to
-# wake that takes as long as a few thousand bytes do, and whoever sends more has more to send, which
-# the guest may prepare meanwhile. How often, before others get the lock or the next kick is heard.
+# Bytes that are passed on by a vCPU's thread that hears a kick, and at a time by any other: to wake
+# one takes as long as a few thousand bytes do, and whoever sends more has more to send, which the
+# guest may prepare meanwhile. How often, before others get the lock or the next kick is heard: by
+# the vCPU's, the device's and the host's threads.
 NOW_MAX, BATCH_MAX = 4 << 10, 128 << 10
-BATCHES_NOW, BATCHES = 2, 16
+BATCHES_NOW, BATCHES_OWN, BATCHES = 2, 8, 16
 NOTHING, MORE, FULL = range(3)  # what is left to be passed on; FULL: for a thread
 IOV_MAX = 1024  # UIO_MAXIOV of <linux/uio.h>
 KEPT_COST = 64  # what keeping a chain's data takes besides the data
@@ -292,11 +295,13 @@ class VirtioConsole(VirtioDevice):
             return data
 
     def _passed_on(self, port: ConsolePort) -> bool:
-        """Send now what it is not worth to wake a thread for; whether that was all."""
+        """Send what it is not worth to wake another thread for; whether that was all."""
+        own = self.watcher is not None
         left = MORE
-        for _ in range(BATCHES_NOW):
-            if left == MORE:
-                left = self._pass_on(port, NOW_MAX, now=True)
+        for _ in range(BATCHES_OWN if own else BATCHES_NOW):
+            left = self._pass_on(port, BATCH_MAX if own else NOW_MAX, now=not own)
+            if left != MORE:
+                break
         port.relayed = left != NOTHING
         return not port.relayed
 
@@ -410,7 +415,7 @@ class VirtioConsole(VirtioDevice):
             rest = memoryview(data)
             queue = self.queues[2 * port.id + 2]
             port.most = max(port.most, queue.waiting) if patient else 0
-            while rest:
+            while rest := rest[queue.fill(rest) :]:
                 chain = queue.pop()
                 if chain is None:
                     if not self.running or port.most < 2 or queue.expect(port.most // 2):

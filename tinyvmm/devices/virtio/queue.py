@@ -235,6 +235,41 @@ class Virtqueue:
         self._used_ring[idx & self._mask] = chain.head | written << 32
         self._publish((idx + 1) & 0xFFFF)
 
+    def fill(self, data: memoryview) -> int:
+        """Copy `data` into the next chains and give them back: the number of bytes copied.
+
+        This does what `pop` and `push` would, for several chains of one buffer each, which are what
+        a stream's driver gives. It stops before any other, and where there is none; the first may
+        be read by the driver while the others are filled.
+        """
+        if not self.ready or self.halted:
+            return 0
+        avail, used_ring, mask, size = self._avail, self._used_ring, self._mask, len(data)
+        last, idx, done = self.last_avail, self.used_idx, 0
+        count = (avail[1] - last) & 0xFFFF
+        for _ in range(count if count <= self.size else 0):  # else `pop` says what is wrong
+            head = avail[2 + (last & mask)]
+            if done == size or head > mask:
+                break
+            gpa, length, flags, _ = _descriptor(self._table, _DESCRIPTOR_LEN * head)
+            if flags != VIRTQ_DESC_F_WRITE or not length:
+                break
+            try:
+                view = self._view(gpa, length)
+            except ValueError:
+                break
+            length = min(length, size - done)
+            view[:length] = data[done : done + length]
+            used_ring[idx & mask] = head | length << 32
+            last, idx = (last + 1) & 0xFFFF, (idx + 1) & 0xFFFF
+            self.last_avail = last
+            if not done:
+                self._publish(idx)
+            done += length
+        if idx != self.used_idx:
+            self._publish(idx)
+        return done
+
     def push_read(self, chains: Sequence[Chain]) -> None:
         """Give `chains` back, which were only read, and interrupt at most once, as `push` does."""
         if not self.ready:

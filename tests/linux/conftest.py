@@ -7,6 +7,7 @@ import compileall
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +129,9 @@ class Runner:
             self.program(["sh", "-c", undo])
 
     def directory(self, name: str) -> Path:
-        """A new directory that both sides can write."""
-        path = self.shared / name
-        path.mkdir()
+        """A new directory that both sides can write; `name` and a number, as files share a lab."""
+        path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.shared))
+        path.chmod(0o755)
         return path
 
 

@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, fuzz, bad-guests, soak, soak-exec, man, lint, unit, unit-others, linux, kernel-build, clean.
+# Others: bench, fuzz, bad-guests, soak, soak-exec, soak-lab, man, lint, unit, unit-others, linux, kernel-build, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench fuzz bad-guests soak soak-exec man clean packages kernel kernel-build erofs-usr
+.PHONY: demo test lint unit unit-others linux bench fuzz bad-guests soak soak-exec soak-lab man clean packages kernel kernel-build erofs-usr
 .DEFAULT_GOAL := demo
 
 demo:
@@ -100,6 +100,10 @@ soak: packages kernel
 SOAK_EXECS ?= 1000
 soak-exec: packages kernel
 	TINYVMM_SOAK_EXECS=$(SOAK_EXECS) $(BIN)/python -m pytest -s tests/linux/test_control.py -k leave_nothing
+
+# The lab, guest after guest: does it hang?
+soak-lab: packages kernel
+	$(BIN)/python -m tests.soak lab
 
 clean:
 	rm -rf .venv .venv-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

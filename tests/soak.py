@@ -4,6 +4,9 @@
                                   command line, and again as many in one process
     python -m tests.soak linux    200 and 20 of Linux with names: detached, waited for, forgotten;
                                   --count and --at-once for fewer where that would take hours
+    python -m tests.soak lab      pairs of guests in one lab: one of many processes, then one that
+                                  gets the memory it leaves; how long each takes, and whether the
+                                  lab hangs. Ten pairs, or --count of them
 
 What is looked for: processes with our mark in their environment, files and sockets in the
 directories they were given, and of this process descriptors, threads, mappings and memory. Prints
@@ -29,6 +32,7 @@ MARK = "TINYVMM_SOAK_MARK"
 GROWTH_MAX = 8 << 20  # bytes of memory of this process, of 200 machines: pools and caches fill
 MAPPINGS_MAX = 30
 LAB_COUNT, LAB_AT_ONCE = 5, 3
+LAB_PAIRS = 10
 
 
 def tiny_kernel(status: int) -> bytes:
@@ -221,19 +225,41 @@ def in_the_lab(count: int, at_once: int) -> None:
     sys.exit(subprocess.run(lab, cwd=ROOT, check=False).returncode)
 
 
+def the_lab(pairs: int) -> None:
+    """Of the lab itself: LabHungError if it hangs."""
+    from tests.linux.conftest import MAIN
+    from tinyvmm.lab.lab import Lab, python_command
+
+    many = "i=0; while [ $i -lt 300 ]; do /bin/true; i=$((i+1)); done"
+    with Lab() as lab:
+        for pair in range(1, pairs + 1):
+            times = []
+            for script in (many, ":"):
+                begin = time.monotonic()
+                argv = python_command(MAIN, ["run", "--no-lab", "--", "sh", "-c", script])
+                done = lab.run(argv, timeout=300, cwd=str(ROOT))
+                times.append(time.monotonic() - begin)
+                if done.status:
+                    sys.exit(f"soak: pair {pair}: {done}")
+            say(f"pair {pair}: {times[0]:.1f} s, {times[1]:.1f} s")
+
+
 def main() -> None:
     """Do as the arguments say."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak")
-    parser.add_argument("what", choices=("tiny", "linux"))
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("what", choices=("tiny", "linux", "lab"))
+    parser.add_argument("--count", type=int)
     parser.add_argument("--at-once", type=int, default=20)
     args = parser.parse_args()
-    if args.what == "tiny":
-        tiny(args.count, args.at_once)
+    count = args.count or 200
+    if args.what == "lab":
+        the_lab(args.count or LAB_PAIRS)
+    elif args.what == "tiny":
+        tiny(count, args.at_once)
     elif linux_runs_here():
-        linux(args.count, args.at_once)
+        linux(count, args.at_once)
     else:
-        in_the_lab(min(args.count, LAB_COUNT), min(args.at_once, LAB_AT_ONCE))
+        in_the_lab(min(count, LAB_COUNT), min(args.at_once, LAB_AT_ONCE))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Runner:
         cwd: str | Path = ROOT,
     ) -> Completed:
         if self.lab is not None:
-            # QEMU's emulation of SVM fails once in an hour or two, whatever runs in it: the lab
+            # QEMU's emulation of SVM fails now and then, whatever runs in it (docs/lab.md): the lab
             # hangs, or ends, or a guest of it has a triple fault. Then the command is repeated,
             # once and in a new lab, and it is reported: a fault of ours comes again. A command that
             # hangs in a lab that lives is another matter: that ends by `timeout`.

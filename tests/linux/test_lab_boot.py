@@ -66,6 +66,14 @@ def test_dev_kvm_is_a_kvm_amd_that_runs_a_guest(lab: Lab) -> None:
     assert b"SVM: kvm: Nested Paging enabled" in log
 
 
+def test_a_lab_keeps_machines_so_that_its_kernel_is_not_patched_with_each_of_a_commands(
+    lab: Lab,
+) -> None:
+    kept = lab.run(["sh", "-c", "ls -l /proc/$PPID/fd"], timeout=LIMIT)
+    names = [line.partition(" -> ")[2] for line in kept.stdout.decode().splitlines()]
+    assert [names.count(name) for name in ("anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0")] == [2, 2]
+
+
 def test_a_command_sees_our_files_and_cannot_change_them(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "ours").write_text("ours\n")
     script = f"cat {tmp_path}/ours; echo theirs > {tmp_path}/ours; cat {tmp_path}/ours"

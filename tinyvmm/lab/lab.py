@@ -364,7 +364,7 @@ class Lab:
     def _boot(self) -> Qemu:
         agent = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lab_agent.py")
         plan = _plan(
-            [os.path.realpath(sys.executable), "-I", "-S", agent],
+            [os.path.realpath(sys.executable), "-I", "-S", agent, "/dev/kvm"],
             env=None,
             cwd="/",
             shares=self._shares,

@@ -1,6 +1,7 @@
 r"""Runs commands for `Lab` (lab.py), inside its machine, one after the other, until input ends.
 
-Executed as a file by a bare interpreter, so it imports nothing of ours. A request is a line of
+Executed as a file by a bare interpreter, so it imports nothing of ours. Its argument, if it has
+one, is the KVM device on which to keep machines meanwhile (keep_machines). A request is a line of
 JSON followed by the command's stdin; an answer is a line of JSON followed by its output:
 
     {"argv": [...], "env": {...}, "cwd": "/", "timeout": 60, "pty": null, "stdin": 5}\nhello
@@ -16,6 +17,7 @@ shows is stdout, and stdin is typed into it.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -31,6 +33,25 @@ from typing import IO, Any
 Json = dict[str, Any]
 
 HEARTBEAT = 5.0  # seconds
+KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_CREATE_IRQCHIP = 0xAE01, 0xAE41, 0xAE60  # <linux/kvm.h>
+
+
+def keep_machines(device: str) -> list[int]:
+    """Make two idle machines with KVM, one with a local APIC, and return what keeps them.
+
+    The first machine of all, the first virtual processor without a local APIC and the first whose
+    APIC is off switch branches in the kernel's code on, some of them in its scheduler, and the last
+    to go switches them off: by INT3, while other processors run there. QEMU may then go on with a
+    translation of the INT3, for ever and on every processor. Nothing is switched while these live.
+    """
+    kvm = os.open(device, os.O_RDWR)
+    kept = [kvm]
+    for irqchip in (True, False):
+        machine = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+        if irqchip:
+            fcntl.ioctl(machine, KVM_CREATE_IRQCHIP)
+        kept += [machine, fcntl.ioctl(machine, KVM_CREATE_VCPU, 0)]
+    return kept
 
 
 def main() -> None:
@@ -96,7 +117,6 @@ def run(request: Json, stdin: bytes) -> tuple[Json, bytes, bytes]:
 
 def run_in_terminal(request: Json, stdin: bytes) -> tuple[Json, bytes, bytes]:
     """Run one command with a pseudo-terminal as its stdin, stdout and stderr."""
-    import fcntl
     import termios
 
     master, slave = os.openpty()
@@ -139,4 +159,6 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        keep_machines(path)
     main()

@@ -30,6 +30,7 @@ FIRMWARE = "qboot.rom"  # starts a PVH kernel in milliseconds; part of QEMU's ow
 PORT_NAMES = ("stdin", "stdout", "stderr", "control")  # nr 1 to 4
 ROOT_TAG = "root"
 MIB = 1 << 20
+TRANSLATIONS = 128 * MIB  # of QEMU's memory, for translated code; all is forgotten when it is full
 
 CMDLINE = (
     "console=ttyS0 quiet panic=-1 "
@@ -236,7 +237,11 @@ def _arguments(hardware: Hardware, files: Sequence[int], ports: Sequence[int]) -
     kernel, initrd, console = files
     arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     arguments += ["-machine", "q35,vmport=off,smm=off,sata=off,smbus=off,usb=off"]
-    arguments += ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    # Few translations, and no ERMS, which clears byte by byte: each store to a page that held code
+    # goes through all that were made of it, one for each address a process had it at, and clearing
+    # what a guest left took minutes (docs/lab.md).
+    arguments += ["-accel", f"tcg,thread=multi,tb-size={TRANSLATIONS // MIB}"]
+    arguments += ["-cpu", "max,-erms"]
     arguments += ["-smp", str(hardware.cpus), "-m", f"{hardware.memory // MIB}M"]
     if _has_firmware():
         arguments += ["-bios", FIRMWARE]

@@ -1,7 +1,8 @@
 """A console port led to a Unix socket: ours beside QEMU's. bench/links.py says what is measured.
 
 All guests are up at once, each in a process of its own, and what serves the sockets lets one of
-them go on at a time: so each round has a turn of everybody within seconds. ROUNDS says how many;
+them go on at a time: so each round has a turn of everybody within seconds. They boot one after the
+other, as a lab is the likelier to die the more of them do at once. ROUNDS says how many;
 BEFORE, paths of other checkouts with colons between, has these take part as well; WAYS, which
 doorbells of ours do. When a guest dies, what was measured until then is shown.
 """
@@ -21,6 +22,7 @@ from bench.links import Bench, Entry
 from bench.place import ROOT
 
 COUNT, MIB, ROUNDS = 200, 16, 7
+BOOT = 60  # seconds that a guest has alone; an older checkout does not say when it is up
 QEMU = "QEMU"
 
 
@@ -68,25 +70,27 @@ def measure(
         bench = Bench(what, where, kernels.find().vmlinuz, archive, cmdline)
         guests = {name: run_ours(bench, *how) for name, how in run.items()}
         guests[QEMU] = links.run_qemu(bench)
-        yield from together({name: numbered(lines, name) for name, lines in guests.items()})
+        yield from together(guests)
 
 
-def together(sources: dict[str, Iterator[Entry]]) -> Iterator[Entry]:
-    """Yield what comes of any of the sources, each read by a thread of its own."""
+def together(guests: dict[str, Iterator[str]]) -> Iterator[Entry]:
+    """Yield what any of the guests measures, each read by a thread of its own once one is up."""
     found: SimpleQueue[Entry | Exception | None] = SimpleQueue()
 
-    def read(source: Iterator[Entry]) -> None:
+    def read(name: str, lines: Iterator[str], up: threading.Event) -> None:
         end = None
         try:
-            for entry in source:
+            for entry in numbered(noticed(lines, up), name):
                 found.put(entry)
         except Exception as error:  # noqa: BLE001 (raised where they come together)
             end = error
         found.put(end)
 
-    for source in sources.values():
-        threading.Thread(target=read, args=[source], daemon=True).start()
-    failed, running = [], len(sources)
+    for name, lines in guests.items():
+        up = threading.Event()
+        threading.Thread(target=read, args=[name, lines, up], daemon=True).start()
+        up.wait(BOOT)
+    failed, running = [], len(guests)
     while running:
         entry = found.get()
         if isinstance(entry, Entry):
@@ -96,6 +100,17 @@ def together(sources: dict[str, Iterator[Entry]]) -> Iterator[Entry]:
             failed += [str(entry)] if entry is not None else []
     if failed:
         raise RuntimeError("\n".join(failed))
+
+
+def noticed(lines: Iterator[str], up: threading.Event) -> Iterator[str]:
+    """Yield the lines, and set `up` when the guest says that it is, or is no more."""
+    try:
+        for line in lines:
+            if line == "up":
+                up.set()
+            yield line
+    finally:
+        up.set()
 
 
 def numbered(lines: Iterator[str], name: str) -> Iterator[Entry]:

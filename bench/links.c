@@ -288,6 +288,7 @@ static void console(int count, long mib) {
     if (fd < 0) usleep(10000);
   }
   need(fd >= 0, "console port");
+  printf("up\n");
   for (;;) {
     char word = 'T';
     need(write_all(fd, &word, 1) && read_all(fd, &word, 1), "turn");

@@ -63,15 +63,20 @@ class Msix(Device):
             for vector in range(self.vectors):
                 self._resolve(vector)
 
-    def fire(self, vector: int) -> None:
-        """Interrupt by `vector`, or note that it is to be when it may; others are ignored."""
+    def fire(self, vector: int) -> bool:
+        """Interrupt by `vector`, or note that it is to be when it may; others are ignored.
+
+        False, and nothing done, if the driver has not turned MSI-X on.
+        """
         with self._lock:
-            if not 0 <= vector < self.vectors:
-                return
-            if self._open[vector]:
+            if 0 <= vector < self.vectors and self._open[vector]:
                 self._lines[vector].fire()
-            elif self.enabled:
+                return True
+            if not self.enabled:
+                return False
+            if 0 <= vector < self.vectors:
                 self._pending[vector] = True
+            return True
 
     def fileno(self, vector: int) -> int:
         """Return the eventfd that fires `vector`; -1 while it may not, or where there is none."""

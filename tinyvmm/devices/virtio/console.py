@@ -225,7 +225,13 @@ class VirtioConsole(VirtioDevice):
     def handle(self, queue: Virtqueue) -> None:
         """Serve the control queues, and pass on that a port's queue has moved."""
         index = queue.index
-        if index == CONTROL_TX:
+        if index > CONTROL_TX:
+            port = self.ports[index // 2 - 1]
+            if not index & 1:
+                port.on_space()
+            elif port.send is None or not (port.relayed or self._passed_on(port)):
+                port.on_output()
+        elif index == CONTROL_TX:
             while (chain := queue.pop()) is not None:
                 message = b"".join(view[: _control.size] for view in chain.readable)
                 queue.push(chain, 0)
@@ -233,13 +239,6 @@ class VirtioConsole(VirtioDevice):
                     self._control(*_control.unpack_from(message))
         elif index == CONTROL_RX:
             self._flush()
-        elif index > CONTROL_TX:
-            port = self.ports[index // 2 - 1]
-            if index & 1:
-                if port.send is None or not (port.relayed or self._passed_on(port)):
-                    port.on_output()
-            else:
-                port.on_space()
 
     # --- control ----------------------------------------------------------------------------
 
@@ -319,23 +318,11 @@ class VirtioConsole(VirtioDevice):
         if port.send is None or port.kept:
             return FULL
         queue = self._transmitq(port)
-        chains: list[Chain] = []
-        views: list[memoryview] = []
-        size = 0
-        # As many as there are, but at least one try, which asks for a kick. None is asked for
-        # before `send` is done: the guest would be kept waiting for that.
-        for _ in range(min(queue.waiting, queue.size) or 1):
-            chain = self._pop_output(port, queue)
-            if chain is None:
-                break
-            if views and len(views) + len(chain.readable) > IOV_MAX:
-                queue.unpop()
-                break
-            chains.append(chain)
-            views += chain.readable
-            size += size_of(chain.readable)
-            if size >= most:
-                break
+        chains = queue.gather(most, OUTPUT_MAX) if self.running else []
+        if not chains:
+            chains = self._next_chains(port, queue, most)
+        views = [view for chain in chains for view in chain.readable]
+        size = size_of(views)
         if not chains:
             return NOTHING
         if now and size > most:
@@ -347,16 +334,33 @@ class VirtioConsole(VirtioDevice):
         if taken < size:
             queue.push_read(self._taken(port, chains, taken))
             return FULL
-        queue.push_read(chains)
-        return NOTHING if queue.expect(1) else MORE
+        return NOTHING if queue.push_read(chains, expect=True) else MORE
+
+    def _next_chains(self, port: ConsolePort, queue: Virtqueue, most: int) -> list[Chain]:
+        """Take the next chains, of several buffers too, up to about `most` bytes in all."""
+        chains: list[Chain] = []
+        count = size = 0
+        # As many as there are, but at least one try, which asks for a kick. None is asked for
+        # before `send` is done: the guest would be kept waiting for that.
+        for _ in range(min(queue.waiting, queue.size) or 1):
+            chain = self._pop_output(port, queue)
+            if chain is None:
+                break
+            count += len(chain.readable)
+            if chains and count > IOV_MAX:
+                queue.unpop()
+                break
+            chains.append(chain)
+            size += size_of(chain.readable)
+            if size >= most:
+                break
+        return chains
 
     def _copy_on(
         self, port: ConsolePort, send: Callable[[Views], int], chains: Sequence[Chain], data: bytes
     ) -> int:
         """Have `send` take `data` of `chains` last of all: whoever answers meets nobody here."""
-        queue = self._transmitq(port)
-        queue.push_read(chains)
-        left = NOTHING if queue.expect(1) else MORE
+        left = NOTHING if self._transmitq(port).push_read(chains, expect=True) else MORE
         taken = send((memoryview(data),))
         if taken < len(data):
             port.kept.append(data[taken:])

@@ -334,9 +334,7 @@ class VirtioPci(Device):
             vector, bit = common.queue_vectors[source], USED_BUFFER
         else:
             vector, bit = common.values["config_msix_vector"], CONFIGURATION_CHANGE
-        if self.msix.enabled:
-            self.msix.fire(vector)
-        else:
+        if not self.msix.fire(vector):
             self._isr |= bit
 
     def save(self) -> dict[str, Any]:

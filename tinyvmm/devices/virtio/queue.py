@@ -270,21 +270,59 @@ class Virtqueue:
             self._publish(idx)
         return done
 
-    def push_read(self, chains: Sequence[Chain]) -> None:
-        """Give `chains` back, which were only read, and interrupt at most once, as `push` does."""
+    def gather(self, most: int, longest: int) -> list[Chain]:
+        """Take the next chains of one buffer to read each, up to about `most` bytes in all.
+
+        This does what `pop` would, for several. It stops before any other chain and one of more
+        than `longest` bytes, and asks for no kick.
+        """
+        chains: list[Chain] = []
+        if not self.ready or self.halted:
+            return chains
+        avail, mask, last = self._avail, self._mask, self.last_avail
+        count = (avail[1] - last) & 0xFFFF
+        for _ in range(count if count <= self.size else 0):  # else `pop` says what is wrong
+            head = avail[2 + (last & mask)]
+            if head > mask:
+                break
+            gpa, length, flags, _ = _descriptor(self._table, _DESCRIPTOR_LEN * head)
+            if flags or not 1 <= length <= longest:
+                break
+            try:
+                view = self._view(gpa, length)
+            except ValueError:
+                break
+            chains.append(Chain(head, [view], []))
+            self.last_avail = last = (last + 1) & 0xFFFF
+            most -= length
+            if most <= 0:
+                break
+        return chains
+
+    def push_read(self, chains: Sequence[Chain], *, expect: bool = False) -> bool:
+        """Give `chains` back, which were only read, and interrupt at most once, as `push` does.
+
+        Whether that leaves none available; to `expect` is to have the driver kick for the next.
+        """
         if not self.ready:
-            return
+            return True
         idx = self.used_idx
         for chain in chains:
             self._used_ring[idx & self._mask] = chain.head
             idx = (idx + 1) & 0xFFFF
-        self._publish(idx)
+        self._publish(idx, expect=expect)
+        return self._avail[1] == self.last_avail
 
-    def _publish(self, idx: int) -> None:
-        """Show the driver the used ring up to `idx`; interrupt it if it asked for any of that."""
+    def _publish(self, idx: int, *, expect: bool = False) -> None:
+        """Show the driver the used ring up to `idx`; interrupt it if it asked for any of that.
+
+        To `expect` is to have it kick for what is available next.
+        """
         old, avail = self.used_idx, self._avail
         count = (idx - old) & 0xFFFF
         self._used[1] = self.used_idx = idx
+        if expect and self._event_idx:
+            self._used[self._avail_event] = self.last_avail
         self.served += count
         with self._fence:
             pass

@@ -22,6 +22,7 @@ from tinyvmm.devices import msix, pci
 from tinyvmm.devices.msix import Msix
 from tinyvmm.devices.pci import ConfigPorts, Ecam, Function, PciBus
 from tinyvmm.devices.virtio import pci as virtio_pci
+from tinyvmm.devices.virtio.console import ConsolePort, VirtioConsole
 from tinyvmm.devices.virtio.device import VirtioDevice
 from tinyvmm.devices.virtio.pci import VirtioPci
 from tinyvmm.devices.virtio.queue import Virtqueue
@@ -353,6 +354,22 @@ def test_a_driver_starts_the_device_and_each_queue_interrupts_by_its_own_vector(
     assert board.sent[2:] == [(0xFEE0_0000, 0x40)]
     where = driver.parts[virtio_pci.VIRTIO_PCI_CAP_DEVICE_CFG]
     assert bytes(board.mmio.read(where + at, 1) for at in range(11)) == CONFIG[::-1]
+
+
+def test_all_queues_of_a_console_interrupt_by_one_vector() -> None:
+    board = Board(VirtioConsole([ConsolePort("one"), ConsolePort("two")]))
+    driver = Driver(board)
+    driver.write(20, 1, ACKNOWLEDGE | DRIVER)
+    queues = range(driver.read(18, 2))
+    assert (driver.enable_msix(), len(queues)) == (2, 8)
+    for index in queues:
+        driver.write(22, 2, index)
+        driver.write(26, 2, 2)
+        assert driver.read(26, 2) == virtio_pci.VIRTIO_MSI_NO_VECTOR
+        driver.write(26, 2, 1)
+        assert driver.read(26, 2) == 1
+        board.transport._interrupt(index)
+    assert board.sent == [(0xFEE0_0000, 0x41)] * len(queues)
 
 
 def test_without_msix_the_isr_tells_and_reading_takes() -> None:

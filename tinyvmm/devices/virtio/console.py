@@ -185,6 +185,7 @@ class VirtioConsole(VirtioDevice):
     """The device: its ports have the ids 1, 2... in the order given."""
 
     ioeventfd = True  # who writes much has more to write, who writes little waits for an answer
+    one_vector = True  # each port has two queues, and a start would set up as many
 
     def __init__(self, ports: Sequence[ConsolePort]) -> None:
         sizes = [UNUSED_QUEUE_SIZE] * 2 + [CONTROL_QUEUE_SIZE] * 2

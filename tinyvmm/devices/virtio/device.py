@@ -66,6 +66,8 @@ class VirtioDevice:
 
     docs/decisions/0004 says which suits what.
     """
+    one_vector = False
+    """Whether all queues interrupt by one MSI-X vector, where there are too many to set up each."""
     kicks: Sequence[int] = ()
     """The doorbells of the first queues, where not we answer but the kernel: eventfds; vhost.py."""
 

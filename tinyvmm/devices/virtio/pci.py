@@ -279,7 +279,7 @@ class VirtioPci(Device):
         """Give `device` a function, the guest's `memory`, and a line for each of its vectors."""
         self.name = device.name
         self.device = device
-        vectors = len(device.queues) + 1
+        vectors = 1 + (1 if device.one_vector else len(device.queues))
         self.common = CommonConfiguration(device, vectors)
         self.msix = Msix(device.name, [make_line() for _ in range(vectors)])
         self.function = VirtioFunction(self, vectors)

@@ -18,7 +18,6 @@ EFI it jumps to a BIOS, which hangs here; `reboot=a` on its command line makes i
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from tinyvmm.devices import power, rtc
 from tinyvmm.layout import (
@@ -35,6 +34,7 @@ from tinyvmm.layout import (
     POWER_PORT,
     RTC_PORT,
 )
+from tinyvmm.named import NamedTuple
 
 OEM_ID = b"TINYVM"
 OEM_TABLE_ID = b"TINYVMM "

@@ -14,7 +14,7 @@ of boot_params in RSI. Nothing here knows KVM: `Entry` is plain numbers.
 import os
 from collections.abc import Sequence
 from struct import pack
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.kernel_files.bootparam import (
@@ -51,6 +51,7 @@ from tinyvmm.layout import (
     PAGE_SIZE,
     PAGE_TABLES_GPA,
 )
+from tinyvmm.named import NamedTuple
 
 __all__ = ["Entry", "Kernel", "identity_page_tables", "load", "load_kernel", "memory_map"]
 

@@ -14,10 +14,10 @@ import ctypes
 import errno
 import mmap
 import os
-from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.layout import MMIO_HOLE_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
+from tinyvmm.named import NamedTuple
 
 MIN_SIZE = 1 << 20
 

@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+
+from tinyvmm.named import NamedTuple
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 

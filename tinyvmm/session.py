@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tinyvmm.guest.protocol import (
     EXEC_FAILED,
@@ -41,6 +41,7 @@ from tinyvmm.guest.protocol import (
     STARTED,
     WINSIZE,
 )
+from tinyvmm.named import NamedTuple
 from tinyvmm.streams import (
     CHUNK,
     ConsolePort,

@@ -12,7 +12,9 @@ the event happened, vCPU threads included, and must not raise.
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+from tinyvmm.named import NamedTuple
 
 
 class Access(NamedTuple):

@@ -4,9 +4,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.named import NamedTuple
 from tinyvmm.options import environment
 
 POLICIES = ("missing", "always", "never")

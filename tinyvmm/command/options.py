@@ -1,11 +1,12 @@
 """What to run and in what machine: the options of one run, and the kernel modules they ask for."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tinyvmm.fileserver.tree import Tree
 from tinyvmm.guest.init import VSOCK_MODULES
 from tinyvmm.guest.relay import User
+from tinyvmm.named import NamedTuple
 from tinyvmm.roots.mounts import Shared
 
 # What most runs have none of is imported where it is made: the lab pays dearly for each module.

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tinyvmm.command.init import cmdline, stops
 from tinyvmm.command.options import GUEST_CID, RunOptions
@@ -29,6 +29,7 @@ from tinyvmm.errors import VcpuError
 from tinyvmm.fileserver.session import Session as FileSession
 from tinyvmm.fileserver.tree import Tree
 from tinyvmm.machine import Machine
+from tinyvmm.named import NamedTuple
 from tinyvmm.session import (
     STATUS_MACHINE_FAILED,
     STATUS_SIGNAL,

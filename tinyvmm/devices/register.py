@@ -19,9 +19,10 @@ offset and width, and one call; an access that no register matches in both goes 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from tinyvmm.devices.device import Device
+from tinyvmm.named import NamedTuple
 
 
 class Register(NamedTuple):

@@ -20,11 +20,11 @@ else has `user.tinyvmm.special`. A symlink of those whose record it needs not is
 import os
 import stat
 from errno import EACCES, EINVAL, ENODATA, EOPNOTSUPP, EPERM
-from typing import NamedTuple
 
 from tinyvmm.fileserver.hostfile import altered, fd_path, open_contents, open_path
 from tinyvmm.fileserver.tree import NO_ID
 from tinyvmm.fileserver.whiteout import OWNER_XATTR
+from tinyvmm.named import NamedTuple
 
 LAYER_XATTR = b"user.tinyvmm.layer"
 SPECIAL_XATTR = b"user.tinyvmm.special"

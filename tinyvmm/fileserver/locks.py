@@ -10,8 +10,7 @@ wants to wait is told P9_LOCK_BLOCKED and asks again.
 A table is used by one thread at a time.
 """
 
-from typing import NamedTuple
-
+from tinyvmm.named import NamedTuple
 from tinyvmm.ninep import (
     P9_LOCK_BLOCKED,
     P9_LOCK_ERROR,

@@ -9,10 +9,10 @@ renamed, so a reader sees all of it or none; a cache that cannot be written is d
 import os
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from tinyvmm.guest.init import InitConfig, build_init
 from tinyvmm.guest.initramfs import Archive
+from tinyvmm.named import NamedTuple
 
 _MAGIC = b"tinyvmm modules 1:"
 _SUFFIX = ".cpio"

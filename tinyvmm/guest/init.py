@@ -24,13 +24,14 @@ Strings are str (surrogateescape) as from os.fsdecode. The host's half is sessio
 import errno
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi, relay
 from tinyvmm.guest.asm import qword, rsp
 from tinyvmm.guest.elf import Program
 from tinyvmm.guest.steps import ANYTHING, Step, Value, birth_steps, check_command, emit_step
+from tinyvmm.named import NamedTuple
 
 NEW_ROOT = "/newroot"  # where the initramfs mounts what becomes the root
 

@@ -24,7 +24,6 @@ pollfd; the rest is free for all.
 import errno
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from tinyvmm.guest import abi, programs, report, unsent
 from tinyvmm.guest.asm import (
@@ -65,6 +64,7 @@ from tinyvmm.guest.protocol import (
     WINSIZE,
 )
 from tinyvmm.guest.report import EVENTS, HUNG_UP, POLLFD_LEN, REVENTS
+from tinyvmm.named import NamedTuple
 
 BUFFER_LEN = 1 << 15  # what the port's driver copies at most in one write
 

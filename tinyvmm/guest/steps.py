@@ -7,12 +7,13 @@ it tried to do is in `says`.
 import errno
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest import abi, relay
 from tinyvmm.guest.asm import Address, Memory, ebx, qword, rax
 from tinyvmm.guest.elf import Argument, Program
+from tinyvmm.named import NamedTuple
 
 
 class Value(NamedTuple):

@@ -10,7 +10,8 @@ and it is not there: a line each, `+`, `-` or `?` and the feature's name.
 
 import os
 from contextlib import suppress
-from typing import NamedTuple
+
+from tinyvmm.named import NamedTuple
 
 FEATURES = {
     # feature: (modules, configuration options)

@@ -13,12 +13,13 @@ Debian's cloud flavour, for one, has no 9P: it is refused where the root is one 
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.images.features import Features, Files, features, read_all
 from tinyvmm.images.version import version_key
 from tinyvmm.kernel_files.kernel_image import kernel_version
+from tinyvmm.named import NamedTuple
 
 if TYPE_CHECKING:
     from contextlib import ExitStack

@@ -24,9 +24,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from errno import EEXIST, ENOTEMPTY
-from typing import Any, NamedTuple
+from typing import Any
 
 from tinyvmm.errors import ConfigError
+from tinyvmm.named import NamedTuple
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAKING = ".making-"

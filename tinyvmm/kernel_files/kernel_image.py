@@ -12,7 +12,6 @@ whatever is wrong is one ConfigError that names the file.
 
 import os
 from struct import unpack_from
-from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.kernel_files.bootparam import (
@@ -24,6 +23,7 @@ from tinyvmm.kernel_files.bootparam import (
     BootParams,
 )
 from tinyvmm.layout import HIGH_RAM_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
+from tinyvmm.named import NamedTuple
 
 ZERO_GAP = 1 << 16  # shorter runs of zeros cost less to copy than another system call
 PROTOCOL_MIN = 0x020C  # 2.12 brought xloadflags

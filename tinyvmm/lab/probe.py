@@ -6,12 +6,11 @@ after the other, each followed by a port write that says how far it came. An ins
 CPUID does not offer is left out, because Linux leaves it out too.
 """
 
-from typing import NamedTuple
-
 from tinyvmm import kvm
 from tinyvmm.errors import KvmError
 from tinyvmm.layout import GDT_GPA, PAGE_TABLES_GPA
 from tinyvmm.machine import Machine
+from tinyvmm.named import NamedTuple
 
 CODE_GPA = 0x1_0000
 IDT_GPA = 0x1_2000

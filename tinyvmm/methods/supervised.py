@@ -12,10 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.guest.protocol import STARTED
+from tinyvmm.named import NamedTuple
 
 if TYPE_CHECKING:
     from tinyvmm.devices.virtio.device import VirtioDevice

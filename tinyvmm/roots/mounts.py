@@ -13,7 +13,6 @@ docs/decisions/0003-caching-policy.md has the figures behind the defaults.
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.host import HostTree
@@ -29,6 +28,7 @@ from tinyvmm.guest.init import (
     overlay_root,
     v9fs_options,
 )
+from tinyvmm.named import NamedTuple
 
 CACHES = ("loose", "mmap", "none")
 PRIVATE_WRITES = ("server", "guest")

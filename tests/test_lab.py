@@ -235,6 +235,26 @@ def test_the_agent_gives_signs_of_life_until_the_command_ends(
     assert set(said) == set(b"\n")
 
 
+def test_the_agent_visits_every_processor_from_every_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them may not be woken by its own timer."""
+    monkeypatch.setattr(lab_agent, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
+    went: dict[int, list[int]] = {}
+    everywhere = threading.Event()
+
+    def go(_pid: int, where: set[int]) -> None:
+        went.setdefault(threading.get_ident(), []).extend(where)
+        if len(went) == 3 and all(len(places) >= 9 for places in went.values()):
+            everywhere.set()
+
+    monkeypatch.setattr(os, "sched_setaffinity", go)
+    with lab_agent.heartbeat(io.BytesIO()):
+        assert everywhere.wait(60)
+    assert sorted(places[0] for places in went.values()) == [0, 1, 2]
+    for home, *visited in went.values():
+        assert visited[:4] == [0, 1, 2, home]
+
+
 # --- a lab that fails, played by this side -------------------------------------------------------
 
 

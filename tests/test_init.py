@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.pid1 import POWERED_OFF, Guest, Start, configure, needs_namespaces
 from tests.pid1 import start as start  # noqa: PLC0414 (a fixture)
-from tinyvmm.guest import init, protocol
+from tinyvmm.guest import abi, init, protocol
 from tinyvmm.guest.init import InitConfig, Mkdir, Mount, Symlink, search_path
 
 
@@ -377,9 +377,16 @@ def test_a_step_that_fails_is_reported_and_has_a_name(start: Start) -> None:
     assert guest.process.wait() == POWERED_OFF
 
 
+def test_a_module_has_its_parameters() -> None:
+    steps = init.setup_steps(InitConfig(("true",), ("true",), modules=("a.ko", "b.ko debug=1 x=y")))
+    opened = [step.arguments[0] for step in steps if step.says in {"open a.ko", "open b.ko"}]
+    inserted = [step.arguments[1] for step in steps if step.number == abi.SYS_FINIT_MODULE]
+    assert (opened, inserted) == (["a.ko", "b.ko"], ["", "debug=1 x=y"])
+
+
 def test_each_step_of_every_kind_of_setup_has_its_own_description() -> None:
     for config in (
-        InitConfig(("/bin/true",), ("true",), modules=("a.ko", "b.ko")),
+        InitConfig(("/bin/true",), ("true",), modules=("a.ko", "b.ko debug=1")),
         InitConfig(("/bin/true",), ("true",), terminal=(24, 80)),
     ):
         steps = init.setup_steps(config)

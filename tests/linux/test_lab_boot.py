@@ -74,6 +74,11 @@ def test_a_lab_keeps_machines_so_that_its_kernel_is_not_patched_with_each_of_a_c
     assert [names.count(name) for name in ("anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0")] == [2, 2]
 
 
+def test_a_lab_lets_guests_keep_their_clocks_however_badly_it_measured_its_own(lab: Lab) -> None:
+    allowed = lab.run(["cat", "/sys/module/kvm/parameters/tsc_tolerance_ppm"], timeout=LIMIT)
+    assert int(allowed.stdout) > 10_000  # Linux's own limit (arch/x86/kernel/tsc.c)
+
+
 def test_a_command_sees_our_files_and_cannot_change_them(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "ours").write_text("ours\n")
     script = f"cat {tmp_path}/ours; echo theirs > {tmp_path}/ours; cat {tmp_path}/ours"

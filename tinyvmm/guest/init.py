@@ -161,7 +161,10 @@ class InitConfig(NamedTuple):
     cwd: str = "/"
     """Where the command starts; / if there is no such directory."""
     modules: Sequence[str] = ()
-    """Kernel modules: paths in the initramfs, in the order to insert them."""
+    """Kernel modules: paths in the initramfs, in the order to insert them.
+
+    Each may have parameters behind a space: `/kvm.ko tsc_tolerance_ppm=250`.
+    """
     root: Sequence[Filesystem] = ROOT_OVER_9P
     """What to mount in the initramfs so that the root is at `NEW_ROOT`."""
     mounts: Sequence[Filesystem] = STANDARD_MOUNTS
@@ -237,14 +240,15 @@ def _steps_to_the_host(config: InitConfig) -> list[Step]:
     steps.append(Step("open /dev/null", abi.SYS_OPEN, ("/dev/null", flags), into="null"))
     null = Value("null")
     steps += [Step(f"make it descriptor {fd}", abi.SYS_DUP2, (null, fd)) for fd in range(3)]
-    for path in config.modules:
+    for module in config.modules:
+        path, _, parameters = module.partition(" ")
         flags = abi.O_RDONLY | abi.O_CLOEXEC
         steps += [
             Step(f"open {path}", abi.SYS_OPEN, (path, flags), into="module"),
             Step(
                 f"insert the kernel module {path}",
                 abi.SYS_FINIT_MODULE,
-                (Value("module"), "", 0),
+                (Value("module"), parameters, 0),
                 tolerates=(errno.EEXIST,),
             ),
             Step(f"close {path}", abi.SYS_CLOSE, (Value("module"),)),

@@ -37,6 +37,10 @@ from tinyvmm.session import HostFiles, Result, Session, host_files, write_all
 from tinyvmm.streams import SocketOutput
 
 MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "kvm_amd")
+# Linux measures the TSC twice, and a busy computer may be 500 ppm off at first and late with the
+# second. KVM allows 250 between the two, and above them forgets the guest's TSC without a word: its
+# timers then come late by as long as it has been up (arch/x86/kvm/x86.c, set_tsc_khz).
+PARAMETERS = {"kvm": "tsc_tolerance_ppm=20000"}
 MEMORY = 4096 * MIB
 MEMORY_MIN = 256 * MIB
 CPUS_MAX = 64  # more than any computer can emulate side by side
@@ -121,7 +125,10 @@ def _plan(
         argv=argv,
         env=[f"{name}={value}" for name, value in environment.items()],
         cwd=os.getcwd() if cwd is None else cwd,
-        modules=[f"/modules/{module.name}.ko" for module in closure(installed.modules, MODULES)],
+        modules=[
+            f"/modules/{module.name}.ko {PARAMETERS.get(module.name, '')}".rstrip()
+            for module in closure(installed.modules, MODULES)
+        ],
         root=ROOT,
         mounts=(*STANDARD_MOUNTS, *mounts),
         hostname="lab",

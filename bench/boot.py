@@ -7,7 +7,8 @@ this computer's KVM cannot run Linux all of it happens in one lab, Python's star
 first round only warms caches.
 
 With BEFORE, paths of other checkouts with colons between, `tinyvmm run` of each of them and of this
-one is compared instead: its root over 9P, and LINE said by a command in it.
+one is compared instead: its root over 9P, and LINE said by a command in it. That is measured from
+shell to shell.
 
 Before each boot free memory is written over. An emulated processor keeps translations of the code
 that a guest before had there, and forgets them page by page as the next one loads its kernel, which
@@ -122,7 +123,10 @@ def overwrite_free_memory() -> None:
 
 
 def boot_once(command: list[str]) -> tuple[float, float]:
-    """Return seconds from exec to LINE, and to "start" on stderr (0 if there is none)."""
+    """Return seconds from exec to LINE, and to "start" on stderr (0 if there is none).
+
+    Of a run those are to its end, and to LINE.
+    """
     begin = monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         if process.stdout is None or process.stderr is None:
@@ -138,6 +142,9 @@ def boot_once(command: list[str]) -> tuple[float, float]:
                 raise RuntimeError(f"{command}: {shown[-500:]!r} {process.stderr.read()!r}")
             shown += data
         end = monotonic() - begin
+        if "run" in command:
+            process.wait(LIMIT)
+            return monotonic() - begin, end
         process.kill()
     return end, started
 
@@ -182,7 +189,10 @@ def main() -> None:
         ends = sorted(end for end, _ in times)
         middle = median(ends)
         spread = f"{ends[0]:.1f} to {ends[-1]:.1f}"
-        print(f"{name:22} {middle:6.1f} s to userspace ({spread})   {middle / base:.2f} of ours")
+        what = "in all" if before else "to userspace"
+        print(f"{name:22} {middle:6.1f} s {what} ({spread})   {middle / base:.2f} of ours")
+        if before:
+            print(f"{'':22} {median(said for _, said in times):6.1f} s to its line")
     if before:
         return
     guest = median(end - start for end, start in found["ours"])

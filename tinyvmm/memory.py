@@ -20,6 +20,7 @@ from tinyvmm.layout import MMIO_HOLE_GPA, PAGE_SIZE, RAM_ABOVE_4G_GPA
 from tinyvmm.named import NamedTuple
 
 MIN_SIZE = 1 << 20
+HUGE_PAGE_SIZE = 2 << 20
 
 FALLOC_FL_KEEP_SIZE = 1 << 0
 FALLOC_FL_PUNCH_HOLE = 1 << 1
@@ -53,7 +54,7 @@ class GuestMemory:
         if size < MIN_SIZE or size % PAGE_SIZE:
             raise ConfigError(f"memory of {size} bytes: give whole pages, 1M or more")
         self.size = size
-        self.fd = _huge_file()
+        self.fd = _huge_file() if size >= HUGE_PAGE_SIZE else -1
         if self.fd < 0:
             self.fd = os.memfd_create("tinyvmm-ram", os.MFD_CLOEXEC)
         try:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tinyvmm import kvm
-from tinyvmm.lab.probe import TRIALS, missing_for_linux, offered_trials
+from tinyvmm.lab import probe
+from tinyvmm.lab.probe import TRIALS, first_failure, missing_for_linux, offered_trials
 
 
 def test_every_trial_is_the_instruction_it_names(tmp_path: Path) -> None:
@@ -34,6 +35,22 @@ def test_an_instruction_cpuid_does_not_offer_is_not_tried() -> None:
 
 @pytest.mark.kvm
 def test_the_probe_answers_and_names_what_is_missing() -> None:
-    missing = missing_for_linux()
+    with kvm.System() as system:
+        trials = offered_trials(system.supported_cpuid())
+    missing = first_failure(trials)
     assert missing is None or any(trial.name in missing for trial in TRIALS)
     assert missing_for_linux() == missing
+
+
+@pytest.mark.kvm
+def test_a_kvm_of_the_processors_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(probe, "first_failure", asked.append)
+    monkeypatch.setattr(probe, "HARDWARE", (str(tmp_path / "kvm_intel"), str(tmp_path)))
+    assert missing_for_linux() is None
+    assert asked == []
+    monkeypatch.setattr(probe, "HARDWARE", (str(tmp_path / "kvm_intel"),))
+    missing_for_linux()
+    assert len(asked) == 1

@@ -89,6 +89,14 @@ def test_a_comma_in_a_path_is_not_the_end_of_it() -> None:
     assert "local,id=share0,path=/a,,b,security_model=none,multidevs=remap" in arguments
 
 
+@pytest.mark.parametrize("ticks", [True, False])
+def test_the_kernel_has_ticks_where_processors_do_not_wake_each_other(ticks: bool) -> None:
+    arguments = qemu._arguments(
+        qemu.Hardware(1 << 30, 2, [], ticks), (10, 11, 12), (13, 14, 15, 16)
+    )
+    assert ("nohz=off" in arguments[arguments.index("-append") + 1]) == ticks
+
+
 def test_without_qemu_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="apt-get install qemu-system-x86"):

@@ -142,11 +142,13 @@ def test_a_share_is_ours_read_write(tmp_path: Path) -> None:
     inside = tmp_path / "with,comma"
     inside.mkdir()
     (inside / "in").write_text("from here")
-    script = f"cd '{inside}' && cat in > out && mkdir d && echo done; exit 9"
+    script = "cat in > out && cat /proc/cmdline > ticks && mkdir d && echo done; exit 9"
+    script = f"cd '{inside}' && {script}"
     done = tinyvmm_lab("--share", str(inside), "--", "sh", "-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (9, b"done\n", b"")
     assert (inside / "out").read_text() == "from here"
     assert (inside / "d").is_dir()
+    assert "nohz=off" in (inside / "ticks").read_text()  # for there is no agent
 
 
 def test_a_command_that_is_not_there_is_127() -> None:

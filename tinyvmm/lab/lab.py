@@ -92,17 +92,20 @@ def _plan(
     cpus: int | None,
     kernel: str | None,
     terminal: tuple[int, int] | None = None,
+    agent: bool = False,
 ) -> _Plan:
-    """Decide everything; ConfigError for what cannot be."""
+    """Decide everything; ConfigError for what cannot be. `agent`: the command is lab_agent.py."""
     from tinyvmm.images import kernels
 
     find_program()
     if not argv:
         raise ConfigError("no command: give one behind --, e.g. tinyvmm lab -- ls /dev/kvm")
+    cpus = default_cpus() if cpus is None else cpus
     hardware = Hardware(
         default_memory() if memory is None else memory,
-        default_cpus() if cpus is None else cpus,
+        cpus,
         [_share(path) for path in shares],
+        ticks=cpus == 1 or not agent,  # the agent has the processors wake each other
     )
     if hardware.memory < MEMORY_MIN:
         raise ConfigError(f"the lab cannot do with less than {MEMORY_MIN // MIB}M; give it more")
@@ -378,6 +381,7 @@ class Lab:
             memory=self._memory,
             cpus=self._cpus,
             kernel=self._kernel,
+            agent=True,
         )
         qemu = _start(plan)
         control = qemu.sockets[3]

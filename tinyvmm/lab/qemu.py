@@ -41,9 +41,9 @@ CMDLINE = (
     "audit=0 lsm= random.trust_cpu=on i8042.noaux i8042.nokbd"
 )
 
-# On a single processor nobody else wakes one whose timer's interrupt QEMU lost (docs/lab.md): so it
-# has ticks, one every 4 ms, instead of a timer that is set for each.
-CMDLINE_1_CPU = " nohz=off highres=off"
+# Ticks, one every 4 ms, instead of a timer that is set for each: where nobody else wakes a
+# processor whose timer's interrupt QEMU lost (docs/lab.md).
+CMDLINE_TICKS = " nohz=off highres=off"
 
 XEN_ELFNOTE_PHYS32_ENTRY = 18  # <xen/interface/elfnote.h>
 PT_LOAD, PT_NOTE = 1, 4
@@ -56,6 +56,8 @@ class Hardware(NamedTuple):
     memory: int
     cpus: int
     shares: Sequence[str] = ()
+    ticks: bool = False
+    """Whether its kernel has a periodic tick on each processor."""
 
 
 def find_program() -> str:
@@ -250,7 +252,7 @@ def _arguments(hardware: Hardware, files: Sequence[int], ports: Sequence[int]) -
     if _has_firmware():
         arguments += ["-bios", FIRMWARE]
     arguments += ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}"]
-    arguments += ["-append", CMDLINE + (CMDLINE_1_CPU if hardware.cpus == 1 else "")]
+    arguments += ["-append", CMDLINE + (CMDLINE_TICKS if hardware.ticks else "")]
     arguments += ["-chardev", f"file,id=console,path=/dev/fd/{console},append=on"]
     arguments += ["-serial", "chardev:console"]
     # PCI slots are probed in order: this is virtio device 0, and its ports are /dev/vport0p1 to 4.

@@ -154,6 +154,9 @@ def test_a_run_is_checked_before_anything_is_started(here: Path) -> None:
     [
         (["--device", "nowhere:Widget"], "no module nowhere"),
         (["--balloon", "2G"], "--balloon 2048M takes all of --memory 1024M"),
+        (["--append", "quiet pci=noaer,nommconf"], "--append pci=noaer,nommconf: it hides the bus"),
+        (["--append", "pci=off"], "or give --transport mmio"),
+        (["--transport", "mmio", "--append", "acpi=off pci=off"], "--append acpi=off: ACPI says"),
     ],
 )
 def test_the_command_fails_with_one_line(

@@ -471,6 +471,8 @@ def run_in_lab(args: argparse.Namespace, root: image_options.Root, problem: str)
         balloon=args.balloon,
         devices=args.device,
         kernel=args.kernel,
+        append=args.append,
+        transport=args.transport,
     )
     shared = check_options(options)  # what is wrong with a map shows here
     for disk in args.disk:

@@ -12,6 +12,7 @@ from tinyvmm.roots.mounts import Shared, arrange, root_mounts
 
 def settle(options: RunOptions) -> RunOptions:
     """Decide what was left open of the root; ConfigError for what does not go together."""
+    check_append(options)
     mode = options.root_mode
     if mode not in ROOT_MODES:
         raise ConfigError(f"{mode!r} is no kind of root: give {' or '.join(ROOT_MODES)}")
@@ -43,6 +44,20 @@ def check_options(options: RunOptions) -> Sequence[Shared]:
     with_packs(options)
     open_root(options, None).close()
     return shared
+
+
+def check_append(options: RunOptions) -> None:
+    """Raise ConfigError for kernel parameters that hide what Linux finds its devices by."""
+    for word in options.append.split():
+        name, _, value = word.partition("=")
+        words = set(value.split(","))
+        if name == "acpi" and "off" in words:
+            raise ConfigError(f"--append {word}: ACPI says where the devices are: leave it out")
+        if name == "pci" and words & {"off", "nommconf"} and options.transport == "pci":
+            raise ConfigError(
+                f"--append {word}: it hides the bus that the devices are on: leave it out, or give "
+                "--transport mmio"
+            )
 
 
 def check_balloon(options: RunOptions) -> None:

@@ -105,22 +105,15 @@ class Sender:
 
     @classmethod
     def of(cls, fd: int) -> "Self | None":
-        """Return that for `fd`; None where it may wait: a terminal, a file; or if it is closed."""
-        try:
-            kind = stat.S_IFMT(os.fstat(fd).st_mode)
-            if kind == stat.S_IFIFO and fcntl(fd, F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
-                own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                return cls(lambda views: os.writev(own, views), lambda: os.close(own))
-            if kind == stat.S_IFSOCK:
-                from socket import MSG_DONTWAIT, SOCK_STREAM, socket
+        """Return that for `fd`; None where `_opened` has none."""
+        own = _opened(fd, (os.O_WRONLY, os.O_RDWR))
+        if own is None:
+            return None
+        if isinstance(own, int):
+            return cls(lambda views: os.writev(own, views), lambda: os.close(own))
+        from socket import MSG_DONTWAIT
 
-                sock = socket(fileno=os.dup(fd))
-                if sock.type == SOCK_STREAM:
-                    return cls(lambda views: sock.sendmsg(views, (), MSG_DONTWAIT), sock.close)
-                sock.close()
-        except OSError:
-            return None  # a pipe of another user's, or one that nobody reads
-        return None
+        return cls(lambda views: own.sendmsg(views, (), MSG_DONTWAIT), own.close)
 
     def send(self, views: Views) -> int:
         """Write as much as there is room for, and return how much; 0 also if nothing ever will."""
@@ -143,22 +136,38 @@ class Receiver:
 
     @classmethod
     def of(cls, fd: int) -> "Self | None":
-        """Return that for `fd`; None where it may wait: a terminal, a file; or if it is closed."""
-        try:
-            kind = stat.S_IFMT(os.fstat(fd).st_mode)
-            if kind == stat.S_IFIFO and fcntl(fd, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-                own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                return cls(own, lambda: os.read(own, CHUNK), lambda: os.close(own))
-            if kind == stat.S_IFSOCK:
-                from socket import MSG_DONTWAIT, SOCK_STREAM, socket
-
-                sock = socket(fileno=os.dup(fd))
-                if sock.type == SOCK_STREAM:
-                    return cls(sock.fileno(), lambda: sock.recv(CHUNK, MSG_DONTWAIT), sock.close)
-                sock.close()
-        except OSError:
+        """Return that for `fd`; None where `_opened` has none."""
+        own = _opened(fd, (os.O_RDONLY,))
+        if own is None:
             return None
+        if isinstance(own, int):
+            return cls(own, lambda: os.read(own, CHUNK), lambda: os.close(own))
+        from socket import MSG_DONTWAIT
+
+        return cls(own.fileno(), lambda: own.recv(CHUNK, MSG_DONTWAIT), own.close)
+
+
+def _opened(fd: int, modes: tuple[int, ...]) -> "int | socket | None":
+    """Return what is at `fd`, for us alone: a descriptor that never waits, or a stream socket.
+
+    The latter is told with each message not to wait. A descriptor is of a pipe that is open in one
+    of `modes`, opened anew in the first of them. None where it may wait: a terminal, a file; or if
+    it is closed, a pipe of another user's, or one that nobody reads.
+    """
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind == stat.S_IFIFO and fcntl(fd, F_GETFL) & os.O_ACCMODE in modes:
+            return os.open(f"/proc/self/fd/{fd}", modes[0] | os.O_NONBLOCK | os.O_CLOEXEC)
+        if kind == stat.S_IFSOCK:
+            from socket import SOCK_STREAM, socket
+
+            sock = socket(fileno=os.dup(fd))
+            if sock.type == SOCK_STREAM:
+                return sock
+            sock.close()
+    except OSError:
         return None
+    return None
 
 
 class Wake:

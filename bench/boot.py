@@ -8,7 +8,9 @@ first round only warms caches.
 
 With BEFORE, paths of other checkouts with colons between, `tinyvmm run` of each of them and of this
 one is compared instead: its root over 9P, and LINE said by a command in it. That is measured from
-shell to shell.
+shell to shell. All of them boot one kernel, by `--kernel`: left alone, each chooses its own.
+
+With KERNEL, a version or a path as for `tinyvmm run`, that is the kernel of all.
 
 Before each boot free memory is written over. An emulated processor keeps translations of the code
 that a guest before had there, and forgets them page by page as the next one loads its kernel, which
@@ -23,8 +25,12 @@ import subprocess
 import sys
 from statistics import median
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from bench.place import ROOT, where_linux_runs
+
+if TYPE_CHECKING:
+    from tinyvmm.images.kernels import InstalledKernel
 
 ROUNDS = 5
 LINE = b"userspace is here"
@@ -47,17 +53,15 @@ def init_program() -> bytes:
     return p.link()
 
 
-def initramfs() -> bytes:
+def initramfs(installed: "InstalledKernel") -> bytes:
     """Return the archive: modules as a run has them, /dev/console, and the program above."""
     import stat
 
     from tinyvmm.command.options import MODULES
     from tinyvmm.guest.archive import module_archive
     from tinyvmm.guest.initramfs import Archive
-    from tinyvmm.images import kernels
     from tinyvmm.kernel_files.kernel_cache import default_dir
 
-    installed = kernels.find()
     if installed.modules is None:
         sys.exit(f"kernel {installed.version} has no modules")
     modules = module_archive(installed.modules, MODULES, default_dir())
@@ -66,10 +70,9 @@ def initramfs() -> bytes:
     return bytes(modules.archive) + own.finish()
 
 
-def boot_ours(initrd: str) -> None:
+def boot_ours(initrd: str, vmlinuz: str) -> None:
     """Be the VMM: boot, pass the console on; say on stderr when the guest was about to run."""
     from tinyvmm.boot import load_kernel
-    from tinyvmm.images import kernels
     from tinyvmm.machine import Machine
 
     def show(data: bytes) -> None:
@@ -77,7 +80,7 @@ def boot_ours(initrd: str) -> None:
 
     with open(initrd, "rb") as file:
         archive = file.read()
-    with Machine(memory=512 << 20) as machine, load_kernel(kernels.find().vmlinuz) as kernel:
+    with Machine(memory=512 << 20) as machine, load_kernel(vmlinuz) as kernel:
         machine.add_board(console=show)
         machine.boot_linux(kernel, initrd=[archive], cmdline=f"{COMMON} pci=noearly reboot=a")
         os.write(2, b"start\n")
@@ -85,13 +88,16 @@ def boot_ours(initrd: str) -> None:
         machine.wait(LIMIT)
 
 
-def subjects(vmlinuz: str, vmlinux: str, initrd: str, before: str) -> dict[str, list[str]]:
+def subjects(
+    installed: "InstalledKernel", vmlinux: str, initrd: str, before: str
+) -> dict[str, list[str]]:
     """Return what is compared: name -> command whose stdout is the guest's serial line."""
     code = (
         f"import sys; sys.path.insert(0, {ROOT!r}); "
-        "from bench.boot import boot_ours; boot_ours(sys.argv[1])"
+        "from bench.boot import boot_ours; boot_ours(*sys.argv[1:])"
     )
     python = os.path.realpath(sys.executable)
+    vmlinuz = installed.vmlinuz
     qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults"]
     qemu += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
     qemu += ["-initrd", initrd]
@@ -100,11 +106,11 @@ def subjects(vmlinuz: str, vmlinux: str, initrd: str, before: str) -> dict[str, 
         runs = {}
         for path in (ROOT, *before.split(os.pathsep)):
             main = f"import sys; sys.path.insert(0, {path!r}); from tinyvmm.cli.main import main"
-            words = ["run", "--no-lab", "--", "echo", LINE.decode()]
+            words = ["run", "--no-lab", "--kernel", installed.version, "--", "echo", LINE.decode()]
             runs[f"run of {path}"] = [python, "-I", "-S", "-c", f"{main}; main()", *words]
         return runs
     return {
-        "ours": [python, "-I", "-S", "-c", code, initrd],
+        "ours": [python, "-I", "-S", "-c", code, initrd, vmlinuz],
         "QEMU microvm": [*qemu, *microvm, "-kernel", vmlinuz],
         "QEMU microvm, vmlinux": [*qemu, *microvm, "-kernel", vmlinux],
         "QEMU q35": [*qemu, "-M", "q35", "-append", COMMON, "-kernel", vmlinuz],
@@ -149,22 +155,22 @@ def boot_once(command: list[str]) -> tuple[float, float]:
     return end, started
 
 
-def rounds(count: int, before: str) -> dict[str, list[tuple[float, float]]]:
+def rounds(count: int, before: str, wanted: str | None) -> dict[str, list[tuple[float, float]]]:
     """Boot everything `count` times in turn, after once to warm caches."""
     import tempfile
 
     from tinyvmm.images import kernels
     from tinyvmm.lab.qemu import kernel_file
 
-    vmlinuz = kernels.find().vmlinuz
+    installed = kernels.find(wanted)
     with tempfile.NamedTemporaryFile() as initrd, tempfile.NamedTemporaryFile() as vmlinux:
-        initrd.write(initramfs())
+        initrd.write(initramfs(installed))
         initrd.flush()
-        with open(kernel_file(vmlinuz), "rb") as unpacked:
+        with open(kernel_file(installed.vmlinuz), "rb") as unpacked:
             unpacked.seek(0)
             vmlinux.write(unpacked.read())
             vmlinux.flush()
-        commands = subjects(vmlinuz, vmlinux.name, initrd.name, before)
+        commands = subjects(installed, vmlinux.name, initrd.name, before)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for turn in range(count + 1):
             for name, command in random.sample(list(commands.items()), len(commands)):
@@ -179,10 +185,11 @@ def main() -> None:
     """Measure, here or in the lab, and print."""
     from tinyvmm.command.run import prepare_kernel
 
-    prepare_kernel(None)[0].close()
+    wanted = os.environ.get("KERNEL")
+    prepare_kernel(wanted)[0].close()
     count = int(os.environ.get("ROUNDS", ROUNDS))
     before = os.environ.get("BEFORE", "")
-    found = where_linux_runs(rounds, count, before, timeout=LIMIT * 4 * (count + 1))
+    found = where_linux_runs(rounds, count, before, wanted, timeout=LIMIT * 4 * (count + 1))
     first = next(iter(found))  # ours
     base = median(end for end, _ in found[first])
     for name, times in found.items():

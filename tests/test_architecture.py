@@ -22,6 +22,7 @@ LAYERS = [
         "bare_kernel",
         "acpi",
         "placement",
+        "bars",
         "vcpu",
         "streams",
         "terminal",

@@ -398,6 +398,18 @@ def test_a_masked_vector_waits_for_its_unmasking() -> None:
     assert board.mmio.read(BAR_GPA + virtio_pci.PENDING, 4) == 0
 
 
+def test_what_a_masked_vector_waits_with_does_not_outlive_a_reset() -> None:
+    board = Board()
+    driver = Driver(board)
+    driver.start()
+    board.mmio.write(BAR_GPA + virtio_pci.TABLE + 16 * 1 + 12, 4, 1)
+    driver.exchange(0, b"x")
+    driver.write(20, 1, 0)
+    assert board.mmio.read(BAR_GPA + virtio_pci.PENDING, 4) == 0
+    driver.start()
+    assert board.sent == []
+
+
 def test_the_whole_function_can_be_masked() -> None:
     sent: list[tuple[int, int]] = []
     table = Msix("x", [Line(sent), Line(sent)])

@@ -21,10 +21,11 @@ still runs and releases every descriptor.
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tinyvmm import cpuid, kvm, layout, trace
+from tinyvmm import cpuid, kvm, layout
 from tinyvmm.bus import Bus
 from tinyvmm.errors import ConfigError
 from tinyvmm.memory import GuestMemory
@@ -33,6 +34,7 @@ from tinyvmm.vcpu import StopCause, Vcpu, handle_kicks
 if TYPE_CHECKING:
     from tinyvmm.acpi import DeviceNode
     from tinyvmm.bare_kernel import BareKernel, Module
+    from tinyvmm.bars import Bars
     from tinyvmm.boot import Entry, Kernel
     from tinyvmm.devices.device import Device
     from tinyvmm.devices.pci import PciBus
@@ -97,6 +99,7 @@ class Machine:
         self._ioeventfd = ioeventfd
         self._doorbells: list[Doorbells] = []
         self._routes: MsiRoutes | None = None
+        self._bars: Bars | None = None
         self._virtio_devices: list[VirtioDevice] = []
         self.uart: Uart | None = None
         self.power: PowerControl | None = None
@@ -228,31 +231,21 @@ class Machine:
 
     def _add_virtio_pci(self, device: "VirtioDevice") -> None:
         """Take the next PCI slot, with its BAR where firmware would put it."""
+        from tinyvmm.bars import Bar, Bars
         from tinyvmm.devices.virtio.pci import NOTIFY, NOTIFY_OFF_MULTIPLIER, VirtioPci
         from tinyvmm.eventfds import MsiRoutes
 
-        if self._routes is None:
-            self._routes = MsiRoutes(self.open_vm())
+        if self._routes is None or self._bars is None:
+            self._routes, self._bars = MsiRoutes(self.open_vm()), Bars(self.mmio)
         transport = VirtioPci(device, self.memory, self._routes.line)
         try:
             slot = self._pci_bus().add(transport.function)
         except IndexError:
             raise ConfigError("more virtio devices than PCI slots: leave one out") from None
         doorbells = self._add_doorbells(device)
-
-        def remap(gpa: int | None) -> None:
-            self.mmio.remove(transport)
-            if gpa is not None:
-                try:
-                    self.mmio.add(gpa, transport.function.bar_len, transport)
-                except ConfigError as error:  # the guest put it where something else is
-                    if trace.hook is not None:
-                        trace.hook(trace.Message(device.name, str(error)))
-                    gpa = None
-            if doorbells is not None:
-                doorbells.place_pci(gpa and gpa + NOTIFY, NOTIFY_OFF_MULTIPLIER)
-
-        transport.function.on_map = remap
+        length = transport.function.bar_len
+        bar = Bar(transport, length, doorbells, NOTIFY, NOTIFY_OFF_MULTIPLIER)
+        transport.function.on_map = partial(self._bars.move, bar)
         transport.function.place(layout.PCI_WINDOW_GPA + slot * layout.PCI_SLOT_STRIDE)
 
     def _add_doorbells(self, device: "VirtioDevice") -> "Bells | None":

@@ -311,6 +311,8 @@ class VirtioPci(Device):
             self._notify((offset - NOTIFY) // NOTIFY_OFF_MULTIPLIER)
         elif part == COMMON:
             self.common.write(offset, size, value)
+            if not self.device.status:  # reset, or not begun with
+                self.msix.reset()
             self.reroute()
         elif part == CONFIG:
             with self.device.lock:

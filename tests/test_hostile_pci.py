@@ -1,0 +1,84 @@
+"""Guests that mean ill, or are new to it, on PCI's configuration space: tiny ones on real KVM.
+
+Reads of it are reads of memory there, writes are exits; tests/test_chaos.py plays with all of a
+board's devices at once, and at random.
+"""
+
+import struct
+
+import pytest
+
+from tests.test_eventfds import END, Rung, copy, run, store
+from tinyvmm import layout
+from tinyvmm.devices.pci import PCI_BASE_ADDRESS_0, PCI_INTERRUPT_LINE
+from tinyvmm.devices.virtio.pci import BAR_LEN, NOTIFY
+from tinyvmm.machine import Machine
+
+pytestmark = pytest.mark.kvm
+
+
+def config(slot: int, register: int = 0) -> int:
+    """Where a register is in the guest's memory."""
+    return layout.PCI_ECAM_GPA + (slot << 15) + register
+
+
+def bar(slot: int) -> int:
+    """Where a function's BAR is when the guest starts."""
+    return layout.PCI_WINDOW_GPA + slot * layout.PCI_SLOT_STRIDE
+
+
+def test_bars_moved_over_one_another_answer_once_they_are_alone() -> None:
+    """A kernel that gives out addresses by itself does so function by function, all being on."""
+    first, second = Rung(), Rung()
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(first)
+        machine.add_virtio(second)
+        code = store(config(1, PCI_BASE_ADDRESS_0), bar(2))  # where the other still is
+        code += store(bar(2) + NOTIFY, 0)
+        code += store(config(2, PCI_BASE_ADDRESS_0), bar(2) + BAR_LEN)
+        code += store(bar(2) + NOTIFY, 0) + store(bar(2) + BAR_LEN + NOTIFY, 0)
+        exits = run(machine, code + END)
+    assert [exit_.address for exit_ in exits] == [
+        config(1, PCI_BASE_ADDRESS_0),
+        config(2, PCI_BASE_ADDRESS_0),
+        0xF4,
+    ]
+    assert first.bells
+    assert second.bells
+
+
+# Each writes 0x55s, or what differs from what is there, at EDI.
+WRITES = {
+    "byte": b"\xc6\x07\x55",
+    "word": b"\x66\xc7\x07\x55\x55",
+    "doubleword": b"\xc7\x07\x55\x55\x55\x55",
+    "read, modify and write": b"\x83\x0f\x55",  # or dword [edi], 0x55
+    "the same, locked": b"\xf0\x83\x0f\x55",
+    "exchange": b"\xb8\x55\x55\x55\x55\x87\x07",
+    "locked add": b"\xb8\x55\x55\x55\x55\xf0\x0f\xc1\x07",  # xadd
+    "compare and exchange": b"\x8b\x07\xb9\x55\x55\x55\x55\xf0\x0f\xb1\x0f",
+    "string": b"\xb0\x55\xb9\x09\x00\x00\x00\xfc\xf3\xaa",  # rep stosb: nine bytes
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_writes_of_any_kind_are_exits_and_change_what_may_be_changed(how: str) -> None:
+    """Within a register, over two of them, over the end of a page, and over that of the memory."""
+    line = config(1, PCI_INTERRUPT_LINE)
+    places = [line, line - 1, line + 1, config(1, 0xFF), config(1, 0xFFE), config(2) - 1]
+    places += [config(0), config(1), config(1) - 2, config(0, 1 << 12), config(3), config(40)]
+    code = b"".join(b"\xbf" + struct.pack("<I", place) + WRITES[how] for place in places)
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(Rung())
+        bus = machine.pci
+        assert bus is not None
+        before = [bytes(function.config) for function in bus.slots]
+        exits = run(machine, code + copy(line & ~3, 0x6000) + END)
+        seen = machine.memory.read(0x6000, 4)
+        ours = bytes(bus.slots[1].config)
+        assert seen == ours[PCI_INTERRUPT_LINE : PCI_INTERRUPT_LINE + 4]
+        for function, was in zip(bus.slots, before, strict=True):
+            for old, new, writable in zip(was, function.config, function.writable, strict=True):
+                assert not (old ^ new) & ~writable
+    assert seen[0]
+    assert {exit_.direction for exit_ in exits if exit_.address < config(2)} == {"write"}

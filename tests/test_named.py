@@ -1,6 +1,8 @@
 """Named tuples made cheaply are what typing makes of the same class."""
 
 import pickle
+import sys
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -83,3 +85,12 @@ def test_they_are_tuples_with_nothing_more() -> None:
             assert size == 1
         case _:
             raise AssertionError
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="they are typing's")
+def test_a_class_of_more_fields_than_there_are_places_for_is_none() -> None:
+    annotations = {f"field{number}": int for number in range(1000)}
+    with pytest.raises(TypeError, match="Many has more than"):
+        types.new_class(
+            "Many", (named.NamedTuple,), {}, lambda space: space.update(__annotations__=annotations)
+        )

@@ -22,6 +22,8 @@ else:
 
         def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
             fields = tuple(namespace.get("__annotations__", ()))
+            if len(fields) > len(_PLACES):
+                raise TypeError(f"{name} has more than {len(_PLACES)} fields")
             namespace["_field_defaults"] = {
                 field: namespace[field] for field in fields if field in namespace
             }

@@ -47,17 +47,20 @@ def check_options(options: RunOptions) -> Sequence[Shared]:
 
 
 def check_append(options: RunOptions) -> None:
-    """Raise ConfigError for kernel parameters that hide what Linux finds its devices by."""
+    """Raise ConfigError for kernel parameters with which Linux has no devices."""
     for word in options.append.split():
         name, _, value = word.partition("=")
         words = set(value.split(","))
         if name == "acpi" and "off" in words:
             raise ConfigError(f"--append {word}: ACPI says where the devices are: leave it out")
-        if name == "pci" and words & {"off", "nommconf"} and options.transport == "pci":
-            raise ConfigError(
-                f"--append {word}: it hides the bus that the devices are on: leave it out, or give "
-                "--transport mmio"
-            )
+        if name == "pci" and options.transport == "pci":
+            if words & {"off", "nommconf", "conf1", "conf2"}:
+                why = "it hides the bus that the devices are on"
+            elif "nomsi" in words:
+                why = "the devices would interrupt nobody"
+            else:
+                continue
+            raise ConfigError(f"--append {word}: {why}: leave it out, or give --transport mmio")
 
 
 def check_balloon(options: RunOptions) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tinyvmm.command.options import RunOptions
+from tinyvmm.errors import ConfigError
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
 
@@ -67,7 +68,11 @@ def add_disks(
 
     for number, (options, disk) in enumerate(zip(given, opened, strict=True)):
         serial = f"disk{number}" if options.serial is None else options.serial
-        machine.add_virtio(VirtioBlk(disk, serial=serial, queues=options.queues))
+        try:
+            device = VirtioBlk(disk, serial=serial, queues=options.queues)
+        except ConfigError as error:
+            raise ConfigError(f"disk {options.path}: {error}") from None
+        machine.add_virtio(device)
 
 
 def open_root_disks(

@@ -176,7 +176,10 @@ def kernel_version(path: str) -> str:
     finally:
         os.close(fd)
     if not version:
-        raise ConfigError(f"kernel {path}: states no version; give a complete Linux kernel")
+        raise ConfigError(
+            f"kernel {path}: states no version; give a complete Linux kernel, or run one that is "
+            f"no Linux by itself: tinyvmm run --no-root --kernel {path}"
+        )
     return version
 
 

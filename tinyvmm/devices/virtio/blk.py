@@ -140,7 +140,7 @@ class VirtioBlk(VirtioDevice):
         if len(self._serial) > VIRTIO_BLK_ID_BYTES or not serial.isprintable():
             raise ConfigError(f"serial {serial!r}: give it at most {VIRTIO_BLK_ID_BYTES} bytes")
         if not 1 <= queues <= QUEUES_MAX:
-            raise ConfigError(f"a disk with {queues} queues: give 1 to {QUEUES_MAX}")
+            raise ConfigError(f"{queues} queues: give 1 to {QUEUES_MAX}")
         features = VIRTIO_BLK_F_SIZE_MAX | VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE
         features |= VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_MQ
         if opt_io_size:

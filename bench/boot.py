@@ -23,6 +23,8 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ ROUNDS = 5
 LINE = b"userspace is here"
 LIMIT = 120  # seconds for one boot
 OVERWRITTEN_MAX = 3 << 30  # bytes
+PYTHON = [os.path.realpath(sys.executable), "-I", "-S", "-c"]
 COMMON = "console=ttyS0 quiet panic=-1 no_timer_check"
 
 
@@ -88,33 +91,46 @@ def boot_ours(initrd: str, vmlinuz: str) -> None:
         machine.wait(LIMIT)
 
 
-def subjects(
-    installed: "InstalledKernel", vmlinux: str, initrd: str, before: str
-) -> dict[str, list[str]]:
-    """Return what is compared: name -> command whose stdout is the guest's serial line."""
+def subjects(installed: "InstalledKernel", cleanup: ExitStack) -> dict[str, list[str]]:
+    """Return what is compared: name -> command whose stdout is the guest's serial line.
+
+    Their files stay until `cleanup`.
+    """
+    from tempfile import TemporaryDirectory
+
+    from tinyvmm.lab.qemu import kernel_file
+
+    vmlinuz = installed.vmlinuz
+    directory = Path(cleanup.enter_context(TemporaryDirectory()))
+    initrd, vmlinux = str(directory / "initrd"), str(directory / "vmlinux")
+    Path(initrd).write_bytes(initramfs(installed))
+    with open(kernel_file(vmlinuz), "rb") as unpacked:
+        unpacked.seek(0)  # a descriptor's, which others have read
+        Path(vmlinux).write_bytes(unpacked.read())
     code = (
         f"import sys; sys.path.insert(0, {ROOT!r}); "
         "from bench.boot import boot_ours; boot_ours(*sys.argv[1:])"
     )
-    python = os.path.realpath(sys.executable)
-    vmlinuz = installed.vmlinuz
     qemu = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults"]
     qemu += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
     qemu += ["-initrd", initrd]
     microvm = ["-M", "microvm", "-append", f"{COMMON} pci=off"]
-    if before:
-        runs = {}
-        for path in (ROOT, *before.split(os.pathsep)):
-            main = f"import sys; sys.path.insert(0, {path!r}); from tinyvmm.cli.main import main"
-            words = ["run", "--no-lab", "--kernel", installed.version, "--", "echo", LINE.decode()]
-            runs[f"run of {path}"] = [python, "-I", "-S", "-c", f"{main}; main()", *words]
-        return runs
     return {
-        "ours": [python, "-I", "-S", "-c", code, initrd, vmlinuz],
+        "ours": [*PYTHON, code, initrd, vmlinuz],
         "QEMU microvm": [*qemu, *microvm, "-kernel", vmlinuz],
         "QEMU microvm, vmlinux": [*qemu, *microvm, "-kernel", vmlinux],
         "QEMU q35": [*qemu, "-M", "q35", "-append", COMMON, "-kernel", vmlinuz],
     }
+
+
+def checkouts(kernel: str, before: str) -> dict[str, list[str]]:
+    """Return what is compared with BEFORE, in the same form."""
+    runs = {}
+    for path in (ROOT, *before.split(os.pathsep)):
+        main = f"import sys; sys.path.insert(0, {path!r}); from tinyvmm.cli.main import main"
+        words = ["run", "--no-lab", "--kernel", kernel, "--", "echo", LINE.decode()]
+        runs[f"run of {path}"] = [*PYTHON, f"{main}; main()", *words]
+    return runs
 
 
 def overwrite_free_memory() -> None:
@@ -157,20 +173,14 @@ def boot_once(command: list[str]) -> tuple[float, float]:
 
 def rounds(count: int, before: str, wanted: str | None) -> dict[str, list[tuple[float, float]]]:
     """Boot everything `count` times in turn, after once to warm caches."""
-    import tempfile
-
     from tinyvmm.images import kernels
-    from tinyvmm.lab.qemu import kernel_file
 
     installed = kernels.find(wanted)
-    with tempfile.NamedTemporaryFile() as initrd, tempfile.NamedTemporaryFile() as vmlinux:
-        initrd.write(initramfs(installed))
-        initrd.flush()
-        with open(kernel_file(installed.vmlinuz), "rb") as unpacked:
-            unpacked.seek(0)
-            vmlinux.write(unpacked.read())
-            vmlinux.flush()
-        commands = subjects(installed, vmlinux.name, initrd.name, before)
+    with ExitStack() as cleanup:
+        if before:
+            commands = checkouts(wanted or installed.version, before)
+        else:
+            commands = subjects(installed, cleanup)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for turn in range(count + 1):
             for name, command in random.sample(list(commands.items()), len(commands)):

@@ -17,7 +17,8 @@ from errno import EIO
 
 from tinyvmm.disks import files
 from tinyvmm.fileserver.hostfile import open_contents, open_path, os_error
-from tinyvmm.images.erofs.plan import Identity, Plan, identity
+from tinyvmm.images.erofs.files import Identity, identity
+from tinyvmm.images.erofs.plan import Plan
 from tinyvmm.views import size_of
 
 OPEN_MAX = 128  # files kept open

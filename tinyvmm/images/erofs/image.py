@@ -30,8 +30,9 @@ from tinyvmm.fileserver.maps import Path
 from tinyvmm.images.erofs import format as erofs
 from tinyvmm.images.erofs.ahead import Ahead
 from tinyvmm.images.erofs.contents import Contents
+from tinyvmm.images.erofs.files import MEMORY
 from tinyvmm.images.erofs.format import BLOCK, BLOCKS_MAX
-from tinyvmm.images.erofs.plan import MEMORY, Plan
+from tinyvmm.images.erofs.plan import Plan
 from tinyvmm.views import cut, scatter, size_of
 
 _META_BLOCK = (1 << 20) // BLOCK  # behind what programs look at to see what a disk holds

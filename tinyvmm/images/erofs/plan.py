@@ -13,18 +13,16 @@ before the guest looks there. A block that has been read is the guest's to keep:
 nothing is added to it.
 
 What an inode of the host takes here: its 64 bytes and its entry (12 bytes and the name) in `meta`,
-and 46 bytes and the name again in `files`, for a regular file that is not empty.
+and 46 bytes and the name again in `files` (files.py), for a regular file that is not empty.
 
 Not thread-safe: guarded by the lock of the image.
 """
 
 import os
 import stat
-from array import array
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
-from errno import ENODATA, ENOENT, ENOTDIR, EOPNOTSUPP
+from collections.abc import Callable, Container, Sequence
+from errno import ENOENT, ENOTDIR
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -32,8 +30,8 @@ from tinyvmm.fileserver import beside
 from tinyvmm.fileserver.hostfile import fd_path
 from tinyvmm.fileserver.maps import MapPoint, Path, build_map
 from tinyvmm.fileserver.stalling import is_kernels_own, may_stall
-from tinyvmm.fileserver.whiteout import PRIVATE_XATTRS
 from tinyvmm.images.erofs import format as erofs
+from tinyvmm.images.erofs.files import Files
 from tinyvmm.images.erofs.format import BLOCK, INLINE_FORMAT, INODE, INODE_LEN, PLAIN_FORMAT, SLOT
 from tinyvmm.images.erofs.sources import (
     DT_DIR,
@@ -42,86 +40,12 @@ from tinyvmm.images.erofs.sources import (
     list_directory,
     point_listing,
 )
+from tinyvmm.images.erofs.xattrs import Xattrs
 
-MEMORY = 0xFFFF_FFFF
-"""In place of a directory's number: the blocks hold what was made here, not a file's data."""
 _NEXT_MAX = 1 << 14
 _SOON_MAX = 1000  # names; a reader waits while a directory is planned
 _DIRECTORY_TYPE = erofs.FILE_TYPES[stat.S_IFDIR]
 _ROOT_ATTRIBUTES = stat.S_IFDIR | 0o755
-
-
-class Identity(NamedTuple):
-    """What a file was when it was planned, and has to be when it is read."""
-
-    dev: int
-    ino: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-def identity(st: os.stat_result) -> Identity:
-    """Return the identity of the file with this stat."""
-    return Identity(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
-
-
-class Files:
-    """Every stretch of data blocks, by its first block, ascending; one row of arrays each."""
-
-    def __init__(self) -> None:
-        self.starts = array("I")
-        self.directories = array("I")  # of the host; or MEMORY
-        self._names_at = array("Q")
-        self._names = bytearray()
-        self._devs = array("Q")
-        self._inodes = array("Q")
-        self.sizes = array("Q")
-        self._mtimes = array("q")
-        self._ctimes = array("q")
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def add(self, start: int, directory: int, name: bytes, st: os.stat_result) -> None:
-        """Add a file whose data begins in block `start`."""
-        self._row(start, directory, name, st.st_size)
-        self._devs.append(st.st_dev)
-        self._inodes.append(st.st_ino)
-        self._mtimes.append(st.st_mtime_ns)
-        self._ctimes.append(st.st_ctime_ns)
-
-    def add_memory(self, start: int, size: int) -> None:
-        """Add blocks of our own making."""
-        self._row(start, MEMORY, b"", size)
-        for column in (self._devs, self._inodes, self._mtimes, self._ctimes):
-            column.append(0)
-
-    def _row(self, start: int, directory: int, name: bytes, size: int) -> None:
-        self.starts.append(start)
-        self.directories.append(directory)
-        self._names_at.append(len(self._names))
-        self._names += name
-        self.sizes.append(size)
-
-    def name(self, row: int) -> bytes:
-        """Return the name of a row's file."""
-        end = self._names_at[row + 1] if row + 1 < len(self._names_at) else len(self._names)
-        return bytes(self._names[self._names_at[row] : end])
-
-    def identity(self, row: int) -> Identity:
-        """Return what a row's file was when it was planned."""
-        return Identity(
-            self._devs[row],
-            self._inodes[row],
-            self.sizes[row],
-            self._mtimes[row],
-            self._ctimes[row],
-        )
-
-    def find(self, block: int) -> int:
-        """Return the row that begins at `block` or is the last before it; -1 if there is none."""
-        return bisect_right(self.starts, block) - 1
 
 
 class _Directory(NamedTuple):
@@ -184,7 +108,7 @@ class Plan:
         self._untold: dict[int, list[str]] = {}  # what to say of a directory when it is read
         # What to plan ahead; the oldest are forgotten, as by then the guest is elsewhere.
         self._next: deque[int] = deque(maxlen=0 if strict else _NEXT_MAX)
-        self._without_xattrs: set[int] = set()  # st_dev of file systems that have none
+        self._xattrs = Xattrs(self._cannot, opaque=keep is not None)
         try:
             self.root_nid = self._plan_root(build_map(reads, []))
         except BaseException:
@@ -401,7 +325,7 @@ class Plan:
             return b""
         path = fd_path(self.directories.fd(layers[0]))
         noted = self.directories.notes(layers[0]) is not None
-        return self._xattrs(path, os.stat(path).st_dev, follow=True, noted=noted)
+        return self._xattrs.body(path, os.stat(path).st_dev, follow=True, noted=noted)
 
     def _place_entries(self, directory: _Directory) -> None:
         """Make the inodes of a directory's entries, and then its content."""
@@ -475,7 +399,7 @@ class Plan:
         size = where = 0
         layout = PLAIN_FORMAT
         target = b""
-        xattrs = self._xattrs(path, st.st_dev, follow=False, noted=noted)
+        xattrs = self._xattrs.body(path, st.st_dev, follow=False, noted=noted)
         if kind == stat.S_IFREG:
             size = st.st_size
             where = self._place_data(directory, name, st) if size else 0
@@ -529,44 +453,6 @@ class Plan:
         self.meta += bytes(INODE_LEN)
         self.inodes += 1
         return at // SLOT
-
-    def _xattrs(self, path: bytes, dev: int, *, follow: bool, noted: bool) -> bytes:
-        """Return the extended attributes of the file at `path`, as they are put behind an inode."""
-        if dev in self._without_xattrs:
-            return b""
-        try:
-            names = os.listxattr(path, follow_symlinks=follow)
-        except OSError as error:
-            if error.errno != EOPNOTSUPP:
-                raise
-            self._without_xattrs.add(dev)
-            return b""
-        if not names:
-            return b""
-        return erofs.xattr_body(self._read_xattrs(path, names, follow=follow, noted=noted))
-
-    def _read_xattrs(
-        self, path: bytes, names: Sequence[str], *, follow: bool, noted: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
-        for shown in sorted(names):
-            kept = os.fsencode(shown)
-            name = kept.removeprefix(beside.XATTR_PREFIX) if noted else kept
-            opaque = self._keep is not None and name == beside.OVERLAY_OPAQUE
-            ours = name.startswith(PRIVATE_XATTRS) and not opaque
-            if ours or erofs.xattr_index(name) is None:
-                continue
-            try:
-                value = os.getxattr(path, kept, follow_symlinks=follow)
-            except OSError as error:
-                if error.errno not in {ENODATA, EOPNOTSUPP}:
-                    raise
-                continue
-            if opaque and value != b"y":
-                continue
-            if len(value) <= erofs.XATTR_VALUE_MAX:
-                yield name, value
-            else:
-                self._cannot(os.path.realpath(path), f"its xattr {shown} is too long for EROFS")
 
     # --- room -------------------------------------------------------------------------------------
 

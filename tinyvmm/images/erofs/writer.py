@@ -12,9 +12,9 @@ from tinyvmm.errors import ConfigError
 from tinyvmm.fileserver.hostfile import os_error
 from tinyvmm.fileserver.maps import Path
 from tinyvmm.images.draft import drafted
+from tinyvmm.images.erofs.files import MEMORY, identity
 from tinyvmm.images.erofs.format import BLOCK
 from tinyvmm.images.erofs.image import ErofsImage
-from tinyvmm.images.erofs.plan import MEMORY, identity
 
 _PIECE = 64 << 20  # copied by one system call
 _BUFFER = 1 << 20

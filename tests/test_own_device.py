@@ -156,6 +156,7 @@ def test_a_run_is_checked_before_anything_is_started(here: Path) -> None:
         (["--balloon", "2G"], "--balloon 2048M takes all of --memory 1024M"),
         (["--append", "quiet pci=noaer,nommconf"], "--append pci=noaer,nommconf: it hides the bus"),
         (["--append", "pci=off"], "or give --transport mmio"),
+        (["--append", "acpi=noirq"], "--append acpi=noirq: ACPI says where the devices are: leave"),
         (["--append", "pci=conf1"], "--append pci=conf1: it hides the bus"),
         (["--append", "pci=nocrs,nomsi"], "pci=nocrs,nomsi: the devices would interrupt nobody: "),
         (["--transport", "mmio", "--append", "acpi=off pci=off"], "--append acpi=off: ACPI says"),

@@ -167,10 +167,14 @@ class Queue:
         self.kick()
         return token
 
+    def has_used(self) -> bool:
+        """Whether there is something to collect."""
+        return self.last_used != self.ram.u16(self.used_gpa + 2)
+
     def used(self) -> list[tuple[int, int]]:
         """Collect (token, length) of the chains given back, and ask to be told of the next."""
         found = []
-        while self.last_used != self.ram.u16(self.used_gpa + 2):
+        while self.has_used():
             slot = self.used_gpa + 4 + 8 * (self.last_used % self.size)
             token, length = struct.unpack("<II", self.ram.view(slot, 8))
             found.append((token, length))

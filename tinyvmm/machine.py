@@ -369,7 +369,8 @@ class Machine:
         sregs.efer = 1 << 10 | 1 << 8  # LMA with LME and CR0.PG at once, or KVM refuses the state
         handle.set_sregs(sregs)
         handle.set_regs(kvm.kvm_regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=1 << 1))
-        handle.set_msrs({_MSR_IA32_MISC_ENABLE: 1, _MSR_MTRR_DEF_TYPE: 1 << 11 | 6})
+        for vcpu in self.vcpus:  # which a firmware sets up alike; or Linux says so
+            vcpu.handle.set_msrs({_MSR_IA32_MISC_ENABLE: 1, _MSR_MTRR_DEF_TYPE: 1 << 11 | 6})
 
     # --- running ----------------------------------------------------------------------------
 

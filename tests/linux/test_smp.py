@@ -94,7 +94,7 @@ say copies "$(sha256sum /live/copy? | cut -d' ' -f1 | sort -u)"
 for name in balloon_inflate balloon_deflate; do
   while read -r what count; do [ $what = $name ] && say $name $((count > 6000)); done < /proc/vmstat
 done
-say complaints "$(dmesg | grep -ciE 'rcu.*stall|soft lockup|blocked for more|BUG:')"
+say complaints "$(dmesg | grep -ciE 'rcu.*stall|soft lockup|blocked for more|BUG:|inconsistent')"
 say errors "$(dmesg --level=emerg,alert,crit,err | grep -vc 'PCI: Fatal')"
 """
 

@@ -51,7 +51,7 @@ def check_append(options: RunOptions) -> None:
     for word in options.append.split():
         name, _, value = word.partition("=")
         words = set(value.split(","))
-        if name == "acpi" and "off" in words:
+        if name == "acpi" and words & {"off", "noirq"}:
             raise ConfigError(f"--append {word}: ACPI says where the devices are: leave it out")
         if name == "pci" and options.transport == "pci":
             if words & {"off", "nommconf", "conf1", "conf2"}:

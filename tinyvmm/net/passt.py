@@ -247,7 +247,10 @@ class Passt:
             ours.close()
             self._process.kill()
             _, said = self._process.communicate()
-            raise ConfigError(f"--net user: passt: {_last_words(said)}")
+            words = _last_words(said)
+            if "interface" in words:  # that there is no interface; its versions have several ways
+                words += "; it stands for one with a route out (ip route): have one, or a --net tap"
+            raise ConfigError(f"--net user: passt: {words}")
         self._warn = warn
         self._closing = False
         self.frames = Frames(ours, self._ended, published=published)

@@ -157,6 +157,7 @@ def test_a_run_is_checked_before_anything_is_started(here: Path) -> None:
         (["--append", "quiet pci=noaer,nommconf"], "--append pci=noaer,nommconf: it hides the bus"),
         (["--append", "pci=off"], "or give --transport mmio"),
         (["--append", "acpi=noirq"], "--append acpi=noirq: ACPI says where the devices are: leave"),
+        (["--append", "a noapic"], "--append noapic: without APICs nothing interrupts: leave"),
         (["--append", "pci=conf1"], "--append pci=conf1: it hides the bus"),
         (["--append", "pci=nocrs,nomsi"], "pci=nocrs,nomsi: the devices would interrupt nobody: "),
         (["--transport", "mmio", "--append", "acpi=off pci=off"], "--append acpi=off: ACPI says"),

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,8 @@ def test_a_scan_finds_a_bridge_and_the_device_and_nothing_else() -> None:
     assert found.keys() == {(0, 0), (1, 0)}
     assert found[1, 0] == (0x1040 + 77) << 16 | 0x1AF4
     assert board.ecam.read(0 << 15 | 0x0A, 2) == pci.PCI_CLASS_BRIDGE_HOST
+    assert board.config(0x0A, 2) == virtio_pci.PCI_CLASS_OTHERS
+    assert Board(VirtioConsole([])).config(0x0A, 2) == 0x0780  # of communication
 
 
 @given(slot=st.integers(0, 31), register=st.integers(0, 63), function=st.integers(0, 7))
@@ -489,6 +492,39 @@ def test_state_survives_a_round_trip() -> None:
     again = Driver(other)
     assert again.exchange(0, b"restored") == b"restored"
     assert other.sent == [(0xFEE0_0000, 0x41)]
+
+
+def test_no_interrupt_is_lost_to_a_mask_that_comes_and_goes() -> None:
+    sent: list[int] = []
+    fired = 0
+
+    class Counting(Line):
+        def fire(self) -> None:
+            sent.append(fired)
+
+    table = Msix("x", [Counting([])])
+    table.set_flags(1 << 15)
+
+    over = threading.Event()
+
+    def mask() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            table.write(12, 4, number & 1)
+            table.set_flags(1 << 15 | (number & 2) << 13)
+
+    thread = threading.Thread(target=mask)
+    thread.start()
+    for _ in range(20000):
+        fired += 1
+        table.fire(0)
+    over.set()
+    thread.join()
+    table.write(12, 4, 0)
+    table.set_flags(1 << 15)
+    assert sent[-1] == fired  # whatever was before the last may be in it
+    assert table.pending(0, 4) == 0
 
 
 # --- guests that mean ill -----------------------------------------------------------------------

@@ -53,6 +53,8 @@ def check_append(options: RunOptions) -> None:
         words = set(value.split(","))
         if name == "acpi" and words & {"off", "noirq"}:
             raise ConfigError(f"--append {word}: ACPI says where the devices are: leave it out")
+        if name in {"noapic", "nolapic", "disableapic", "nosmp"} or word == "maxcpus=0":
+            raise ConfigError(f"--append {word}: without APICs nothing interrupts: leave it out")
         if name == "pci" and options.transport == "pci":
             if words & {"off", "nommconf", "conf1", "conf2"}:
                 why = "it hides the bus that the devices are on"

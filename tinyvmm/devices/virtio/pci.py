@@ -45,7 +45,14 @@ from tinyvmm.devices.virtio.queue import Virtqueue
 
 PCI_VENDOR_ID_VIRTIO = 0x1AF4
 PCI_DEVICE_ID_BASE = 0x1040  # plus the virtio device ID
+# <linux/pci_ids.h>. Drivers go by the device ID; these are for people, who look at lists.
 PCI_CLASS_OTHERS = 0xFF00
+PCI_CLASSES = {
+    1: 0x0200,  # network: PCI_CLASS_NETWORK_ETHERNET
+    2: 0x0180,  # block: PCI_CLASS_STORAGE_OTHER
+    3: 0x0780,  # console: PCI_CLASS_COMMUNICATION_OTHER
+    19: 0x0780,  # vsock
+}
 PCI_CAP_ID_VNDR = 0x09
 
 VIRTIO_PCI_CAP_COMMON_CFG = 1
@@ -369,7 +376,7 @@ class VirtioFunction(Function):
         super().__init__(
             PCI_VENDOR_ID_VIRTIO,
             PCI_DEVICE_ID_BASE + device.device_id,
-            PCI_CLASS_OTHERS,
+            PCI_CLASSES.get(device.device_id, PCI_CLASS_OTHERS),
             bar_len=BAR_LEN,
             subsystem=device.device_id,
         )

@@ -236,6 +236,14 @@ def test_a_raw_disk_that_looks_like_qcow2_is_not_taken_for_one(tmp_path: Path) -
         assert disk.size == 256 * KIB
 
 
+@pytest.mark.parametrize("kind", ["vmdk", "vhdx", "vpc", "vdi", "qed"])
+def test_an_image_of_another_format_is_not_taken_for_a_raw_disk(tmp_path: Path, kind: str) -> None:
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, image, "8M"], check=True)
+    with pytest.raises(ConfigError, match=r"begins like a [A-Z]+ image: qemu-img convert -O raw "):
+        open_disk(DiskOptions(str(image)))
+
+
 def test_writing_into_a_qcow2_image_is_refused_with_the_ways_there_are(tmp_path: Path) -> None:
     image = created()(tmp_path)
     with pytest.raises(ConfigError, match="add overlay=FILE, ephemeral or ro"):

@@ -11,6 +11,16 @@ from tinyvmm.errors import ConfigError
 
 FORMATS = ("raw", "qcow2")
 CHAIN_MAX = 32  # images that stand on each other
+# How images begin that are no raw ones: what a guest wrote into them as such would be their end.
+_MAGIC = {
+    qcow2.MAGIC: "qcow2",
+    b"KDMV": "VMDK",
+    b"# Disk DescriptorFile": "VMDK",
+    b"vhdxfile": "VHDX",
+    b"conectix": "VHD",
+    b"<<< ": "VDI",
+    b"QED\0": "QED",
+}
 
 
 class DiskOptions(NamedTuple):
@@ -89,23 +99,27 @@ def _open(
         return _open_qcow2(path, above)
     # A guest can write what it likes to the start of its raw disk. Whoever then took it for what it
     # looks like would open the files that the guest names.
-    if given is None and _looks_like_qcow2(path):
+    if given is None and (kind := _looks_like(path)):
         remedy = "say format=qcow2, or format=raw if a guest wrote that"
-        if above:
+        if kind != "qcow2":
+            remedy = "qemu-img convert -O raw makes a raw one; or say format=raw if it is one"
+        elif above:
             remedy = f"say so in the image above: qemu-img rebase -u -F qcow2 -b {path} IMAGE"
-        raise ConfigError(f"disk {path} begins like a qcow2 image: {remedy}")
+        raise ConfigError(f"disk {path} begins like a {kind} image: {remedy}")
     return RawDisk(path, read_only=not writable)
 
 
-def _looks_like_qcow2(path: str) -> bool:
+def _looks_like(path: str) -> str | None:
+    """Name the format of an image file that is not raw, by how it begins."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            return os.pread(fd, 4, 0) == qcow2.MAGIC
+            head = os.pread(fd, max(map(len, _MAGIC)), 0)
         finally:
             os.close(fd)
     except OSError:
-        return False  # what is wrong shows when it is opened
+        return None  # what is wrong shows when it is opened
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
 
 
 def _open_qcow2(path: str, above: tuple[tuple[int, int], ...]) -> Qcow2Image:

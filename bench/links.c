@@ -4,7 +4,7 @@
 //       WHAT is tap, passt (interfaces, told apart by the last byte of their address), vsock or
 //       console (port 1 of the first console device). Prints "end WHAT COUNT NANOSECONDS" lines on
 //       the console, and powers off.
-//   serve tcp PORT | unix PATH | vsock PORT  [GUESTS TURNS]
+//   serve GUESTS TURNS, and as often as wanted: tcp PORT | unix PATH | vsock PORT
 //
 // On every kind of stream the guest says what it wants: 'P', and each byte is sent back, until a
 // 'q'; 'S' and a length, and that many bytes are taken, then answered by one; 'R' and a length, and
@@ -117,7 +117,7 @@ static void *answer(void *argument) {
   return NULL;
 }
 
-static int serve(const char *kind, const char *where) {
+static int listen_at(const char *kind, const char *where) {
   union {
     struct sockaddr_in in;
     struct sockaddr_un un;
@@ -136,19 +136,21 @@ static int serve(const char *kind, const char *where) {
     at.vm.svm_family = AF_VSOCK, at.vm.svm_cid = VMADDR_CID_ANY, at.vm.svm_port = atoi(where);
     length = sizeof at.vm;
   }
-  signal(SIGPIPE, SIG_IGN);
-  int listener = socket(family, SOCK_STREAM, 0), one = 1;
+  int listener = socket(family, SOCK_STREAM, 0);
   need(listener >= 0 && !bind(listener, (void *)&at, length) && !listen(listener, 100), where);
-  printf("serving\n");
+  return listener;
+}
+
+static void *serve(void *listener) {
   for (;;) {
-    int fd = accept(listener, NULL, NULL);
+    int fd = accept((long)listener, NULL, NULL), one = 1;
     if (fd < 0) continue;
-    if (family == AF_INET) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);  // of no other kind
     pthread_t thread;
     need(!pthread_create(&thread, NULL, answer, (void *)(long)fd), "thread");
     pthread_detach(thread);
   }
-  return 0;
+  return NULL;
 }
 
 // --- the guest ---
@@ -264,7 +266,7 @@ static void network(const char *link, int number, const char *own, const char *h
   iperf(link, host, 1, mib);
 }
 
-static void vsock(int count, long mib) {
+static void vsock_turn(int count, long mib) {
   int fd = connect_vsock();
   round_trips("vsock", fd, count);
   bulk("vsock", fd, 'S', mib);
@@ -280,6 +282,19 @@ static void vsock(int count, long mib) {
   end("vsock", "connection", count / SHORT_PART, now() - begun);
 }
 
+// Wait for the next turn; whether there is one.
+static int my_turn(int fd) {
+  char word = 'T';
+  need(write_all(fd, &word, 1) && read_all(fd, &word, 1), "turn");
+  return word == 'g';
+}
+
+static void vsock(int count, long mib) {
+  int fd = connect_vsock();
+  printf("up\n");
+  while (my_turn(fd)) vsock_turn(count, mib);
+}
+
 static void console(int count, long mib) {
   int fd = -1;
   for (int i = 0; fd < 0 && i < 1000; i++) {
@@ -289,10 +304,7 @@ static void console(int count, long mib) {
   }
   need(fd >= 0, "console port");
   printf("up\n");
-  for (;;) {
-    char word = 'T';
-    need(write_all(fd, &word, 1) && read_all(fd, &word, 1), "turn");
-    if (word != 'g') return;
+  while (my_turn(fd)) {
     round_trips("console", fd, count);
     bulk("console", fd, 'S', mib);
     bulk("console", fd, 'R', mib);
@@ -303,8 +315,14 @@ int main(int argc, char **argv) {
   setvbuf(stdout, NULL, _IOLBF, 0);
   if (argc < 4) return 1;
   if (!strcmp(argv[1], "serve")) {
-    if (argc > 5) guests = atoi(argv[4]), left = guests * atoi(argv[5]);
-    return serve(argv[2], argv[3]);
+    signal(SIGPIPE, SIG_IGN);
+    guests = atoi(argv[2]), left = guests * atoi(argv[3]);
+    pthread_t thread;
+    for (int i = 4; i + 1 < argc; i += 2)
+      need(!pthread_create(&thread, NULL, serve, (void *)(long)listen_at(argv[i], argv[i + 1])),
+           "thread");
+    printf("serving\n");
+    return pthread_join(thread, NULL);
   }
   init = 1;
   int count = atoi(argv[2]), mib = atoi(argv[3]);

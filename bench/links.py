@@ -4,11 +4,11 @@ The same stock kernel boots, by turns, in our VMM, with doorbells that are exits
 ioeventfds ("thread"), and in QEMU's (`-accel kvm`, q35 machine), with one vCPU and the same things
 behind its devices: a tap (vhost off), a passt of each one's own (`-netdev stream`), this computer's
 sockets (QEMU has AF_VSOCK there, by vhost, which is the kernel's; ours are Unix sockets, and in a
-third turn, "vhost", the kernel's as well) and one console port that is led to a Unix socket. PID 1
+third guest, "vhost", the kernel's as well) and one console port that is led to a Unix socket. PID 1
 is a C program, which also answers on the host; for the throughput of interfaces it runs Debian's
 iperf3. All times are by the guest's own clock. Where this computer's KVM cannot run Linux all of it
 happens in one lab, where Python is slowed down more than C is. A first round only warms caches.
-bench/console.py has its guests up all at once, and they take turns.
+Guests with a console or vsock are up all at once, and take turns: bench/turns.py.
 
 Everything is in a network namespace of its own, so this needs root where there is no lab.
 """
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
 C_PROGRAM = Path(__file__).with_suffix(".c")
 COUNT, MIB, ROUNDS = 200, 16, 3
-OURS = ("inline", "thread")
-VHOST = "vhost"
+INLINE, THREAD, VHOST = "inline", "thread", "vhost"
+OURS = (INLINE, THREAD)
 LIMIT = 400  # seconds for one guest
 TRIES = 3  # of a lab that dies before there is a figure
 PORT = 5000
+VSOCK_SERVED = f"vsock_{PORT}"
+QEMU_CID, VHOST_CID = 3, 4
 TAP = "bench0"
 MACS = {"tap": "52:54:00:00:00:01", "passt": "52:54:00:00:00:02"}
 MODULES = {
@@ -104,11 +106,6 @@ class Bench(NamedTuple):
         return os.path.join(self.where, "console")
 
 
-def ours(what: Sequence[str]) -> Sequence[str]:
-    """The turns of our VMM."""
-    return (*OURS, VHOST) if tuple(what) == ("vsock",) else OURS
-
-
 def passt_options() -> list[str]:
     """How each VMM's passt is run."""
     options = ["--ipv4-only", "--address", "10.0.2.15", "--netmask", "255.255.255.0"]
@@ -147,7 +144,7 @@ def add_ours(bench: Bench, vmm: str, machine: "Machine", cleanup: ExitStack) -> 
         machine.add_virtio(device)
         passt.frames.pump.start(device.pairs[0], failed)
     if vmm == VHOST:
-        add_vhost_vsock(machine, 3, cleanup)
+        add_vhost_vsock(machine, VHOST_CID, cleanup)
     elif "vsock" in bench.what:
         host = VsockHost(bench.vsock)
         cleanup.callback(host.close)
@@ -210,7 +207,7 @@ def boot_ours(bench: Bench, vmm: str, console: Callable[[bytes], None]) -> None:
     from tinyvmm.machine import Machine
 
     with ExitStack() as cleanup:
-        machine = Machine(memory=512 << 20, ioeventfd=vmm in {"thread", VHOST})
+        machine = Machine(memory=512 << 20, ioeventfd=vmm != INLINE)
         machine.add_board(console=console)
         add_ours(bench, vmm, machine, cleanup)
         cleanup.enter_context(machine)
@@ -253,7 +250,7 @@ def run_qemu(bench: Bench) -> Iterator[str]:
             qemu += ["-netdev", f"stream,id=p,server=off,{address}", "-device"]
             qemu += [f"virtio-net-pci,netdev=p,mac={MACS['passt']},host_mtu=65520"]
         if "vsock" in bench.what:
-            qemu += ["-device", "vhost-vsock-pci,guest-cid=3"]
+            qemu += ["-device", f"vhost-vsock-pci,guest-cid={QEMU_CID}"]
         yield from said(qemu, pass_fds)
 
 
@@ -315,7 +312,7 @@ def insert(name: str) -> None:
 def hosting(
     what: Sequence[str], program: str, where: str, turns: Sequence[str] = ("1", "1")
 ) -> Iterator[None]:
-    """Be what the guests talk to; `turns` is how many use the console, and how often."""
+    """Be what the guests talk to; `turns`: how many use the console or vsock, and how often."""
     for link, (module, device) in HOST_MODULES.items():
         if (link in what or (link == "tap" and "passt" in what)) and not os.path.exists(device):
             insert(module)
@@ -330,12 +327,12 @@ def hosting(
             f"ip route add default via 192.0.2.9 dev {TAP}",
         ):
             subprocess.run(line.split(), check=True)
-        commands += [["iperf3", "-s"], [program, "serve", "tcp", str(PORT)]]
+        commands += [["iperf3", "-s"], [program, "serve", *turns, "tcp", str(PORT)]]
     if "vsock" in what:
-        commands.append([program, "serve", "unix", os.path.join(where, f"vsock_{PORT}")])
-        commands.append([program, "serve", "vsock", str(PORT)])
+        served = ["unix", os.path.join(where, VSOCK_SERVED), "vsock", str(PORT)]
+        commands.append([program, "serve", *turns, *served])
     if "console" in what:
-        commands.append([program, "serve", "unix", os.path.join(where, "console"), *turns])
+        commands.append([program, "serve", *turns, "unix", os.path.join(where, "console")])
     running = []
     try:
         for command in commands:
@@ -361,14 +358,14 @@ def measure(program: str, what: Sequence[str], rounds: int) -> Iterator[Entry]:
         cmdline = f"{COMMON} -- {','.join(what)} {COUNT} {MIB} {' '.join(modules)}"
         bench = Bench(what, where, kernels.find().vmlinuz, archive, cmdline)
         for turn in range(rounds + 1):
-            for vmm in ours(what):
+            for vmm in OURS:
                 yield from entries(run_ours(bench, vmm), vmm, turn)
             yield from entries(run_qemu(bench), "QEMU", turn)
 
 
 def show(found: list[Entry]) -> None:
     """Print one line for each thing done."""
-    mine = [vmm for vmm in (*OURS, VHOST) if any(entry.vmm == vmm for entry in found)]
+    mine = OURS
     columns = *mine, "QEMU", *["ratio"] * len(mine)
     print(f"{'microseconds for each':26}" + "".join(f"{name:>11}" for name in columns))
     for what in dict.fromkeys(entry.what for entry in found):

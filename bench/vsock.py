@@ -1,8 +1,8 @@
-"""Stream sockets between guest and host: ours beside QEMU's. bench/links.py says how."""
+"""Stream sockets between guest and host: ours beside QEMU's. bench/turns.py says how."""
 
-from bench import links
+from bench import links, turns
 
 
 def main() -> None:
     """Measure and print."""
-    links.main(("vsock",))
+    turns.main("vsock", (*links.OURS, links.VHOST))

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from select import EPOLLIN
 
 import pytest
 from hypothesis import given, settings
@@ -307,8 +308,8 @@ class Place:
 class OwnThread:
     """The thread that a device has where its doorbells are eventfds."""
 
-    def watch(self, fd: int, call: Callable[[], None]) -> bool:
-        del fd, call
+    def watch(self, fd: int, call: Callable[[], None], events: int = EPOLLIN) -> bool:
+        del fd, call, events
         return True
 
     def unwatch(self, fd: int) -> None:

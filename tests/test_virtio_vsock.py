@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 from hypothesis import given, settings
@@ -23,11 +23,15 @@ from tinyvmm import vsock_host
 from tinyvmm.devices.virtio.vsock import (
     ANSWERS_MAX,
     BUF_ALLOC,
+    BUF_ALLOC_MANY,
     CONNECTIONS_MAX,
+    FEW,
     FIRST_HOST_PORT,
+    TAKEN,
     VirtioVsock,
 )
 from tinyvmm.errors import ConfigError
+from tinyvmm.eventfds import Doorbells
 from tinyvmm.vsock_host import VsockHost
 
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
@@ -48,6 +52,8 @@ class FakePeer:
         self.output_ended = False
         self.host_port: int | None = None
         self.watched = (False, False)
+        self.reads: list[int] = []  # bytes that there was room for, each time
+        self.breaks_after = 1 << 30  # reads
 
     def accepted(self, host_port: int) -> None:
         self.host_port = host_port
@@ -61,8 +67,9 @@ class FakePeer:
         return len(data)
 
     def receive(self, views: Sequence[memoryview]) -> int | None:
-        if self.broken:
+        if self.broken or len(self.reads) >= self.breaks_after:
             raise ConnectionResetError
+        self.reads.append(sum(map(len, views)))
         if not self.to_send:
             return 0 if self.at_end else None
         data, done = self.to_send.popleft(), 0
@@ -273,10 +280,10 @@ def test_what_the_host_does_not_take_is_kept_and_counted() -> None:
 def test_credit_is_given_back_before_it_is_all_gone() -> None:
     guest, peer, _ = open_to_host()
     for _ in range(20):
-        guest.say(1000, 80, RW, b"x" * 4096)
+        guest.say(1000, 80, RW, b"x" * (BUF_ALLOC // 16))
     updates = [p for p in guest.heard() if p.op == CREDIT_UPDATE]
     assert [p.fwd_cnt for p in updates] == [BUF_ALLOC // 2, BUF_ALLOC]
-    assert len(peer.got) == 20 * 4096
+    assert len(peer.got) == 20 * (BUF_ALLOC // 16)
 
 
 def test_a_guest_that_ignores_credit_is_cut_off() -> None:
@@ -315,6 +322,152 @@ def test_without_rx_buffers_the_hosts_bytes_stay_where_they_are() -> None:
     assert peer.watched == (False, False)
     guest.offer(1)
     assert peer.watched == (True, False)
+
+
+def rx_events(guest: Guest) -> int:
+    """How many of the rx buffers that came back the driver was interrupted for so far."""
+    return guest.driver.ram.u16(guest.rx.used_gpa + 2) - guest.rx.last_used
+
+
+def test_much_is_one_read_and_one_interrupt_for_many_buffers() -> None:
+    guest, peer, device = open_to_host(buffers=16)
+    full = 4096 - HEADER_LEN
+    peer.to_send.append(data := os.urandom(10 * full + 5))
+    interrupts: list[int] = []
+    guest.device.queues[0].on_used = lambda: interrupts.append(rx_events(guest))
+    device.readable(peer)
+    assert interrupts == [1]  # with the first, the driver having said no more since
+    assert peer.reads == [full, 15 * full]
+    packets = guest.heard()
+    assert [len(p.data) for p in packets] == [full] * 10 + [5]
+    assert b"".join(p.data for p in packets) == data
+
+
+def test_a_batch_that_ends_in_the_midst_of_a_buffer_leaves_the_others_to_what_comes_next() -> None:
+    guest, peer, device = open_to_host(buffers=4)
+    full = 4096 - HEADER_LEN
+    for end in (full + 1, 1, 0):
+        peer.to_send.append(data := os.urandom(full + end))
+        device.readable(peer)
+        packets = guest.heard(again=False)
+        assert b"".join(p.data for p in packets) == data
+        guest.offer(len(packets))
+    assert device.queues[0].waiting == 4
+    assert not guest.driver.status & NEEDS_RESET
+
+
+@given(
+    sizes=st.lists(
+        st.lists(st.integers(1, 300), min_size=1, max_size=4).filter(lambda c: sum(c) > HEADER_LEN),
+        min_size=1,
+        max_size=12,
+    ),
+    indirect=st.booleans(),
+    data=st.binary(min_size=1, max_size=4000),
+    alloc=st.integers(1, 4000),
+)
+@settings(deadline=None)
+def test_buffers_of_any_shape_are_filled_as_far_as_credit_goes(
+    sizes: list[list[int]], indirect: bool, data: bytes, alloc: int
+) -> None:
+    guest, peer, device = open_to_host(buffers=1)
+    peer.to_send.append(b"x")  # which takes up the buffer that there is
+    device.readable(peer)
+    assert guest.heard(again=False)[0].data == b"x"
+    guest.say(1000, 80, CREDIT_UPDATE, alloc=alloc, count=1)
+    for size in sizes:
+        guest.rx.send([], size, indirect=indirect)
+    peer.to_send.append(data)
+    for _ in range(len(sizes) + 1):
+        device.readable(peer)
+    got, packets = b"", guest.rx.collect()
+    for packet in packets:
+        assert struct.unpack_from(HEADER, packet)[4] == len(packet) - HEADER_LEN > 0
+        got += packet[HEADER_LEN:]
+    room = sum(sum(size) - HEADER_LEN for size in sizes)
+    assert got == data[: min(alloc, room)]
+    assert device.queues[0].waiting == len(sizes) - len(packets)
+
+
+def test_credit_that_runs_out_in_the_midst_of_a_batch_is_kept_to_the_byte() -> None:
+    guest, peer, device = open_to_host(buffers=16)
+    full = 4096 - HEADER_LEN
+    credit = 5 * full + 7
+    guest.say(1000, 80, CREDIT_UPDATE, alloc=credit)
+    peer.to_send.append(bytes(20 * full))
+    device.readable(peer)
+    assert [len(p.data) for p in guest.heard()] == [full] * 5 + [7]
+    assert peer.watched == (False, False)
+    guest.say(1000, 80, CREDIT_UPDATE, alloc=credit, count=7)
+    device.readable(peer)
+    assert [len(p.data) for p in guest.heard()] == [7]
+
+
+def test_a_host_that_breaks_off_in_the_midst_of_a_batch_has_all_before_it_delivered() -> None:
+    guest, peer, device = open_to_host(buffers=8)
+    full = 4096 - HEADER_LEN
+    peer.to_send.append(bytes(full))
+    peer.breaks_after = 1
+    device.readable(peer)
+    assert [(p.op, len(p.data)) for p in guest.heard()] == [(RW, full), (RST, 0)]
+    assert peer.closed
+    assert device.queues[0].waiting == 8
+
+
+def test_a_reset_in_the_midst_of_a_batch_waits_for_its_end() -> None:
+    guest, peer, device = open_to_host(buffers=8)
+    full = 4096 - HEADER_LEN
+    peer.to_send.append(bytes(3 * full))
+    resetting = threading.Thread(target=guest.driver.write, args=(0x070, 0))
+    order: list[str] = []
+
+    def receive(views: Sequence[memoryview]) -> int | None:
+        if not order:
+            resetting.start()
+        resetting.join(0.05)
+        order.append("data" if resetting.is_alive() else "reset")
+        return FakePeer.receive(peer, views)
+
+    peer.receive = receive  # type: ignore[method-assign]
+    device.readable(peer)
+    resetting.join()
+    assert order == ["data", "data"]
+    assert peer.closed
+    assert guest.driver.ram.u16(guest.rx.used_gpa + 2) == 4  # RESPONSE, and three of data
+    device.readable(peer)  # as whoever has heard of it before
+    assert len(order) == 2
+
+
+def test_packets_of_the_guest_are_given_back_a_few_at_a_time() -> None:
+    guest, peer, device = open_to_host()
+    interrupts: list[int] = []
+    device.queues[1].on_used = lambda: interrupts.append(len(peer.got))
+    head = struct.pack(HEADER, CID, HOST, 1000, 80, 100, 1, RW, 0, 1 << 20, 0)
+    for _ in range(TAKEN + 2):
+        guest.tx.add([head, b"x" * 100], [])
+    device.notify(1)
+    assert interrupts == [TAKEN * 100]
+    assert len(peer.got) == (TAKEN + 2) * 100
+    assert len(guest.tx.used()) == TAKEN + 2
+
+
+def test_many_connections_have_less_room_each() -> None:
+    dialer = FakeDialer()
+    device = VirtioVsock(CID, dialer)
+    guest = Guest(device)
+    room = []
+    for port in range(CONNECTIONS_MAX):
+        dialer.listening[80] = FakePeer()
+        guest.say(port, 80, REQUEST)
+        room += [answer.buf_alloc for answer in guest.heard()]
+    assert room == [BUF_ALLOC] * FEW + [BUF_ALLOC_MANY] * (CONNECTIONS_MAX - FEW)
+    assert sum(room) <= 64 << 20
+    last = CONNECTIONS_MAX - 1
+    for _ in range(8):  # of which none is read
+        device._connections[last, 80].peer.room = 0  # type: ignore[union-attr]
+        guest.say(last, 80, RW, bytes(BUF_ALLOC_MANY // 8))
+    guest.say(last, 80, RW, b"x")
+    assert guest.ops() == [RST]
 
 
 # --- the end ----------------------------------------------------------------------------------
@@ -380,6 +533,59 @@ def test_a_driver_that_resets_closes_everything() -> None:
     assert peer.closed
     assert other.closed
     assert (device._connections, device._by_peer, len(device._due)) == ({}, {}, 0)
+
+
+def last_words(guest: Guest, count: int) -> None:
+    """Have the guest send packets of one byte without a kick that anybody has heard."""
+    for _ in range(count):
+        head = struct.pack(HEADER, CID, HOST, 1000, 80, 1, 1, RW, 0, 1 << 20, 0)
+        guest.tx.add([head, b"x"], [])
+
+
+def test_what_the_guest_sent_before_a_reset_is_passed_on() -> None:
+    guest, peer, _ = open_to_host()
+    last_words(guest, 10)
+    guest.driver.write(0x070, 0)
+    assert peer.got == b"x" * 10
+    assert peer.closed
+
+
+def test_a_guest_that_is_to_halt_has_its_last_words_passed_on_and_nothing_said() -> None:
+    guest, peer, device = open_to_host()
+    last_words(guest, 60)
+    device.halt()
+    peer.to_send.append(b"too late")
+    device.readable(peer)
+    device.notify(1)
+    assert peer.got == b"x" * 60
+    assert guest.heard() == []
+    assert device.unhalt()
+    device.catch_up()
+    device.readable(peer)
+    assert [p.data for p in guest.heard()] == [b"too late"]
+
+
+def test_a_guest_that_never_ends_is_halted_all_the_same() -> None:
+    guest, peer, device = open_to_host()
+    last_words(guest, 1)
+    avail_idx = guest.tx.avail_gpa + 2
+
+    def send(views: Sequence[memoryview]) -> int:
+        ram = guest.driver.ram  # as a driver on another processor would
+        ram.put("<H", avail_idx, ram.u16(avail_idx) + 1 & 0xFFFF)
+        if not (sent := len(peer.got)) % 1000:
+            device.halt()
+        assert sent < 2000
+        return FakePeer.send(peer, views)
+
+    peer.send = send  # type: ignore[method-assign]
+    token = guest.tx.in_flight.popitem()[0]
+    for slot in range(guest.tx.size):
+        guest.driver.ram.put("<H", guest.tx.avail_gpa + 4 + 2 * slot, token)
+    peer.got += b"x"
+    device.notify(1)
+    assert 900 < len(peer.got) < 1200
+    assert device.unhalt()
 
 
 def test_thousands_of_connections_leave_nothing_behind() -> None:
@@ -561,14 +767,20 @@ def test_connections_do_not_outlive_a_load_and_the_guest_is_told() -> None:
 # --- the host's sockets -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[tuple[VsockHost, Guest]]:
+@pytest.fixture(params=[False, True], ids=["its own thread", "the device's"])
+def host(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[VsockHost, Guest]]:
+    """The sockets, and whose thread hears of them."""
     errors: list[BaseException] = []
     sockets = VsockHost(str(tmp_path / "vsock"))
     device = VirtioVsock(CID, sockets)
+    doorbells = Doorbells(cast("Any", None), device, 0, errors.append)
+    if request.param:
+        device.watcher = doorbells
+        doorbells.start()
     guest = Guest(device, buffers=64)
     sockets.start(device, errors.append)
     yield sockets, guest
+    doorbells.close()
     device.detach()
     sockets.close()
     assert errors == []

@@ -219,11 +219,18 @@ class Doorbells(Bells):
         """Sleep until a bell rings; (descriptor, events) of each."""
         return self.poller.poll()
 
-    def watch(self, fd: int, call: Callable[[], None]) -> bool:
-        """Have the thread `call` whenever `fd` can be read; False if epoll will not. Any thread."""
+    def watch(self, fd: int, call: Callable[[], None], events: int = select.EPOLLIN) -> bool:
+        """Have the thread `call` whenever `fd` is ready for any of `events`, epoll's.
+
+        In place of what it was watched for before. False if epoll will not. From any thread.
+        """
+        known = fd in self._calls
         self._calls[fd] = call
         try:
-            self.poller.register(fd, select.EPOLLIN)
+            if known:
+                self.poller.modify(fd, events)
+            else:
+                self.poller.register(fd, events)
         except OSError:  # as all that epoll may have are in use
             del self._calls[fd]
             return False

@@ -5,11 +5,14 @@ To reach what listens at a port of the guest, a program connects to the Unix soc
 at this end; from there on it is the connection. If the guest refuses, the socket is closed. What a
 program of the guest connects to, port N of CID 2, is the Unix socket PATH_N.
 
-Threads: one of its own, asleep in epoll until there is something to accept, read or write; then it
-calls the device, which takes its lock. A `HostStream` is called by the device with that lock held.
-`_lock` guards which streams there are, and what epoll looks for; it is taken last.
+Threads: one of its own, asleep in epoll until there is somebody to accept. Where the device has a
+thread for its doorbells, that one hears of what can be read and written, so that a byte there and
+back wakes nobody else; where it has none, the one here does. Either calls the device, which takes
+its lock. A `HostStream` is called by the device with that lock held. `_lock` guards which streams
+there are, and what epoll looks for; it is taken last.
 """
 
+import errno
 import os
 import select
 import socket
@@ -27,8 +30,22 @@ _BACKLOG = 128
 _LOOK_AGAIN = 0.1  # seconds, for descriptors where there were none left
 
 
+class Watcher(Protocol):
+    """A thread of the device's, with an epoll of its own."""
+
+    def watch(self, fd: int, call: Callable[[], None], events: int) -> bool:
+        """`call` whenever `fd` is ready for any of `events`; False if epoll will not."""
+
+    def unwatch(self, fd: int) -> None:
+        """Do so no more."""
+
+
 class Device(Protocol):
     """What is used of devices.virtio.vsock.VirtioVsock."""
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """Its thread, if it has one."""
 
     def connect(self, peer: "HostStream", port: int) -> object | None:
         """Open a connection to a port of the guest."""
@@ -48,6 +65,16 @@ class HostStream:
         self.sock = sock
         self.asks = asks  # has yet to say where it wants to connect to
         self.events = 0  # that epoll looks for; for none at all it does not know the socket
+
+    def ready(self) -> None:
+        """Pass on what can be; on the thread that heard of it."""
+        events, device = self.events, self._host.device
+        if device is None:
+            return
+        if events & select.EPOLLOUT:
+            device.writable(self)
+        if events & select.EPOLLIN:
+            device.readable(self)
 
     def accepted(self, host_port: int) -> None:
         """Tell the program that it is connected."""
@@ -91,7 +118,7 @@ class VsockHost:
     def __init__(self, path: str) -> None:
         """Listen at `path`, for this user alone; ConfigError if that cannot be."""
         self.path = path
-        self._device: Device | None = None
+        self.device: Device | None = None
         self._streams: dict[int, HostStream] = {}
         self._offers: dict[int, Callable[[socket.socket], None]] = {}
         self._lock = threading.Lock()
@@ -104,7 +131,7 @@ class VsockHost:
 
     def start(self, device: Device, on_error: Callable[[BaseException], None]) -> None:
         """Serve `device` from now on; `on_error` takes a bug of ours."""
-        self._device = device
+        self.device = device
         self._on_error = on_error
         self._epoll.register(self._listener, select.EPOLLIN)
         self._thread = threading.Thread(target=self._main, name="vsock", daemon=True)
@@ -183,13 +210,22 @@ class VsockHost:
         fd = stream.sock.fileno()
         with self._lock:
             if self._streams.get(fd) is stream:
-                if not stream.events:
-                    self._epoll.register(fd, events)
-                elif not events:
-                    self._epoll.unregister(fd)
-                else:
-                    self._epoll.modify(fd, events)
+                self._look(stream, fd, events)
                 stream.events = events
+
+    def _look(self, stream: HostStream, fd: int, events: int) -> None:
+        watcher = self.device.watcher if self.device is not None else None
+        if watcher is not None and not stream.asks:
+            if not events:
+                watcher.unwatch(fd)
+            elif not watcher.watch(fd, stream.ready, events):
+                raise OSError(errno.ENOSPC, "epoll takes no more sockets")
+        elif not stream.events:
+            self._epoll.register(fd, events)
+        elif not events:
+            self._epoll.unregister(fd)
+        else:
+            self._epoll.modify(fd, events)
 
     def forget(self, stream: HostStream) -> None:
         """Close a stream's socket; harmless when done twice."""
@@ -198,7 +234,7 @@ class VsockHost:
             if self._streams.get(fd) is stream:
                 del self._streams[fd]
                 if stream.events:
-                    self._epoll.unregister(fd)
+                    self._look(stream, fd, 0)
                 stream.sock.close()
 
     def _add(self, sock: socket.socket, *, asks: bool) -> HostStream | None:
@@ -217,13 +253,13 @@ class VsockHost:
             while True:
                 ready = self._epoll.poll(_LOOK_AGAIN if self._deaf else None)
                 self._hear(True)
-                for fd, events in ready:
+                for fd, _ in ready:
                     if fd == self._end:
                         return
                     if fd == self._listener.fileno():
                         self._accept()
                     else:
-                        self._serve(fd, events)
+                        self._serve(fd)
         except BaseException as error:  # noqa: BLE001 (a thread's end must reach the machine)
             self._on_error(error)
 
@@ -246,19 +282,15 @@ class VsockHost:
             self._epoll.modify(self._listener, select.EPOLLIN if wanted else 0)
             self._deaf = not wanted
 
-    def _serve(self, fd: int, events: int) -> None:
+    def _serve(self, fd: int) -> None:
         with self._lock:
             stream = self._streams.get(fd)
-        device = self._device
-        if stream is None or device is None:
+        if stream is None or self.device is None:
             return
         if stream.asks:
-            self._asked(stream, device)
-            return
-        if events & select.EPOLLOUT:
-            device.writable(stream)
-        if events & ~select.EPOLLOUT:
-            device.readable(stream)
+            self._asked(stream, self.device)
+        else:
+            stream.ready()
 
     def _asked(self, stream: HostStream, device: Device) -> None:
         """Read where a program wants to connect to, no byte further than the line goes."""

@@ -18,6 +18,7 @@ taken, handled and given back within one hold of it, so a reset never finds one 
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from select import EPOLLIN
 from typing import Any, Protocol
 
 from tinyvmm import trace
@@ -51,8 +52,11 @@ CONFIGURATION = -1
 class Watcher(Protocol):
     """The thread that answers the doorbells of a device: it has ears for other descriptors, too."""
 
-    def watch(self, fd: int, call: Callable[[], None]) -> bool:
-        """`call` whenever `fd` can be read, without any lock; False if that cannot be heard of."""
+    def watch(self, fd: int, call: Callable[[], None], events: int = EPOLLIN) -> bool:
+        """`call`, without any lock, whenever `fd` is ready for any of `events`, epoll's.
+
+        False if that cannot be heard of.
+        """
 
     def unwatch(self, fd: int) -> None:
         """Do so no more; only a call that has begun goes on."""

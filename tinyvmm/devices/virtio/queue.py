@@ -276,28 +276,41 @@ class Virtqueue:
         This does what `pop` would, for several. It stops before any other chain and one of more
         than `longest` bytes, and asks for no kick.
         """
-        chains: list[Chain] = []
+        buffers = self._next_buffers(0, most, 1, longest)
+        return [Chain(head, [view], []) for head, view in buffers]
+
+    def gather_writable(self, most: int, shortest: int) -> list[tuple[int, memoryview]]:
+        """Take the next chains of one buffer to fill each, as (head, RAM): `gather`'s opposite.
+
+        It stops before any other chain and one of less than `shortest` bytes.
+        """
+        return self._next_buffers(VIRTQ_DESC_F_WRITE, most, shortest, 0xFFFF_FFFF)
+
+    def _next_buffers(
+        self, wanted: int, most: int, shortest: int, longest: int
+    ) -> list[tuple[int, memoryview]]:
+        buffers: list[tuple[int, memoryview]] = []
         if not self.ready or self.halted:
-            return chains
-        avail, mask, last = self._avail, self._mask, self.last_avail
+            return buffers
+        avail, table, mask, last = self._avail, self._table, self._mask, self.last_avail
         count = (avail[1] - last) & 0xFFFF
         for _ in range(count if count <= self.size else 0):  # else `pop` says what is wrong
             head = avail[2 + (last & mask)]
             if head > mask:
                 break
-            gpa, length, flags, _ = _descriptor(self._table, _DESCRIPTOR_LEN * head)
-            if flags or not 1 <= length <= longest:
+            gpa, length, flags, _ = _descriptor(table, _DESCRIPTOR_LEN * head)
+            if flags != wanted or not shortest <= length <= longest:
                 break
             try:
-                view = self._view(gpa, length)
+                buffers.append((head, self._view(gpa, length)))
             except ValueError:
                 break
-            chains.append(Chain(head, [view], []))
-            self.last_avail = last = (last + 1) & 0xFFFF
+            last = (last + 1) & 0xFFFF
             most -= length
             if most <= 0:
                 break
-        return chains
+        self.last_avail = last
+        return buffers
 
     def push_read(self, chains: Sequence[Chain], *, expect: bool = False) -> bool:
         """Give `chains` back, which were only read, and interrupt at most once, as `push` does.
@@ -312,6 +325,16 @@ class Virtqueue:
             idx = (idx + 1) & 0xFFFF
         self._publish(idx, expect=expect)
         return self._avail[1] == self.last_avail
+
+    def push_written(self, buffers: Sequence[tuple[int, int]]) -> None:
+        """Give chains back, each as its head and the bytes written; interrupt at most once."""
+        if not self.ready:
+            return
+        idx = self.used_idx
+        for head, written in buffers:
+            self._used_ring[idx & self._mask] = head | written << 32
+            idx = (idx + 1) & 0xFFFF
+        self._publish(idx)
 
     def _publish(self, idx: int, *, expect: bool = False) -> None:
         """Show the driver the used ring up to `idx`; interrupt it if it asked for any of that.

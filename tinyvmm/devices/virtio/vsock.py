@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
-from tinyvmm.devices.virtio.vsock_device import EVENT, RX, TX, VsockDevice
+from tinyvmm.devices.virtio.vsock_device import EVENT, QUEUE_SIZE, RX, TX, VsockDevice
 from tinyvmm.views import cut, scatter, size_of
 
 VMADDR_CID_HOST = 2
@@ -42,8 +42,15 @@ VIRTIO_VSOCK_OP_CREDIT_REQUEST = 7
 VIRTIO_VSOCK_SHUTDOWN_RCV = 1 << 0
 VIRTIO_VSOCK_SHUTDOWN_SEND = 1 << 1
 
-BUF_ALLOC = 64 * 1024  # of a connection
 CONNECTIONS_MAX = 1024
+# Of a connection, as long as there are not more than FEW, and of those that come then: 60 MiB in
+# all. Linux sends packets of 64 KiB, and waits for none as long as there is room for the next.
+BUF_ALLOC, BUF_ALLOC_MANY, FEW = 256 << 10, 32 << 10, 128
+BATCH = 64 << 10  # bytes of rx buffers that are filled at a time, and then shown to the driver
+TAKEN = 4  # of the guest that are taken at a time, and then given back
+# How many batches of those have answers while there are more, so that who gets credit back need not
+# wait; and how many are taken of a guest that is to halt: what its queue holds.
+BATCHES_ANSWERED, BATCHES_LAST = 16, QUEUE_SIZE // TAKEN
 ANSWERS_MAX = 256  # packets that wait for an rx buffer, before tx has to wait
 FIRST_HOST_PORT = 1 << 30  # of connections that the host opens
 _BOTH = VIRTIO_VSOCK_SHUTDOWN_RCV | VIRTIO_VSOCK_SHUTDOWN_SEND
@@ -88,10 +95,14 @@ class Dialer(Protocol):
 class Connection:
     """One connection: what was said, what is still to be, and the bytes in between."""
 
-    def __init__(self, guest_port: int, host_port: int, peer: Peer, *, open_: bool) -> None:
+    def __init__(
+        self, guest_port: int, host_port: int, peer: Peer, *, open_: bool, buf_alloc: int = 0
+    ) -> None:
         self.guest_port, self.host_port = guest_port, host_port
         self.peer: Peer | None = peer
         self.open = open_  # both sides have agreed
+        self.buf_alloc = buf_alloc  # the most that `waiting` may become
+        self.watched = False, False  # what the peer watches for: see there
         self.waiting = bytearray()  # of the guest's bytes, for a host that does not take them yet
         self.received = self.forwarded = self.told = 0  # of them; `told` is the last fwd_cnt sent
         self.sent = 0  # to the guest
@@ -100,12 +111,14 @@ class Connection:
         self.answers: deque[int] = deque()  # operations to be sent; each at most once
 
     def credit(self) -> int:
-        """How many more bytes the guest has room for."""
-        return max(0, self.guest_buf_alloc - (self.sent - self.guest_fwd_cnt & _U32))
+        """How many more bytes the guest has room for; below 0 if it has taken some back."""
+        return self.guest_buf_alloc - (self.sent - self.guest_fwd_cnt & _U32)
 
 
 class VirtioVsock(VsockDevice):
     """The device: guest `cid` on one side, a `dialer` and `connect` on the other."""
+
+    ioeventfd = True
 
     def __init__(self, cid: int, dialer: Dialer) -> None:
         super().__init__(cid)
@@ -115,6 +128,7 @@ class VirtioVsock(VsockDevice):
         self._thirsty: set[Connection] = set()  # those that would read, were there rx buffers
         self._due: deque[Connection | tuple[int, int]] = deque()  # who has answers; RST to nobody
         self._next_port = FIRST_HOST_PORT
+        self._halted = False
 
     @property
     def idle(self) -> bool:
@@ -128,6 +142,24 @@ class VirtioVsock(VsockDevice):
             self._drop(connection)
         self._due.clear()
 
+    def set_status(self, value: int) -> None:
+        """Take the driver's status; where that is a reset, first pass on what it has sent."""
+        with self.lock:
+            if not value and self.running:
+                self.handle(self.queues[TX])
+            super().set_status(value)
+
+    def halt(self) -> None:
+        """Say nothing more to the guest, and of what it says take a ring full: its last words."""
+        self._halted = True
+        self.queues[RX].halted = self.queues[EVENT].halted = True
+
+    def unhalt(self) -> bool:
+        """See VirtioDevice."""
+        with self.lock:
+            self._halted = False
+            return super().unhalt()
+
     def handle(self, queue: Virtqueue) -> None:
         """Serve `queue`: packets from the guest, or room for packets to it."""
         if queue.index == EVENT:
@@ -138,17 +170,37 @@ class VirtioVsock(VsockDevice):
             thirsty, self._thirsty = self._thirsty, set()
             for connection in thirsty:
                 self._watch(connection)
-        tx = self.queues[TX]
-        while len(self._due) < ANSWERS_MAX and (chain := tx.pop()) is not None:
-            self._packet(chain)
-            tx.push(chain, 0)
+        batches = 0
+        while self._take_packets():
+            batches += 1
+            if batches <= BATCHES_ANSWERED:
+                self._fill()
+            elif self._halted and batches >= BATCHES_LAST:
+                self.queues[TX].cut_short = True
+                break
         self._fill()
 
     # --- what the guest says ----------------------------------------------------------------
 
+    def _take_packets(self) -> bool:
+        """Take a few packets and give them back together; whether there may be more."""
+        tx, due = self.queues[TX], self._due
+        chains: list[Chain] = []
+        while len(chains) < TAKEN and len(due) < ANSWERS_MAX and (chain := tx.pop()) is not None:
+            self._packet(chain)
+            chains.append(chain)
+        if chains:
+            tx.push_read(chains)
+        return len(chains) == TAKEN
+
     def _packet(self, chain: Chain) -> None:
-        data = cut(chain.readable, 0, _header.size)
-        head = b"".join(data)
+        body = chain.readable
+        if body and len(body[0]) == _header.size:  # as Linux has it
+            head: memoryview | bytes = body[0]
+            body = body[1:]
+        else:
+            head = b"".join(cut(body, 0, _header.size))
+            body = cut(body, _header.size)
         if len(head) < _header.size:
             return
         source, target, guest_port, host_port, length, kind, op, flags, alloc, count = (
@@ -157,8 +209,10 @@ class VirtioVsock(VsockDevice):
         if (source, target) != (self.cid, VMADDR_CID_HOST):
             return  # to nobody we know of, who cannot answer
         connection = self._connections.get((guest_port, host_port))
-        body = cut(chain.readable, _header.size, length)
-        if kind != VIRTIO_VSOCK_TYPE_STREAM or size_of(body) != length:
+        size = size_of(body)
+        if size > length:
+            body, size = cut(body, 0, length), length
+        if kind != VIRTIO_VSOCK_TYPE_STREAM or size != length:
             self._refuse(connection, guest_port, host_port, op)
             return
         if connection is None:
@@ -194,9 +248,8 @@ class VirtioVsock(VsockDevice):
         if peer is None:
             self._refuse(None, guest_port, host_port, VIRTIO_VSOCK_OP_REQUEST)
             return
-        connection = Connection(guest_port, host_port, peer, open_=True)
+        connection = self._connection(guest_port, host_port, peer, open_=True)
         connection.guest_buf_alloc, connection.guest_fwd_cnt = alloc, count
-        self._add(connection)
         self._say(connection, VIRTIO_VSOCK_OP_RESPONSE)
         self._watch(connection)
 
@@ -204,7 +257,7 @@ class VirtioVsock(VsockDevice):
         connection.received += length
         unheard = connection.host_shutdown & VIRTIO_VSOCK_SHUTDOWN_RCV
         ended = connection.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_SEND
-        excess = connection.received - connection.forwarded > BUF_ALLOC
+        excess = connection.received - connection.forwarded > connection.buf_alloc
         if connection.peer is None or unheard or ended or excess:
             self._abort(connection)
             return
@@ -216,8 +269,9 @@ class VirtioVsock(VsockDevice):
                 self._abort(connection)
                 return
             self._forwarded(connection, taken)
-        for view in cut(body, taken):
-            connection.waiting += view
+        if taken < length:
+            for view in cut(body, taken):
+                connection.waiting += view
 
     def _refuse(
         self, connection: Connection | None, guest_port: int, host_port: int, op: int
@@ -230,10 +284,13 @@ class VirtioVsock(VsockDevice):
 
     # --- what becomes of a connection -------------------------------------------------------
 
-    def _add(self, connection: Connection) -> None:
-        self._connections[connection.guest_port, connection.host_port] = connection
-        if connection.peer is not None:
-            self._by_peer[connection.peer] = connection
+    def _connection(
+        self, guest_port: int, host_port: int, peer: Peer, *, open_: bool
+    ) -> Connection:
+        alloc = BUF_ALLOC if len(self._connections) < FEW else BUF_ALLOC_MANY
+        connection = Connection(guest_port, host_port, peer, open_=open_, buf_alloc=alloc)
+        self._connections[guest_port, host_port] = self._by_peer[peer] = connection
+        return connection
 
     def _drop(self, connection: Connection) -> None:
         """Forget a connection: nobody says a word on it any more."""
@@ -259,7 +316,7 @@ class VirtioVsock(VsockDevice):
     def _forwarded(self, connection: Connection, count: int) -> None:
         connection.forwarded += count
         # The guest thinks that there is less room than there is; tell it before it must stop.
-        if connection.forwarded - connection.told >= BUF_ALLOC // 2:
+        if connection.forwarded - connection.told >= connection.buf_alloc // 2:
             self._say(connection, VIRTIO_VSOCK_OP_CREDIT_UPDATE)
 
     def _settle(self, connection: Connection) -> None:
@@ -283,11 +340,16 @@ class VirtioVsock(VsockDevice):
         if readable and not self._has_room():
             readable = False
             self._thirsty.add(connection)
-        connection.peer.watch(readable=readable, writable=bool(connection.waiting))
+        wanted = readable, bool(connection.waiting)
+        if wanted != connection.watched:
+            connection.watched = wanted
+            connection.peer.watch(readable=readable, writable=wanted[1])
 
     def _has_room(self) -> bool:
         """Whether there is an rx buffer; if not, the driver will tell of the next."""
         rx = self.queues[RX]
+        if rx.waiting and not rx.halted:
+            return True
         chain = rx.pop()
         if chain is not None:
             rx.unpop()
@@ -302,9 +364,8 @@ class VirtioVsock(VsockDevice):
                 return None
             while (port, self._next_port) in self._connections:
                 self._next_port = self._next_port + 1 & _U32 or FIRST_HOST_PORT
-            connection = Connection(port, self._next_port, peer, open_=False)
+            connection = self._connection(port, self._next_port, peer, open_=False)
             self._next_port = self._next_port + 1 & _U32 or FIRST_HOST_PORT
-            self._add(connection)
             self._say(connection, VIRTIO_VSOCK_OP_REQUEST)
             self._fill()
             return connection
@@ -315,40 +376,73 @@ class VirtioVsock(VsockDevice):
             connection = self._by_peer.get(peer)
             if connection is None:
                 return
-            rx = self.queues[RX]
-            while connection.peer is not None and connection.credit() > 0:
-                chain = rx.pop()
-                if chain is None:
+            most = 1  # byte: the first buffer alone, as most have little to say
+            while connection.peer is not None and (credit := connection.credit()) > 0:
+                if not self._send_data(connection, connection.peer, credit, most):
                     break
-                if not self._send_data(connection, chain):
-                    break
+                most = BATCH
             self._fill()
             self._watch(connection)
 
-    def _send_data(self, connection: Connection, chain: Chain) -> bool:
-        """Fill a chain with a packet of data; whether there may be more."""
+    def _send_data(self, connection: Connection, peer: Peer, credit: int, most: int) -> bool:
+        """Fill some rx buffers, of about `most` bytes, with a packet of data each.
+
+        At most `credit` bytes of data. Whether there may be more.
+        """
         rx = self.queues[RX]
-        room = size_of(chain.writable) - _header.size
-        if room <= 0:
-            self.fail(f"rx: a buffer of {room + _header.size} bytes")
+        buffers = rx.gather_writable(min(most, credit), _header.size + 1)
+        if not buffers:
+            return self._send_packet(connection, peer, credit)
+        views = [view[_header.size :] for _, view in buffers]
+        room = size_of(views)
+        if room > credit:
+            views, room = cut(views, 0, credit), credit
+        left = count = self._receive(connection, peer, views)
+        filled, length, head = [], 0, b""
+        for (index, view), data in zip(buffers, views, strict=True):
+            if not left:
+                break
+            if len(data) != length or left < length:
+                length = min(len(data), left)
+                head = self._header(connection, VIRTIO_VSOCK_OP_RW, length)
+            view[: _header.size] = head
+            filled.append((index, _header.size + length))
+            left -= length
+        rx.unpop(len(buffers) - len(filled))
+        if filled:
+            rx.push_written(filled)
+        return count == room
+
+    def _send_packet(self, connection: Connection, peer: Peer, credit: int) -> bool:
+        """Fill an rx buffer of several parts, which Linux never has; as `_send_data`."""
+        rx = self.queues[RX]
+        chain = rx.pop()
+        if chain is None:
             return False
-        views = cut(chain.writable, _header.size, min(room, connection.credit()))
-        try:
-            count = connection.peer.receive(views) if connection.peer is not None else None
-        except OSError:
-            rx.unpop()
-            self._abort(connection)
+        views = cut(chain.writable, _header.size, credit)
+        if not views:
+            self.fail(f"rx: a buffer of {size_of(chain.writable)} bytes")
             return False
+        count = self._receive(connection, peer, views)
         if not count:
             rx.unpop()
-            if count == 0:
-                connection.host_shutdown |= VIRTIO_VSOCK_SHUTDOWN_SEND
-                self._say(connection, VIRTIO_VSOCK_OP_SHUTDOWN)
             return False
-        connection.sent += count
-        self._write_header(connection, chain, VIRTIO_VSOCK_OP_RW, count)
+        scatter(chain.writable, self._header(connection, VIRTIO_VSOCK_OP_RW, count))
         rx.push(chain, _header.size + count)
         return True
+
+    def _receive(self, connection: Connection, peer: Peer, views: Sequence[memoryview]) -> int:
+        """Fill views with data: how many bytes; 0 if there are none, and then see to an end."""
+        try:
+            count = peer.receive(views)
+        except OSError:
+            self._abort(connection)
+            return 0
+        if count == 0:
+            connection.host_shutdown |= VIRTIO_VSOCK_SHUTDOWN_SEND
+            self._say(connection, VIRTIO_VSOCK_OP_SHUTDOWN)
+        connection.sent += count or 0
+        return count or 0
 
     def writable(self, peer: Peer) -> None:
         """The host takes bytes again. Any thread."""
@@ -385,19 +479,20 @@ class VirtioVsock(VsockDevice):
                 self.fail("rx: a buffer without room for a header")
                 return
             if isinstance(who, Connection):
-                self._write_header(who, chain, who.answers.popleft(), 0)
+                head = self._header(who, who.answers.popleft(), 0)
                 if not who.answers:
                     self._due.popleft()
             else:
                 self._due.popleft()
                 gone = Connection(*who, _NOBODY, open_=False)
-                self._write_header(gone, chain, VIRTIO_VSOCK_OP_RST, 0)
+                head = self._header(gone, VIRTIO_VSOCK_OP_RST, 0)
+            scatter(chain.writable, head)
             rx.push(chain, _header.size)
 
-    def _write_header(self, connection: Connection, chain: Chain, op: int, length: int) -> None:
+    def _header(self, connection: Connection, op: int, length: int) -> bytes:
         flags = connection.host_shutdown if op == VIRTIO_VSOCK_OP_SHUTDOWN else 0
         connection.told = connection.forwarded
-        head = _header.pack(
+        return _header.pack(
             VMADDR_CID_HOST,
             self.cid,
             connection.host_port,
@@ -406,10 +501,9 @@ class VirtioVsock(VsockDevice):
             VIRTIO_VSOCK_TYPE_STREAM,
             op,
             flags,
-            BUF_ALLOC,
+            connection.buf_alloc,
             connection.forwarded & _U32,
         )
-        scatter(chain.writable, head)
 
 
 class _Nobody:

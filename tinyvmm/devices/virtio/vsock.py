@@ -1,8 +1,8 @@
 """virtio socket device: stream sockets between guest and host: virtio 1.2, section 5.10.
 
-What guest and driver see of it is in vsock_device.py. The host is CID 2. Every chain is one packet,
-a header of 44 bytes and perhaps data. Read `_packet`, what the guest may say, then `_fill`, what we
-say to it.
+What guest and driver see of it is in vsock_device.py, and what a packet says in
+vsock_connection.py. The host is CID 2. Every chain is one packet, a header of 44 bytes and perhaps
+data. Read `_packet`, what the guest may say, then `_fill` and `_send_data`, what we say to it.
 
 A connection is two ports, ours and the guest's. Either side opens it (REQUEST, then RESPONSE or
 RST). Flow control is by credit (5.10.6.3): each side says how large its buffer is and how much of
@@ -16,73 +16,48 @@ asks and never listens costs nothing. Neither does one that ignores credit: it g
 Not emulated: datagrams and SEQPACKET; connections between guests. Connections do not outlive
 `save` and `load`: the guest is told by the event VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
 
-Threads: vCPU threads through the transport, the host's through the methods that say so; all hold
-the device's lock. A `Peer` and the `Dialer` are called with it held, and do not wait.
+Threads: the doorbells' and vCPU threads through the transport, the host's, which may be the first
+as well, through the methods that say so; all hold the device's lock. A `Peer` and the `Dialer` are
+called with it held, and do not wait.
 """
 
-import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from tinyvmm.devices.virtio.queue import Chain, Virtqueue
+from tinyvmm.devices.virtio.vsock_connection import (
+    U32,
+    VIRTIO_VSOCK_OP_CREDIT_REQUEST,
+    VIRTIO_VSOCK_OP_CREDIT_UPDATE,
+    VIRTIO_VSOCK_OP_REQUEST,
+    VIRTIO_VSOCK_OP_RESPONSE,
+    VIRTIO_VSOCK_OP_RST,
+    VIRTIO_VSOCK_OP_RW,
+    VIRTIO_VSOCK_OP_SHUTDOWN,
+    VIRTIO_VSOCK_SHUTDOWN_RCV,
+    VIRTIO_VSOCK_SHUTDOWN_SEND,
+    VIRTIO_VSOCK_TYPE_STREAM,
+    VMADDR_CID_HOST,
+    Connection,
+    Peer,
+    header,
+)
 from tinyvmm.devices.virtio.vsock_device import EVENT, QUEUE_SIZE, RX, TX, VsockDevice
 from tinyvmm.views import cut, scatter, size_of
-
-VMADDR_CID_HOST = 2
-
-VIRTIO_VSOCK_TYPE_STREAM = 1
-VIRTIO_VSOCK_OP_REQUEST = 1
-VIRTIO_VSOCK_OP_RESPONSE = 2
-VIRTIO_VSOCK_OP_RST = 3
-VIRTIO_VSOCK_OP_SHUTDOWN = 4
-VIRTIO_VSOCK_OP_RW = 5
-VIRTIO_VSOCK_OP_CREDIT_UPDATE = 6
-VIRTIO_VSOCK_OP_CREDIT_REQUEST = 7
-VIRTIO_VSOCK_SHUTDOWN_RCV = 1 << 0
-VIRTIO_VSOCK_SHUTDOWN_SEND = 1 << 1
 
 CONNECTIONS_MAX = 1024
 # Of a connection, as long as there are not more than FEW, and of those that come then: 60 MiB in
 # all. Linux sends packets of 64 KiB, and waits for none as long as there is room for the next.
 BUF_ALLOC, BUF_ALLOC_MANY, FEW = 256 << 10, 32 << 10, 128
 BATCH = 64 << 10  # bytes of rx buffers that are filled at a time, and then shown to the driver
-TAKEN = 4  # of the guest that are taken at a time, and then given back
-# How many batches of those have answers while there are more, so that who gets credit back need not
-# wait; and how many are taken of a guest that is to halt: what its queue holds.
+TAKEN = 4  # packets of the guest that are taken at a time, and then given back
+# After how many times that is said which is to be said, so that who gets room need not wait till
+# there are no more packets; and how often they are taken once the guest is to halt: a ring full.
 BATCHES_ANSWERED, BATCHES_LAST = 16, QUEUE_SIZE // TAKEN
 ANSWERS_MAX = 256  # packets that wait for an rx buffer, before tx has to wait
 FIRST_HOST_PORT = 1 << 30  # of connections that the host opens
 _BOTH = VIRTIO_VSOCK_SHUTDOWN_RCV | VIRTIO_VSOCK_SHUTDOWN_SEND
-_U32 = 0xFFFF_FFFF
-
-# src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt
-_header = struct.Struct("<QQIIIHHIII")
-
-
-class Peer(Protocol):
-    """The host's end of a connection: a stream that never waits."""
-
-    def accepted(self, host_port: int) -> None:
-        """The guest has answered."""
-
-    def send(self, views: Sequence[memoryview]) -> int:
-        """Take some of the guest's bytes and return how many; OSError if none ever again."""
-
-    def receive(self, views: Sequence[memoryview]) -> int | None:
-        """Fill `views` with bytes for the guest: how many, 0 at the end, None if none are there.
-
-        OSError if there never will be.
-        """
-
-    def end_output(self) -> None:
-        """Let the host see the end of what the guest sent."""
-
-    def watch(self, *, readable: bool, writable: bool) -> None:
-        """Say when bytes are there, or can be taken: by `VirtioVsock.readable` and `writable`."""
-
-    def close(self) -> None:
-        """Be done with it, both ways."""
 
 
 class Dialer(Protocol):
@@ -92,33 +67,10 @@ class Dialer(Protocol):
         """Connect to what listens at `port` of the host; None if nobody does."""
 
 
-class Connection:
-    """One connection: what was said, what is still to be, and the bytes in between."""
-
-    def __init__(
-        self, guest_port: int, host_port: int, peer: Peer, *, open_: bool, buf_alloc: int = 0
-    ) -> None:
-        self.guest_port, self.host_port = guest_port, host_port
-        self.peer: Peer | None = peer
-        self.open = open_  # both sides have agreed
-        self.buf_alloc = buf_alloc  # the most that `waiting` may become
-        self.watched = False, False  # what the peer watches for: see there
-        self.waiting = bytearray()  # of the guest's bytes, for a host that does not take them yet
-        self.received = self.forwarded = self.told = 0  # of them; `told` is the last fwd_cnt sent
-        self.sent = 0  # to the guest
-        self.guest_buf_alloc = self.guest_fwd_cnt = 0
-        self.guest_shutdown = self.host_shutdown = 0  # VIRTIO_VSOCK_SHUTDOWN_*, as each side said
-        self.answers: deque[int] = deque()  # operations to be sent; each at most once
-
-    def credit(self) -> int:
-        """How many more bytes the guest has room for; below 0 if it has taken some back."""
-        return self.guest_buf_alloc - (self.sent - self.guest_fwd_cnt & _U32)
-
-
 class VirtioVsock(VsockDevice):
     """The device: guest `cid` on one side, a `dialer` and `connect` on the other."""
 
-    ioeventfd = True
+    ioeventfd = True  # who sends much has more to send, and who asks has its answer by one thread
 
     def __init__(self, cid: int, dialer: Dialer) -> None:
         super().__init__(cid)
@@ -195,16 +147,16 @@ class VirtioVsock(VsockDevice):
 
     def _packet(self, chain: Chain) -> None:
         body = chain.readable
-        if body and len(body[0]) == _header.size:  # as Linux has it
+        if body and len(body[0]) == header.size:  # as Linux has it
             head: memoryview | bytes = body[0]
             body = body[1:]
         else:
-            head = b"".join(cut(body, 0, _header.size))
-            body = cut(body, _header.size)
-        if len(head) < _header.size:
+            head = b"".join(cut(body, 0, header.size))
+            body = cut(body, header.size)
+        if len(head) < header.size:
             return
         source, target, guest_port, host_port, length, kind, op, flags, alloc, count = (
-            _header.unpack(head)
+            header.unpack(head)
         )
         if (source, target) != (self.cid, VMADDR_CID_HOST):
             return  # to nobody we know of, who cannot answer
@@ -363,9 +315,9 @@ class VirtioVsock(VsockDevice):
             if not self.running or len(self._connections) >= CONNECTIONS_MAX:
                 return None
             while (port, self._next_port) in self._connections:
-                self._next_port = self._next_port + 1 & _U32 or FIRST_HOST_PORT
+                self._next_port = self._next_port + 1 & U32 or FIRST_HOST_PORT
             connection = self._connection(port, self._next_port, peer, open_=False)
-            self._next_port = self._next_port + 1 & _U32 or FIRST_HOST_PORT
+            self._next_port = self._next_port + 1 & U32 or FIRST_HOST_PORT
             self._say(connection, VIRTIO_VSOCK_OP_REQUEST)
             self._fill()
             return connection
@@ -390,10 +342,10 @@ class VirtioVsock(VsockDevice):
         At most `credit` bytes of data. Whether there may be more.
         """
         rx = self.queues[RX]
-        buffers = rx.gather_writable(min(most, credit), _header.size + 1)
+        buffers = rx.gather_writable(min(most, credit), header.size + 1)
         if not buffers:
             return self._send_packet(connection, peer, credit)
-        views = [view[_header.size :] for _, view in buffers]
+        views = [view[header.size :] for _, view in buffers]
         room = size_of(views)
         if room > credit:
             views, room = cut(views, 0, credit), credit
@@ -405,8 +357,8 @@ class VirtioVsock(VsockDevice):
             if len(data) != length or left < length:
                 length = min(len(data), left)
                 head = self._header(connection, VIRTIO_VSOCK_OP_RW, length)
-            view[: _header.size] = head
-            filled.append((index, _header.size + length))
+            view[: header.size] = head
+            filled.append((index, header.size + length))
             left -= length
         rx.unpop(len(buffers) - len(filled))
         if filled:
@@ -419,7 +371,7 @@ class VirtioVsock(VsockDevice):
         chain = rx.pop()
         if chain is None:
             return False
-        views = cut(chain.writable, _header.size, credit)
+        views = cut(chain.writable, header.size, credit)
         if not views:
             self.fail(f"rx: a buffer of {size_of(chain.writable)} bytes")
             return False
@@ -428,7 +380,7 @@ class VirtioVsock(VsockDevice):
             rx.unpop()
             return False
         scatter(chain.writable, self._header(connection, VIRTIO_VSOCK_OP_RW, count))
-        rx.push(chain, _header.size + count)
+        rx.push(chain, header.size + count)
         return True
 
     def _receive(self, connection: Connection, peer: Peer, views: Sequence[memoryview]) -> int:
@@ -475,7 +427,7 @@ class VirtioVsock(VsockDevice):
             chain = rx.pop()
             if chain is None:
                 return
-            if size_of(chain.writable) < _header.size:
+            if size_of(chain.writable) < header.size:
                 self.fail("rx: a buffer without room for a header")
                 return
             if isinstance(who, Connection):
@@ -484,15 +436,15 @@ class VirtioVsock(VsockDevice):
                     self._due.popleft()
             else:
                 self._due.popleft()
-                gone = Connection(*who, _NOBODY, open_=False)
+                gone = Connection(*who, None, open_=False)
                 head = self._header(gone, VIRTIO_VSOCK_OP_RST, 0)
             scatter(chain.writable, head)
-            rx.push(chain, _header.size)
+            rx.push(chain, header.size)
 
     def _header(self, connection: Connection, op: int, length: int) -> bytes:
         flags = connection.host_shutdown if op == VIRTIO_VSOCK_OP_SHUTDOWN else 0
         connection.told = connection.forwarded
-        return _header.pack(
+        return header.pack(
             VMADDR_CID_HOST,
             self.cid,
             connection.host_port,
@@ -502,34 +454,5 @@ class VirtioVsock(VsockDevice):
             op,
             flags,
             connection.buf_alloc,
-            connection.forwarded & _U32,
+            connection.forwarded & U32,
         )
-
-
-class _Nobody:
-    """A peer for connections that are no more."""
-
-    def accepted(self, host_port: int) -> None:
-        """Nothing."""
-
-    def send(self, views: Sequence[memoryview]) -> int:
-        """Take nothing."""
-        del views
-        return 0
-
-    def receive(self, views: Sequence[memoryview]) -> int | None:
-        """Have nothing."""
-        del views
-        return None
-
-    def end_output(self) -> None:
-        """Nothing."""
-
-    def watch(self, *, readable: bool, writable: bool) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-_NOBODY = _Nobody()

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import select
+import socket
 import struct
 import threading
 import time
@@ -246,6 +248,34 @@ def test_a_devices_thread_hears_of_a_descriptor_until_it_is_to_no_more() -> None
     doorbells.unwatch(source)  # harmless
     os.close(source)
     os.close(target)
+    assert errors == []
+
+
+def test_a_devices_thread_hears_of_room_in_a_socket_in_place_of_bytes() -> None:
+    heard: list[str] = []
+    errors: list[BaseException] = []
+    doorbells = Doorbells(cast("Any", None), Rung(), 0, errors.append)
+    doorbells.start()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        said = threading.Event()
+
+        def room() -> None:
+            heard.append("room")
+            doorbells.unwatch(ours.fileno())
+            said.set()
+
+        def data() -> None:
+            heard.append(ours.recv(1).decode())
+            assert doorbells.watch(ours.fileno(), room, select.EPOLLOUT)
+
+        assert doorbells.watch(ours.fileno(), data)
+        assert said.wait(10)
+        theirs.send(b"y")
+        time.sleep(0.05)
+        assert heard == ["x", "room"]
+        doorbells.close()
     assert errors == []
 
 

@@ -5,6 +5,7 @@ board's devices at once, and at random.
 """
 
 import struct
+from contextlib import suppress
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.test_eventfds import END, Rung, copy, run, store
 from tinyvmm import layout
 from tinyvmm.devices.pci import PCI_BASE_ADDRESS_0, PCI_INTERRUPT_LINE
 from tinyvmm.devices.virtio.pci import BAR_LEN, NOTIFY
+from tinyvmm.errors import VcpuError
 from tinyvmm.machine import Machine
 
 pytestmark = pytest.mark.kvm
@@ -82,3 +84,32 @@ def test_writes_of_any_kind_are_exits_and_change_what_may_be_changed(how: str) -
                 assert not (old ^ new) & ~writable
     assert seen[0]
     assert {exit_.direction for exit_ in exits if exit_.address < config(2)} == {"write"}
+
+
+EDI = b"\xbf" + struct.pack("<I", config(1, 0x20))
+NOT_FOR_THIS = {
+    "code": b"\xb8" + struct.pack("<I", config(0, 1 << 12)) + b"\xff\xe0",  # mov eax; jmp eax
+    "a stack": EDI + b"\x89\xfc\x50\x60\xe8\x00\x00\x00\x00",  # mov esp, edi; push; pusha; call
+    "an interrupt's frame": EDI + b"\x89\xfc\xcd\x50",  # mov esp, edi; int 0x50
+    "interrupt descriptors": EDI + b"\x0f\x01\x1f\xcd\x50",  # lidt [edi]; int 0x50
+    "segment descriptors": EDI + b"\x0f\x01\x17\xb8\x08\x00\x00\x00\x8e\xd8",  # lgdt [edi]; mov ds
+    "page tables": EDI + b"\x0f\x22\xdf\x0f\x20\xc0\x0d\0\0\0\x80\x0f\x22\xc0",  # cr3, cr0.pg
+    "an FPU's state": EDI + b"\xdb\xe3\xdd\x37",  # fninit; fnsave [edi]
+    "eight bytes at once": EDI + b"\xf0\x0f\xc7\x0f",  # lock cmpxchg8b [edi]
+    "bits": EDI + b"\xf0\x0f\xba\x2f\x03\xf0\x0f\xb3\x0f",  # lock bts [edi], 3; lock btr
+}
+
+
+@pytest.mark.parametrize("what", NOT_FOR_THIS)
+def test_whatever_else_a_kernel_takes_configuration_space_for_harms_only_itself(what: str) -> None:
+    with Machine(memory=1 << 20) as machine:
+        machine.add_virtio(Rung())
+        bus = machine.pci
+        assert bus is not None
+        before = [bytes(function.config) for function in bus.slots]
+        with suppress(VcpuError):  # an instruction that KVM does not emulate
+            run(machine, NOT_FOR_THIS[what] + END)
+        assert machine.cause
+        for function, was in zip(bus.slots, before, strict=True):
+            for old, new, writable in zip(was, function.config, function.writable, strict=True):
+                assert not (old ^ new) & ~writable

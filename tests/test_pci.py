@@ -332,6 +332,12 @@ def test_a_bus_is_active_from_before_a_read_does_more_than_read() -> None:
     assert told == [False]
     board.set_config(window + 8, 4, 4)
     assert told == [False]
+    again = Board()
+    again.bus.on_active = lambda: told.append(again.bus.passive)
+    again.ecam.load(Board().ecam.save())
+    assert told == [False]
+    again.ecam.load(board.ecam.save())
+    assert told == [False] * 2
 
 
 def test_a_bus_has_32_slots() -> None:

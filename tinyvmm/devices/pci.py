@@ -204,10 +204,25 @@ class PciBus:
             function = self.slots[slot]
             with self.lock:
                 function.write_config(offset, size, value)
-                tell = self.on_active
-                if tell is not None and not function.passive:
-                    self.on_active = None
-                    tell()
+                self._tell(function)
+
+    def _tell(self, function: Function) -> None:
+        tell = self.on_active
+        if tell is not None and not function.passive:
+            self.on_active = None
+            tell()
+
+    def save(self) -> list[dict[str, Any]]:
+        """Return the configuration space of every function."""
+        with self.lock:
+            return [function.save() for function in self.slots]
+
+    def load(self, states: list[dict[str, Any]]) -> None:
+        """Put back what `save` returned."""
+        with self.lock:
+            for function, saved in zip(self.slots, states, strict=True):
+                function.load(saved)
+                self._tell(function)
 
 
 class Ecam(Device):
@@ -232,12 +247,11 @@ class Ecam(Device):
 
     def save(self) -> dict[str, Any]:
         """Return the configuration space of every function."""
-        return {"slots": [function.save() for function in self._bus.slots]}
+        return {"slots": self._bus.save()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what `save` returned."""
-        for function, saved in zip(self._bus.slots, state["slots"], strict=True):
-            function.load(saved)
+        self._bus.load(state["slots"])
 
 
 _RESET_CONTROL = (1, 1)  # offset and size: another register in the midst of CONFIG_ADDRESS

@@ -5,6 +5,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -447,6 +448,21 @@ def test_a_flat_file_says_in_its_header_where_it_goes(tmp_path: Path) -> None:
     assert kernel is not None
     assert kernel.segments == ((HIGH_RAM_GPA, 0, 16 + 32 + 100),)
     assert (kernel.memory_end, kernel.entry) == (HIGH_RAM_GPA + 0x3000, HIGH_RAM_GPA + 48)
+
+
+def test_what_is_near_a_multiboot_kernel_is_told_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(struct.pack("<3I", 0x1BADB002, 0, -0x1BADB002 & 0xFFFF_FFFF) + bytes(100))
+    with pytest.raises(ConfigError, match=r"nor says its multiboot header where it goes .* ELF"):
+        bare_kernel.read_kernel(str(path))
+    # magic, architecture, header_length, checksum; behind that the tag that ends the list
+    words = (0xE85250D6, 0, 24, -(0xE85250D6 + 24) & 0xFFFF_FFFF, 0, 8)
+    path.write_bytes(bytes(4096) + struct.pack("<6I", *words))
+    for protocol in (None, "multiboot"):
+        with pytest.raises(ConfigError, match=r"is for multiboot 2, which .*; give it a header of"):
+            bare_kernel.read_kernel(str(path), protocol)
+    path.write_bytes(bytes(4096) + struct.pack("<6I", *words)[:15])
+    assert bare_kernel.read_kernel(str(path)) is None
 
 
 @given(data=st.data())

@@ -43,6 +43,8 @@ GDT = pack("<3Q", 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 
 MULTIBOOT_SEARCH = 8192
 MULTIBOOT_HEADER_MAGIC = 0x1BADB002
+MULTIBOOT2_HEADER_MAGIC = 0xE85250D6
+MULTIBOOT2_SEARCH = 32 << 10
 MULTIBOOT_BOOTLOADER_MAGIC = 0x2BADB002
 MULTIBOOT_PAGE_ALIGN = 1 << 0
 MULTIBOOT_MEMORY_INFO = 1 << 1
@@ -123,6 +125,7 @@ def read_kernel(path: str, protocol: str | None = None) -> BareKernel | None:
     if header is not None and protocol in {None, "multiboot"}:
         return _multiboot_kernel(path, data, header)
     if protocol == "multiboot":
+        _refuse_multiboot2(path, data)
         raise ConfigError(f"kernel {path}: has no multiboot header in its first 8 KiB")
     if data[:4] == elf_image.ELF_MAGIC:
         image = _parse_elf(path, data)
@@ -134,6 +137,7 @@ def read_kernel(path: str, protocol: str | None = None) -> BareKernel | None:
                 return _elf_kernel(path, "pvh", data, image, entry)
     if protocol == "pvh":
         raise ConfigError(f"kernel {path}: is no ELF file with a PVH entry point")
+    _refuse_multiboot2(path, data)
     return None
 
 
@@ -168,6 +172,17 @@ def _find_multiboot_header(data: bytes) -> int | None:
     return None
 
 
+def _refuse_multiboot2(path: str, data: bytes) -> None:
+    """Say so of a kernel for the other multiboot: Multiboot2 Specification 2.0, 3.1.1."""
+    for at in range(0, min(len(data), MULTIBOOT2_SEARCH) - 15, 8):
+        words = unpack_from("<4I", data, at)
+        if words[0] == MULTIBOOT2_HEADER_MAGIC and not sum(words) & 0xFFFF_FFFF:
+            raise ConfigError(
+                f"kernel {path}: is for multiboot 2, which is not spoken here; give it a header of "
+                "multiboot 1, or a PVH entry point"
+            )
+
+
 def _multiboot_kernel(path: str, data: bytes, at: int) -> BareKernel:
     (flags,) = unpack_from("<I", data, at + 4)
     unknown = flags & _DEMANDS & ~(MULTIBOOT_PAGE_ALIGN | MULTIBOOT_MEMORY_INFO)
@@ -175,6 +190,11 @@ def _multiboot_kernel(path: str, data: bytes, at: int) -> BareKernel:
         what = "a video mode" if unknown == 1 << 2 else f"features {unknown:#x}"
         raise ConfigError(f"kernel {path}: demands {what} of its loader, which there is not here")
     if not flags & MULTIBOOT_AOUT_KLUDGE:
+        if data[:4] != elf_image.ELF_MAGIC:
+            raise ConfigError(
+                f"kernel {path}: is no ELF file, nor says its multiboot header where it goes "
+                "(bit 16); link it as ELF"
+            )
         image = _parse_elf(path, data)
         return _elf_kernel(path, "multiboot", data, image, image.entry)
     if at + 32 > len(data):

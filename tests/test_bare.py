@@ -18,12 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.test_kernel_image import CODE_GPA, make_vmlinux
 from tests.waiting import wait_for
 from tinyvmm import bare, bare_kernel
 from tinyvmm.bare_kernel import Module
 from tinyvmm.devices.virtio.pci import NOTIFY
 from tinyvmm.errors import ConfigError
 from tinyvmm.kernel_files import elf_image
+from tinyvmm.lab import probe
 from tinyvmm.layout import HIGH_RAM_GPA, PCI_SLOT_STRIDE, PCI_WINDOW_GPA
 from tinyvmm.memory import GuestMemory
 
@@ -300,13 +302,28 @@ def test_ctrl_c_ends_a_kernel_that_does_not(build: Build) -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.parametrize("problem", ["it cannot execute popcnt in ring 0", None])
+def test_a_kernel_that_is_started_as_linux_runs_with_a_warning_where_linux_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str | None
+) -> None:
+    code = b"\xb0\x09\xe6\xf4\xf4"  # mov al, 9; out 0xF4, al; hlt
+    (tmp_path / "kernel").write_bytes(make_vmlinux(((CODE_GPA, code, MIB),)))
+    monkeypatch.setattr(probe, "missing_for_linux", lambda: problem)
+    said: list[str] = []
+    options = bare.BareOptions(str(tmp_path / "kernel"), memory=64 * MIB, serial="none")
+    assert bare.run_bare(options, said.append).status == 9 << 1 | 1
+    assert len(said) == (problem is not None)
+    assert all(f"cannot run Linux ({problem}); there is one that can:" in line for line in said)
+
+
+@pytest.mark.kvm
 def test_a_signal_that_comes_between_two_machines_is_not_lost(build: Build) -> None:
     options = bare.BareOptions(build("leave"), memory=64 << 20, serial="none", timeout=5.0)
     with ExitStack() as cleanup:
         interruption = bare._Interruption(cleanup)
         os.kill(os.getpid(), signal.SIGINT)
         result, again = bare._run_once(
-            options, [], lambda _: None, interruption, bare._Deadline(5.0), typed=False
+            options, [], lambda _: None, interruption, bare._Deadline(5.0), pytest.fail, typed=False
         )
     assert (result.status, result.reason, again) == (130, "signal", False)
 

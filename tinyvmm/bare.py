@@ -75,15 +75,18 @@ class BareOptions(NamedTuple):
     ioeventfd: bool | None = None
 
 
-def run_bare(options: BareOptions) -> Result:
-    """Run the kernel to its end. Main thread. ConfigError for what cannot be done."""
+def run_bare(options: BareOptions, warn: Callable[[str], None]) -> Result:
+    """Run the kernel to its end. Main thread. ConfigError for what cannot be done.
+
+    `warn` takes what may keep it from running.
+    """
     with ExitStack() as cleanup:
         console = _Interruption(cleanup)
         output, typed = _open_serial(options.serial, console.is_over, cleanup)
         deadline = _Deadline(options.timeout)
         disks = open_disks(options.disks, cleanup)
         while True:
-            result, again = _run_once(options, disks, output, console, deadline, typed=typed)
+            result, again = _run_once(options, disks, output, console, deadline, warn, typed=typed)
             if not again:
                 return result
 
@@ -94,6 +97,7 @@ def _run_once(
     output: Callable[[bytes], None],
     interruption: "_Interruption",
     deadline: "_Deadline",
+    warn: Callable[[str], None],
     *,
     typed: bool,
 ) -> tuple[Result, bool]:
@@ -119,7 +123,7 @@ def _run_once(
         machine.add_virtio(VirtioRng())
         add_devices(machine, load_devices(options.devices))
         add_disks(machine, options.disks, disks)
-        _boot(machine, options)
+        _boot(machine, options, warn)
         interruption.machine = machine
         if interruption.result is not None:  # which came while there was no machine to stop
             return interruption.result, False
@@ -140,7 +144,7 @@ def _run_once(
         return _meaning(cause, machine.exit_value), again
 
 
-def _boot(machine: Machine, options: BareOptions) -> None:
+def _boot(machine: Machine, options: BareOptions, warn: Callable[[str], None]) -> None:
     kernel = bare_kernel.read_kernel(options.kernel, options.protocol)
     if kernel is not None:
         machine.boot_bare(kernel, modules=options.modules, cmdline=options.append)
@@ -153,6 +157,11 @@ def _boot(machine: Machine, options: BareOptions) -> None:
             raise
         neither = "no multiboot header in its first 8 KiB, and no PVH entry point"
         raise ConfigError(f"{error} (it has {neither} either)") from None
+    from tinyvmm.lab.probe import missing_for_linux
+
+    problem = missing_for_linux()
+    if problem is not None:  # what else is started like Linux may do without
+        warn(f"this KVM cannot run Linux ({problem}); there is one that can: tinyvmm lab -- CMD")
     with linux:
         machine.boot_linux(linux, initrd=archives, cmdline=options.append)
 

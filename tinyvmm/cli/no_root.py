@@ -140,7 +140,8 @@ def main(args: argparse.Namespace) -> int:
             on_reboot=args.on_reboot,
             transport=args.transport,
             ioeventfd={"on": True, "off": False}.get(args.ioeventfd),
-        )
+        ),
+        warn,
     )
     if result.message is not None:
         warn(result.message)

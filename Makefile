@@ -1,12 +1,12 @@
 # Two front doors: `make demo` and `make test`. Each does its own set-up.
-# Others: bench, fuzz, bad-guests, soak, soak-exec, soak-lab, man, lint, unit, unit-others, linux, kernel-build, clean.
+# Others: bench, fuzz, bad-guests, soak, soak-exec, soak-lab, man, lint, unit, unit-all, linux, kernel-build, clean.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell tools/find-python 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit unit-others linux bench fuzz bad-guests soak soak-exec soak-lab man clean packages kernel kernel-build erofs-usr
+.PHONY: demo test lint unit unit-all linux bench fuzz bad-guests soak soak-exec soak-lab man clean packages kernel kernel-build erofs-usr
 .DEFAULT_GOAL := demo
 
 demo:
@@ -18,7 +18,7 @@ demo:
 	  echo private > /etc/probe; cat /etc/probe; grep MemTotal /proc/meminfo; mount -t 9p'
 	@test ! -e /etc/probe && echo "The guest wrote /etc/probe; this computer has none."
 
-test: packages kernel lint unit unit-others linux
+test: packages kernel lint unit-all linux
 
 $(BIN)/pytest: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,9 +54,9 @@ lint: $(BIN)/pytest
 unit: $(BIN)/pytest
 	$(BIN)/python -m pytest -m 'not linux'
 
-# The other Pythons that this computer has: the same unit tests.
-unit-others:
-	@tools/unit-others 3.12 3.13 3.14
+# The same on every Python that this computer has, side by side.
+unit-all: $(BIN)/pytest
+	@tools/unit 3.11 3.12 3.13 3.14
 
 # Two labs side by side: one keeps little more than one processor busy.
 linux: $(BIN)/pytest

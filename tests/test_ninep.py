@@ -443,7 +443,7 @@ def test_messages_show_print_copy_and_pickle() -> None:
         Rwalk((Qid(0, 0, 0),) * 65536),
         Rwalk((Qid(256, 0, 0),)),
     ],
-    ids=repr,
+    ids=lambda message: repr(message)[:40],
 )
 def test_what_does_not_fit_the_wire_is_a_protocol_error(message: Message) -> None:
     with pytest.raises(ProtocolError):

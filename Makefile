@@ -60,7 +60,8 @@ unit-all: $(BIN)/pytest
 
 # Two labs side by side: one keeps little more than one processor busy.
 linux: $(BIN)/pytest
-	$(BIN)/python -m pytest tests/linux -m linux -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest tests/linux -m linux -n 2 --dist loadfile --durations=10 \
+	  -o faulthandler_timeout=2400
 
 bench: $(BIN)/pytest
 	$(BIN)/python -m bench

@@ -14,10 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tinyvmm.net import passt as module
 from tinyvmm.net.passt import Passt
 from tinyvmm.net.tap import Tap
 
@@ -181,9 +181,9 @@ def main() -> None:
         finally:
             os.eventfd_write(stop, 1)
             carrier.join()
-            began = time.monotonic()
+            module._END_TIMEOUT = DEADLINE  # or it might be killed where the computer is busy
             passt.close()
-            say("ended of itself", time.monotonic() - began < 0.9)
+            say("ended of itself", passt._process.returncode == 0)
             inside.kill()
     tap.close()
     uplink.close()

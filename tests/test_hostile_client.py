@@ -86,7 +86,7 @@ def test_giving_up_requests_that_hang_makes_neither_threads_nor_work_without_end
     monkeypatch.setattr(session, "IN_FLIGHT_MAX", 20)
     gate = threading.Event()
     monkeypatch.setattr(HostFile, "readv_now", lambda *_: None)
-    monkeypatch.setattr(HostFile, "readv", lambda *_: gate.wait(20) and 0)
+    monkeypatch.setattr(HostFile, "readv", lambda *_: gate.wait(120) and 0)
 
     def submit(tag: int, message: ninep.Message) -> int | Waiting:
         request = memoryview(bytearray(ninep.encode(message, tag)))
@@ -123,7 +123,7 @@ def test_giving_up_requests_that_hang_makes_neither_threads_nor_work_without_end
     assert threading.active_count() - threads <= 20
     gate.set()
     for _ in range(2 * hanging):  # each was retired, and then finished
-        assert finished.acquire(timeout=20)
+        assert finished.acquire(timeout=120)
     client.walk(0, 1, b"file")
     client.open(1)
     assert client.read(1) == b""

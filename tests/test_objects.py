@@ -31,7 +31,7 @@ from tinyvmm.fileserver.objects import ObjectTree
 from tinyvmm.fileserver.serving import FileServer
 from tinyvmm.fileserver.session import Finish, Session, Waiting
 
-HANG = 20.0
+HANG = 120.0
 
 
 def client_of(files: object, **options: bool) -> Client:

@@ -258,7 +258,7 @@ def test_layers_come_side_by_side_and_progress_is_told(
     def progress(what: str, done: int, total: int) -> None:
         told.append((what, done, total))
 
-    at_once = threading.Barrier(2, timeout=20)
+    at_once = threading.Barrier(2, timeout=120)
 
     original = RegistrySource._download
 

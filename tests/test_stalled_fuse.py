@@ -29,7 +29,7 @@ LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, INTERRUPT, 
 IN_HEADER = struct.Struct("<IIQQIIII")  # len opcode unique nodeid uid gid pid padding
 OUT_HEADER = struct.Struct("<IiQ")
 CONTENTS = b"late, but here"
-HANG = 20.0
+HANG = 120.0
 
 
 class StallingFuse:

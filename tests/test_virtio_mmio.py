@@ -29,7 +29,7 @@ from tinyvmm.devices.virtio.queue import Virtqueue
 
 HEADER = Path("/usr/include/linux/virtio_mmio.h")
 CONFIG = bytes(range(0x11, 0x1C))  # 11 bytes: no width divides them all
-HANG = 30.0  # seconds, after which a thread is taken to wait for ever
+HANG = 120.0  # seconds, after which a thread is taken to wait for ever
 
 
 class Counter(VirtioDevice):

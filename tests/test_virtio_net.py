@@ -583,7 +583,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
     frame[:12] = frame[6:12] + frame[:6]
     frame[26:34] = frame[30:34] + frame[26:30]
     frame[34:38] = frame[36:38] + frame[34:36]
-    sock.settimeout(20)
+    sock.settimeout(120)
     assert tap.send([memoryview(bytes(12)), memoryview(frame)])
     assert sock.recv(100) == b"to the guest"
 assert tap.receive([buffer]) is None or True

@@ -29,7 +29,7 @@ from tinyvmm.methods.supervised import Context, Supervised, Turn, Way
 from tinyvmm.session import Result
 
 STEPS_MAX = 40
-PATIENCE = 30.0  # seconds for what must come
+PATIENCE = 120.0  # seconds for what must come
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, 2, 7, 24, 80, 255, 4096, 65535, 1 << 20, 1 << 32, 1 << 64, -1),
     *(0.5, 1e300, "", "a", "b", "TERM", "9", "virtio-.*", "(a+)+", "rtc", "[", "aGVsbG8=", "!"),

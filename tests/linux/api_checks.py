@@ -139,7 +139,7 @@ def alone() -> dict[str, Any]:
             stdout=said,
             cwd="/usr",
             on_access=on_access,
-            timeout=120,
+            timeout=400,
         )
         said.seek(0)
         return {

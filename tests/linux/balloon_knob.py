@@ -60,7 +60,7 @@ class Knob(Device):
             Known.made.resize(value << STEP)
 
     def ask(self) -> None:
-        stats = Known.made.stats(timeout=30)
+        stats = Known.made.stats(timeout=120)
         self.total = UNKNOWN if stats is None else stats["total"] >> STEP
 
 

@@ -24,6 +24,9 @@ MAIN = (
     "from tinyvmm.cli.main import main; sys.exit(main())"
 )
 
+PATIENCE = 600.0  # seconds for a command; only a hang takes as long, however busy the computer is
+LONG = 1500.0  # for one that does very much
+
 FAILED_LABS: list[str] = []
 """What became of labs that failed as a whole; each was replaced by another, once a command."""
 TRIPLE_FAULT = b"the guest crashed before the command ended: triple fault"
@@ -52,7 +55,7 @@ class Runner:
         argv: list[str],
         *,
         stdin: bytes = b"",
-        timeout: float = 240,
+        timeout: float = PATIENCE,
         pty: tuple[int, int] | None = None,
         cwd: str | Path = ROOT,
     ) -> Completed:
@@ -94,7 +97,7 @@ class Runner:
         self,
         *arguments: str,
         stdin: bytes = b"",
-        timeout: float = 240,
+        timeout: float = PATIENCE,
         pty: tuple[int, int] | None = None,
         cwd: str | Path = ROOT,
     ) -> Completed:
@@ -106,7 +109,7 @@ class Runner:
         self,
         *arguments: str,
         stdin: bytes = b"",
-        timeout: float = 240,
+        timeout: float = PATIENCE,
         pty: tuple[int, int] | None = None,
         cwd: str | Path = ROOT,
     ) -> Completed:

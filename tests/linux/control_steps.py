@@ -88,7 +88,7 @@ def refusal(act: Callable[[], Any]) -> str:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not condition():
         if time.monotonic() > deadline:
             raise SystemExit(f"waited in vain: {found}")
@@ -284,7 +284,7 @@ def soak(client: Client) -> None:
     until(lambda: client.call("execs")["running"] == [])
     found["processes"] = [before, guests_processes(client)]
     # The last of them may have been told of as ended a moment before PID 1 reaped it.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while found["processes"][1] != before and time.monotonic() < deadline:
         found["processes"][1] = guests_processes(client)
     found["files"] = [files, files_in_use(client)]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 
-LIMIT = 200  # seconds in all
+LIMIT = 500  # seconds in all
 MARK = "==end of step=="
 
 

@@ -11,7 +11,7 @@ try() {
   name=$1
   shift
   begin=$(date +%s)
-  if out=$(timeout 240 sh -ec "$*" 2>&1); then
+  if out=$(timeout 600 sh -ec "$*" 2>&1); then
     echo "ok $name $(($(date +%s) - begin))"
   else
     echo "FAIL $name: $(printf %s "$out" | tail -n 4 | tr '\n' '|')"

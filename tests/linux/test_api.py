@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import ROOT, Runner, interpreter
+from tests.linux.conftest import LONG, PATIENCE, ROOT, Runner, interpreter
 from tinyvmm import Machine
 
 pytestmark = pytest.mark.linux
@@ -17,7 +17,7 @@ CHECKS = ROOT / "tests" / "linux" / "api_checks.py"
 
 
 def test_machines_are_used_as_subprocesses_are(guest: Runner) -> None:
-    done = guest.program([interpreter(), "-I", "-S", str(CHECKS), str(ROOT)], timeout=400)
+    done = guest.program([interpreter(), "-I", "-S", str(CHECKS), str(ROOT)], timeout=LONG)
     assert (done.status, done.stderr) == (0, b""), done
     found = json.loads(done.stdout)
     machine = found["machine"]
@@ -49,7 +49,7 @@ def test_what_the_page_on_python_shows_is_so(guest: Runner) -> None:
     blocks = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks)
-    done = guest.program([interpreter(), "-I", "-S", "-c", program], timeout=240)
+    done = guest.program([interpreter(), "-I", "-S", "-c", program], timeout=PATIENCE)
     assert (done.status, done.stderr) == (0, b""), done
 
 

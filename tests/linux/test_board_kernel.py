@@ -39,14 +39,14 @@ with load_kernel(sys.argv[2]) as kernel, Machine(memory=256 << 20) as machine:
         cmdline="console=ttyS0 panic=-1 reboot=a no_timer_check pci=off loglevel=7",
     )
     machine.start()
-    booted = wait_for(lambda: b"Run /init" in out or machine.cause, 200)
+    booted = wait_for(lambda: b"Run /init" in out or machine.cause, 600)
     print("booted" if booted and not machine.cause else f"failed: {machine.cause} {bytes(out)}")
     for _ in range(3):
         machine.power.press_power_button()
-        taken = wait_for(lambda: machine.power.values["EVENT"] == 0, 60)
+        taken = wait_for(lambda: machine.power.values["EVENT"] == 0, 240)
         print("taken" if taken else "not taken")
     machine.uart.receive(b"echo from the tty")
-    echoed = wait_for(lambda: b"echo from the tty" in out, 60)
+    echoed = wait_for(lambda: b"echo from the tty" in out, 240)
     print("echoed" if echoed else f"not echoed: {bytes(out[-100:])}")
 """
 

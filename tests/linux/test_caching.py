@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner, interpreter
+from tests.linux.conftest import LONG, MAIN, Runner, interpreter
 from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
@@ -150,7 +150,7 @@ def test_private_writes_in_the_guest_leave_the_host_alone_and_carry_real_work(
         "dd if=/dev/zero of=/big bs=1M count=600 2>&1 | grep -c 'No space'; rm /big; echo alive",
     ]
     options = ["--private-writes", "guest", "--memory", "1G"]
-    done = guest.run(*options, "--", "sh", "-c", "\n".join(script), timeout=400)
+    done = guest.run(*options, "--", "sh", "-c", "\n".join(script), timeout=LONG)
     assert (done.status, done.stderr) == (0, b""), done
     assert done.stdout.decode().splitlines() == [
         "built",

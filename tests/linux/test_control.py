@@ -87,7 +87,7 @@ def test_a_machine_is_watched_changed_and_given_commands(guest: Runner) -> None:
 def test_a_thousand_commands_and_killed_clients_leave_nothing(guest: Runner) -> None:
     count = int(os.environ["TINYVMM_SOAK_EXECS"])
     kills = max(4, count // 20)
-    found = do(guest, count - kills, kills, timeout=60 + 10 * count)
+    found = do(guest, count - kills, kills, timeout=300 + 30 * count)
     seconds = " and ".join(f"{spent:g}" for spent in found["seconds"])
     was, now = (size >> 10 for size in found["overhead"])
     sys.stderr.write(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner, interpreter
+from tests.linux.conftest import LONG, MAIN, Runner, interpreter
 from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
@@ -86,7 +86,7 @@ def test_linux_uses_every_kind_of_disk(guest: Runner) -> None:
     ):
         arguments += ["--disk", disk]
     with guest.standing(f"truncate -s 24M {plain}", f"rm -f {plain}"):
-        done = guest.run(*arguments, "--", "sh", "-c", QUESTIONS, timeout=480)
+        done = guest.run(*arguments, "--", "sh", "-c", QUESTIONS, timeout=LONG)
         host_blocks = guest.program(["stat", "-c", "%b", plain]).stdout
         checked = guest.program(["e2fsck", "-fn", plain])
     assert (done.status, done.stderr) == (0, b"")
@@ -157,7 +157,7 @@ def test_what_a_killed_machine_had_flushed_is_there(guest: Runner) -> None:
     assert base.read_bytes() == before
     for name, image in (("raw", plain), ("overlay", where / "overlay.raw")):
         # As a mount would: what is in the journal is put where it belongs.
-        subprocess.run(["e2fsck", "-y", "-E", "journal_only", str(image)], check=False, timeout=60)
+        subprocess.run(["e2fsck", "-y", "-E", "journal_only", str(image)], check=False, timeout=240)
         host("e2fsck", "-fn", str(image))
         synced = re.findall(rf"^{name} (f\d+) (\w{{32}}) +-$", "\n".join(lines), re.MULTILINE)
         assert len(synced) >= 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.linux.conftest import ROOT, Runner, interpreter
+from tests.linux.conftest import LONG, ROOT, Runner, interpreter
 
 pytestmark = pytest.mark.linux
 
@@ -29,7 +29,7 @@ def do(guest: Runner, steps: list[dict[str, Any]]) -> list[Any]:
     """Do the steps where machines run, in a new directory of machines."""
     script = 'd=$(mktemp -d) && export XDG_RUNTIME_DIR=$d && exec "$@"'
     command = [interpreter(), "-I", "-S", str(STEPS), str(ROOT), json.dumps(steps)]
-    done = guest.program(["sh", "-c", script, "sh", *command], timeout=500)
+    done = guest.program(["sh", "-c", script, "sh", *command], timeout=LONG)
     assert (done.status, done.stderr) == (0, b""), done
     found: list[Any] = json.loads(done.stdout)
     return found

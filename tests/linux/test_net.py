@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner, interpreter
+from tests.linux.conftest import LONG, MAIN, Runner, interpreter
 from tinyvmm.images import kernels
 from tinyvmm.lab.lab import python_command
 
@@ -36,7 +36,7 @@ pids="$pids $!"
 {web} > /dev/null 2>&1 &
 pids="$pids $!"
 ip route add default via 192.0.2.9 dev vm0
-timeout 400 sh -c '
+timeout 1200 sh -c '
 until test -s greeting; do
   socat -u TCP:127.0.0.1:8080 CREATE:greeting || sleep 0.5
 done
@@ -116,7 +116,7 @@ def test_bytes_go_both_ways_over_a_tap_and_through_passt(guest: Runner) -> None:
         web=shlex.join([interpreter(), "-m", "http.server", "8002", "-d", str(repository)]),
         user=run(USER_GUEST, "--publish", "127.0.0.1:8080:80", "--publish", "8081:81", "--net"),
     )
-    done = guest.program(["unshare", "-n", "sh", "-c", script], timeout=800)
+    done = guest.program(["unshare", "-n", "sh", "-c", script], timeout=LONG)
     assert (done.status, done.stderr) == (0, b"")
     assert done.stdout.decode().splitlines() == [
         "52:54:00:12:34:56",

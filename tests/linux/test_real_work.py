@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import Runner, interpreter
+from tests.linux.conftest import LONG, Runner, interpreter
 
 pytestmark = pytest.mark.linux
 
@@ -66,7 +66,7 @@ def results(guest: Runner) -> dict[str, str]:
         subprocess.run(download, cwd=inputs, capture_output=True, check=True)
     command = ["sh", str(SCRIPT), str(inputs), interpreter(), "/live"]
     options = ["--memory", "1G", "--shared", f"/live={shared}"]
-    done = guest.run(*options, "--", *command, timeout=900)
+    done = guest.run(*options, "--", *command, timeout=LONG)
     found = {}
     for line in done.stdout.decode().splitlines():
         word, _, rest = line.partition(" ")

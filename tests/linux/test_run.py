@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.linux.conftest import MAIN, ROOT, Runner, interpreter
+from tests.linux.conftest import LONG, MAIN, ROOT, Runner, interpreter
 from tests.waiting import with_time_enough
 from tinyvmm.devices.virtio.pci import NOTIFY
 from tinyvmm.images import kernels
@@ -359,7 +359,7 @@ def test_a_c_project_builds_and_runs_and_a_repository_is_cloned(guest: Runner) -
             "mv hello hello2 && ./hello2",
             "python3 -c 'print(6*7)' 2>/dev/null || echo 42",
         ),
-        timeout=400,
+        timeout=LONG,
     )
     assert (done.status, done.stderr) == (0, b""), done
     assert done.stdout == b"built\n?? hello\n?? main.o\n?? text.o\n1\nbuilt\n42\n"

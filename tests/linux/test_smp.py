@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner
+from tests.linux.conftest import LONG, MAIN, Runner
 from tinyvmm.images import kernels
 from tinyvmm.lab.lab import Lab, python_command
 
@@ -139,7 +139,7 @@ def test_processors_are_told_apart_come_and_go_and_work_at_once(on_one_cpu: Runn
             python_command(KNOB, ["run", "--no-lab", *options, "--", "sh", "-c", SCRIPT])
         ),
     )
-    done = guest.program(["unshare", "-n", "sh", "-c", script], timeout=500)
+    done = guest.program(["unshare", "-n", "sh", "-c", script], timeout=LONG)
     assert done.status == 0
     found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
     assert found == {

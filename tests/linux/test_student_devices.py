@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.linux.conftest import MAIN, Runner, interpreter
+from tests.linux.conftest import LONG, MAIN, Runner, interpreter
 from tinyvmm.lab.lab import python_command
 
 pytestmark = pytest.mark.linux
@@ -120,7 +120,7 @@ def test_linux_takes_the_users_own_devices_and_gives_memory_back(guest: Runner) 
         own += ["--device", device]
     done = guest.program(
         python_command(SUPERVISOR, [*own, "--", "sh", "-c", SCRIPT, "sh", interpreter()]),
-        timeout=400,
+        timeout=LONG,
     )
     assert (done.status, done.stderr) == (0, b""), done
     told = dict(re.findall(r"^(\w+)=(.*)$", done.stdout.decode(), re.MULTILINE))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import Runner
+from tests.linux.conftest import LONG, Runner
 from tinyvmm.guest.modules import closure
 from tinyvmm.images import kernels
 
@@ -68,7 +68,7 @@ def results(guest: Runner, program: str, disk: str) -> dict[str, str]:
     """By directory and check: "ok", or how it failed."""
     options = ["--write", f"{disk}/writes", "--shared", f"{SHARED}={disk}/live"]
     script = f"mkdir -p {PRIVATE} && {program} {PRIVATE} {SHARED}"
-    done = guest.run(*options, "--", "sh", "-c", script, timeout=400)
+    done = guest.run(*options, "--", "sh", "-c", script, timeout=LONG)
     assert done.status == 0, done
     found = {}
     for line in done.stdout.decode().splitlines():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.linux.conftest import MAIN, ROOT, Runner, interpreter
+from tests.linux.conftest import LONG, MAIN, ROOT, Runner, interpreter
 from tests.own_hvc import COLS, ROWS
 from tinyvmm.lab.lab import python_command
 
@@ -31,7 +31,7 @@ def test_programs_on_both_sides_talk(guest: Runner) -> None:
     devices = ("--vsock", str(where), "--device", "tests.own_hvc:Hvc")
     run = ("run", "--no-lab", *devices, "--", "sh", "-c", GUEST)
     command = [interpreter(), str(TALK), str(where), *python_command(MAIN, run)]
-    done = guest.program(command, timeout=400)
+    done = guest.program(command, timeout=LONG)
     assert (done.status, done.stderr) == (0, b"")
     found = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
     assert found == {
@@ -67,7 +67,7 @@ cat
 def test_the_hosts_kernel_carries_it_through_pauses_and_moves(guest: Runner) -> None:
     run = ("run", "--no-lab", "--device", "tests.linux.device_mover:Mover")
     command = [interpreter(), "-I", "-S", str(VHOST_TALK), str(ROOT), *python_command(MOVER, run)]
-    done = guest.program([*command, "--", VHOST_GUEST], timeout=400)
+    done = guest.program([*command, "--", VHOST_GUEST], timeout=LONG)
     assert done.stderr.decode() == (
         "tinyvmm: --vsock vhost: another guest of this computer has CID 7: give one of its own "
         "(--vsock vhost,cid=8)\n"

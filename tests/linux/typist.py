@@ -14,7 +14,7 @@ import sys
 import termios
 import time
 
-LIMIT = 200  # seconds in all
+LIMIT = 500  # seconds in all
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ def say(name: str, value: object) -> None:
 
 def connect(cid: int, port: int) -> socket.socket:
     """Connect, as soon as somebody listens."""
-    end = monotonic() + 100
+    end = monotonic() + 400
     while True:
         client = socket.socket(socket.AF_VSOCK)
-        client.settimeout(120)
+        client.settimeout(400)
         try:
             client.connect((cid, port))
         except ConnectionResetError:
@@ -70,7 +70,7 @@ def echoed(client: socket.socket, control: ControlClient | None = None) -> list[
         client.settimeout(2)
         got += read_all(client, len(data) - len(got))
         stalled = len(got) < len(data)
-        client.settimeout(120)
+        client.settimeout(400)
         control.call("resume")
     got += read_all(client, len(data) - len(got))
     sender.join()
@@ -165,7 +165,7 @@ def main() -> None:
         os.environ["XDG_RUNTIME_DIR"] = where
         service.bind((socket.VMADDR_CID_ANY, 5000))
         service.listen()
-        service.settimeout(200)
+        service.settimeout(600)
         on_pci(service)
         on_mmio(service)
 

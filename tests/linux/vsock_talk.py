@@ -23,7 +23,7 @@ def say(name: str, value: object) -> None:
 
 def connect(path: str, port: int) -> tuple[socket.socket, bytes]:
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(120)
+    client.settimeout(400)
     client.connect(path)
     client.sendall(b"CONNECT %d\n" % port)
     answer = b""
@@ -59,7 +59,7 @@ def main(path: str, *command: str) -> None:
     service = socket.socket(socket.AF_UNIX)
     service.bind(f"{path}_5000")
     service.listen()
-    service.settimeout(200)
+    service.settimeout(600)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as vmm:
         assert vmm.stdin is not None
         assert vmm.stdout is not None
@@ -107,7 +107,7 @@ def main(path: str, *command: str) -> None:
             sleep(0.2)
         say("left behind", left)
         vmm.stdin.close()
-        say("status", vmm.wait(100))
+        say("status", vmm.wait(400))
     say("socket", os.path.exists(path))
     service.close()
 

@@ -58,9 +58,10 @@ unit: $(BIN)/pytest
 unit-all: $(BIN)/pytest
 	@tools/unit 3.11 3.12 3.13 3.14
 
-# Two labs side by side: one keeps little more than one processor busy.
+# Labs side by side: one keeps little more than one processor busy, and takes up to 4 GiB.
+LABS ?= 2
 linux: $(BIN)/pytest
-	$(BIN)/python -m pytest tests/linux -m linux -n 2 --dist loadfile --durations=10 \
+	$(BIN)/python -m pytest tests/linux -m linux -n $(LABS) --dist loadfile --durations=10 \
 	  -o faulthandler_timeout=2400
 
 bench: $(BIN)/pytest

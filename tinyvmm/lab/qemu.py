@@ -38,7 +38,10 @@ CMDLINE = (
     "tsc=reliable clocksource=tsc no_timer_check nowatchdog "
     # What costs most of an emulated boot and has no use here.
     "mitigations=off cryptomgr.notests init_on_alloc=0 rodata=off swiotlb=noforce "
-    "audit=0 lsm= random.trust_cpu=on i8042.noaux i8042.nokbd"
+    "audit=0 lsm= random.trust_cpu=on i8042.noaux i8042.nokbd "
+    # A translation is found by its virtual address too: programs that are always at the same one
+    # share theirs, and each start of Python need not be translated anew (docs/lab.md).
+    "norandmaps"
 )
 
 # Ticks, one every 4 ms, instead of a timer that is set for each: where nobody else wakes a

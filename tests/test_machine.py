@@ -1,5 +1,6 @@
 """Tiny guests on /dev/kvm: the exit loop, and every way that a run can end."""
 
+import errno
 import signal
 import struct
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from tests.waiting import wait_for
 from tinyvmm import kvm
-from tinyvmm.errors import ConfigError, VcpuError
+from tinyvmm.errors import ConfigError, KvmError, VcpuError
 from tinyvmm.machine import Machine
 from tinyvmm.vcpu import StopCause
 
@@ -170,6 +171,24 @@ def test_several_vcpus_wait_for_the_first_to_wake_them() -> None:
         wait_for(lambda: bool(device.written))
         assert machine.wait(timeout=0.3) is None
         assert device.written == [(0, 1, 1)]
+
+
+def test_where_descriptors_are_too_few_for_the_last_vcpu_none_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_stats = kvm.VCPU.open_stats
+
+    def one_too_few(handle: kvm.VCPU) -> None:
+        if handle.vcpu_id == 2:
+            raise KvmError("KVM_GET_STATS_FD", errno.EMFILE)
+        open_stats(handle)
+
+    monkeypatch.setattr(kvm.VCPU, "open_stats", one_too_few)
+    with Machine(memory=1 << 20, cpus=3) as machine:
+        machine.boot_real_mode(HLT)
+        with pytest.raises(KvmError, match="EMFILE"):
+            machine.start()
+        assert [vcpu.thread_id for vcpu in machine.vcpus] == [None] * 3
 
 
 def test_more_cpus_than_kvm_allows_is_one_clear_line() -> None:

@@ -71,10 +71,10 @@ class Peer:
             self.run(where, "link", "set", name, "up")
 
     def cable(self, state: str) -> None:
-        self.run(self.ours, "link", "set", "v1", state)
-        if state == "up":  # Linux takes the address with the interface
+        if state == "up":  # Linux has taken the address with the interface
             address = ("2001:db8::1/64", "dev", "v1", "nodad")
             self.run(self.ours, "address", "replace", *address)
+        self.run(self.ours, "link", "set", "v1", state)  # the guest may end, and the cable with it
 
     def received(self) -> bytes:
         """All of it: the listener ends with its connection."""

@@ -384,6 +384,8 @@ class Machine:
             _hurry(1)
         for doorbells in self._doorbells:
             doorbells.start()
+        for vcpu in self.vcpus:  # descriptors may be too few, and then no part of the guest has run
+            vcpu.handle.open_stats()
         with self._pause_lock:
             for vcpu in self.vcpus:
                 vcpu.start()

@@ -113,7 +113,6 @@ class Vcpu:
 
     def start(self) -> None:
         """Start the thread that runs the guest."""
-        self.handle.open_stats()
         name = f"vcpu{self.handle.vcpu_id}"
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()

@@ -249,7 +249,12 @@ def test_a_time_limit_ends_a_kernel_that_does_not(build: Build) -> None:
 def test_a_triple_fault_is_a_crash(build: Build) -> None:
     done = tinyvmm("--kernel", build("leave"), "--append", "fault")
     assert (done.returncode, done.stdout) == (255, b"once\n")
-    assert done.stderr == b"tinyvmm: the guest crashed: triple fault\n"
+    lines = done.stderr.decode().splitlines()
+    if lines != [
+        "tinyvmm: the guest crashed: triple fault"
+    ]:  # on AMD's processors the rest is lost
+        assert lines[0] == "tinyvmm: the guest crashed: vCPU 0: triple fault"
+        assert lines[-1].startswith("  code at rip: 0f 0b ")  # ud2
 
 
 @pytest.mark.kvm

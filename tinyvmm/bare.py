@@ -141,7 +141,7 @@ def _run_once(
         if interruption.result is not None:
             return interruption.result, False
         again = cause == StopCause.RESET and options.on_reboot == "reset"
-        return _meaning(cause, machine.exit_value), again
+        return _meaning(cause, machine), again
 
 
 def _boot(machine: Machine, options: BareOptions, warn: Callable[[str], None]) -> None:
@@ -166,12 +166,14 @@ def _boot(machine: Machine, options: BareOptions, warn: Callable[[str], None]) -
         machine.boot_linux(linux, initrd=archives, cmdline=options.append)
 
 
-def _meaning(cause: str, value: int | None) -> Result:
+def _meaning(cause: str, machine: Machine) -> Result:
+    value = machine.exit_value
     if cause == StopCause.DEVICE and value is not None:
         return Result((value << 1 | 1) & 0xFF, "exited")
     if cause in {StopCause.POWEROFF, StopCause.RESET}:
         return Result(0, cause)
-    return Result(STATUS_MACHINE_FAILED, "machine", f"the guest crashed: {cause}")
+    what = next((vcpu.crash for vcpu in machine.vcpus if vcpu.crash), cause)
+    return Result(STATUS_MACHINE_FAILED, "machine", f"the guest crashed: {what}")
 
 
 class _Deadline:

@@ -37,6 +37,7 @@ KICK_SIGNAL = signal.SIGRTMIN
 
 _MAX_HANDLERS = 1024  # a guest that touches every port in every width must not fill our memory
 _PR_SET_TIMERSLACK = 29
+_RESET_VECTOR = 0xFFFF_FFF0  # where a processor begins (Intel SDM 3A, 9.1.4)
 _SYS_TGKILL = 234  # <asm/unistd_64.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -100,6 +101,8 @@ class Vcpu:
 
     def __init__(self, handle: kvm.VCPU, owner: Owner) -> None:
         self.handle = handle
+        self.crash = ""
+        """What is known of the triple fault that it ended with."""
         self._owner = owner
         self._stopping = False
         self._gate = threading.Lock()
@@ -316,6 +319,7 @@ class Vcpu:
         if reason == kvm.KVM_EXIT_HLT:  # only without an in-kernel irqchip: nothing can wake it
             return StopCause.HALT
         if reason == kvm.KVM_EXIT_SHUTDOWN:
+            self.crash = self._describe_crash()
             return StopCause.TRIPLE_FAULT
         if reason == kvm.KVM_EXIT_DEBUG:
             return StopCause.STEP
@@ -335,6 +339,16 @@ class Vcpu:
         else:
             what = f"KVM exit reason {reason}, which this VMM does not handle"
         raise VcpuError(self.describe(what))
+
+    def _describe_crash(self) -> str:
+        """Say where a triple fault was; "" if that is lost.
+
+        It is on AMD's processors, where KVM then puts the vCPU into the state after INIT
+        (shutdown_interception in Linux's arch/x86/kvm/svm/svm.c).
+        """
+        regs, sregs = self.handle.get_regs(), self.handle.get_sregs()
+        lost = sregs.cs.base + regs.rip == _RESET_VECTOR
+        return "" if lost else self.describe(StopCause.TRIPLE_FAULT)
 
     def describe(self, what: str) -> str:
         """Say `what` happened to this vCPU, with its registers and the code at its RIP."""

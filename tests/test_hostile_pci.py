@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_eventfds import END, Rung, copy, run, store
 from tinyvmm import layout
-from tinyvmm.devices.pci import PCI_BASE_ADDRESS_0, PCI_INTERRUPT_LINE
+from tinyvmm.devices.pci import PCI_BASE_ADDRESS_0, PCI_INTERRUPT_LINE, Ecam
 from tinyvmm.devices.virtio.pci import BAR_LEN, NOTIFY
 from tinyvmm.errors import VcpuError
 from tinyvmm.machine import Machine
@@ -113,3 +113,25 @@ def test_whatever_else_a_kernel_takes_configuration_space_for_harms_only_itself(
         for function, was in zip(bus.slots, before, strict=True):
             for old, new, writable in zip(was, function.config, function.writable, strict=True):
                 assert not (old ^ new) & ~writable
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 5 << 30])
+@pytest.mark.parametrize("shown", [True, False])
+def test_configuration_space_reads_alike_as_memory_and_by_exits(memory: int, shown: bool) -> None:
+    """Whether KVM has read-only memory, and on either side of how much RAM needs one slot of it."""
+    registers = [
+        config(slot, at) for slot in (0, 1) for at in (0, 8, 0x10, 0x34, 0x40, 0xFC, 0x100)
+    ]
+    registers += [config(1, 1 << 12), config(1, 0x7FFC), config(2), config(31)]
+    code = b"".join(copy(at, 0x6000 + 4 * number) for number, at in enumerate(registers))
+    with Machine(memory=memory) as machine:
+        machine.add_virtio(Rung())
+        machine._readonly = machine._readonly and shown
+        bus = machine.pci
+        assert bus is not None
+        exits = run(machine, code + END)
+        seen = struct.unpack(f"<{len(registers)}I", machine.memory.read(0x6000, 4 * len(registers)))
+        ecam = Ecam(bus)
+        assert list(seen) == [ecam.read(at - layout.PCI_ECAM_GPA, 4) for at in registers]
+        by_exits = [exit_.address for exit_ in exits if exit_.direction == "read"]
+        assert by_exits == (registers[-2:] if machine._readonly else registers)

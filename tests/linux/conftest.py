@@ -75,7 +75,7 @@ class Runner:
                 FAILED_LABS.append(f"a triple fault in a guest that ran {argv}")
                 self.lab.close()
             for make in self._standing:
-                self.lab.run(make)
+                self.lab.run(make, timeout=PATIENCE)
             return self.lab.run(argv, stdin=stdin, timeout=timeout, pty=pty, cwd=str(cwd))
         if pty is not None:
             quoted = " ".join(f"'{word}'" for word in argv)

@@ -23,6 +23,7 @@ NAMES = (
     "net",
     "vsock",
     "console",
+    "echo",
     "kernels",
     "commands",
     "erofs",

@@ -1,5 +1,6 @@
 """EROFS images: made of host trees, read back by fsck.erofs, dump.erofs and a reader of our own."""
 
+import errno
 import io
 import os
 import re
@@ -619,3 +620,32 @@ def test_an_image_of_a_tree_that_changes_is_not_made(
         write_image([("/", str(top))], str(image))
     assert image.read_text() == "the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image", "top"]
+
+
+def test_a_directory_that_is_gone_when_its_attributes_are_read_is_an_error_of_its_own(
+    lazily: Callable[[Sequence[tuple[str, str]]], Image],
+    warnings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a file system that asks another computer for them."""
+    top = tmp_path / "top"
+    (top / "gone").mkdir(parents=True)
+    (top / "neighbour").write_text("n")
+    listxattr = os.listxattr
+    status = (top / "gone").stat()
+
+    def listed(path: bytes, *, follow_symlinks: bool = True) -> list[str]:
+        if follow_symlinks and os.path.samestat(os.stat(path), status):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return listxattr(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "listxattr", listed)
+    image = lazily([("/", str(top))])
+    nids = {name: nid for name, nid, _ in image.directory(image.inode(image.root))}
+    assert list(image.data(image.inode(nids[b"neighbour"]))) == [b"n"]
+    assert image.inode(nids[b"gone"]).block == image.blocks  # beyond: EIO
+    (line,) = warnings
+    assert line.startswith(f"{top}/gone: No such file")
+    with pytest.raises(ConfigError, match="gone into the image: No such file"):
+        write_image([("/", str(top))], str(tmp_path / "image"))

@@ -22,7 +22,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Container, Sequence
-from errno import ENOENT, ENOTDIR
+from errno import ENOENT, ENOTDIR, ESTALE
 from typing import NamedTuple
 
 from tinyvmm.errors import ConfigError
@@ -265,7 +265,15 @@ class Plan:
         """
         readable = True
         listing = Listing([], {}, None)
-        if layers and files:
+        xattrs = b""
+        try:
+            xattrs = self._directory_xattrs(layers)
+        except OSError as error:
+            if error.errno not in {ENOENT, ESTALE}:
+                raise  # another time it may be read
+            readable = False  # it is gone, which is nothing to its neighbours
+            self._cannot(self.directories.path(layers[0]), error)
+        if layers and files and readable:
             try:
                 verbatim = self._keep is not None
                 listing = list_directory(
@@ -280,7 +288,6 @@ class Plan:
                 listing = listing._replace(names=list(kept), types=kept)
         listing = point_listing(listing, point)
         listing = listing._replace(names=sorted([b".", b"..", *listing.names]))
-        xattrs = self._directory_xattrs(layers)
         counts, tail = erofs.split_names(listing.names)
         size = (len(counts) - 1) * BLOCK + tail
         inline = INODE_LEN + len(xattrs) + tail <= BLOCK and readable

@@ -477,6 +477,8 @@ def test_metadata_that_is_nowhere_yet_cannot_be_read(torture: Path) -> None:
     end = memoryview(bytearray(b"\1" * 8192))
     image.read_into([end[:4096], end[4096:]], image.size - 8192)
     assert bytes(end) == bytes(8192)
+    with pytest.raises(OSError, match="beyond the end"):
+        image.read_into([end[:4096], end[4096:]], image.size - 4096)
     with pytest.raises(OSError, match="Read-only"):
         image.write_from([memoryview(b"x" * 512)], 0)
     image.close()

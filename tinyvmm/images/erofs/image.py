@@ -116,7 +116,12 @@ class ErofsImage:
     # --- a disk's methods: see devices/virtio/blk.py ----------------------------------------------
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> None:
-        """Fill `views` from `offset` on; OSError (EIO) for what the host does not have any more."""
+        """Fill `views` from `offset` on; OSError (EIO) for what the host does not have any more.
+
+        Or for what lies beyond the end.
+        """
+        if offset + size_of(views) > self.size:
+            raise OSError(EIO, "beyond the end of the image")
         ahead = self._ahead
         if ahead is None:
             with self._lock:

@@ -212,13 +212,13 @@ class PciBus:
             self.on_active = None
             tell()
 
-    def save(self) -> list[dict[str, Any]]:
+    def save_slots(self) -> list[dict[str, Any]]:
         """Return the configuration space of every function."""
         with self.lock:
             return [function.save() for function in self.slots]
 
-    def load(self, states: list[dict[str, Any]]) -> None:
-        """Put back what `save` returned."""
+    def load_slots(self, states: list[dict[str, Any]]) -> None:
+        """Put back what `save_slots` returned."""
         with self.lock:
             for function, saved in zip(self.slots, states, strict=True):
                 function.load(saved)
@@ -247,11 +247,11 @@ class Ecam(Device):
 
     def save(self) -> dict[str, Any]:
         """Return the configuration space of every function."""
-        return {"slots": self._bus.save()}
+        return {"slots": self._bus.save_slots()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what `save` returned."""
-        self._bus.load(state["slots"])
+        self._bus.load_slots(state["slots"])
 
 
 _RESET_CONTROL = (1, 1)  # offset and size: another register in the midst of CONFIG_ADDRESS

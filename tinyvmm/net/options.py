@@ -147,6 +147,14 @@ def check_kind(net: NetOptions | None) -> None:
 
 def check_published(published: Sequence[Published]) -> None:
     """Raise ConfigError for ports that cannot be had: passt would say less of why."""
+    seen: set[tuple[str, int]] = set()
+    for entry in published:
+        if (entry.protocol, entry.host) in seen:
+            raise ConfigError(
+                f"--publish: {entry.protocol} port {entry.host} of this computer can lead to one "
+                "port only: leave one out"
+            )
+        seen.add((entry.protocol, entry.host))
     for protocol, address, host, guest in published:
         kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
         with socket.socket(socket.AF_INET, kind) as sock:
@@ -160,14 +168,6 @@ def check_published(published: Sequence[Published]) -> None:
                     f"--publish {where}:{guest}/{protocol}: {error.strerror} for {protocol} port "
                     f"{host} of this computer; give another"
                 ) from None
-    seen: set[tuple[str, int]] = set()
-    for entry in published:
-        if (entry.protocol, entry.host) in seen:
-            raise ConfigError(
-                f"--publish: {entry.protocol} port {entry.host} of this computer can lead to one "
-                "port only: leave one out"
-            )
-        seen.add((entry.protocol, entry.host))
 
 
 def random_mac() -> bytes:

@@ -238,7 +238,9 @@ def test_a_stream_may_be_used_again_once_its_command_has_ended(ask: Asker) -> No
 
 
 def test_a_terminal_its_size_and_signals(ask: Asker) -> None:
-    ask.call("exec", argv=["sh", "-c", "stty size; read x; stty size"], stream="t",
+    # What is typed goes another way than the size, and may be there first.
+    resized = 'while [ "$(stty size)" = "11 22" ]; do sleep 0.02; done'
+    ask.call("exec", argv=["sh", "-c", f"stty size; read x; {resized}; stty size"], stream="t",
              terminal=[11, 22])  # fmt: skip
     while b"11 22" not in b"".join(ask.said.get("t", [])):
         ask.listen()

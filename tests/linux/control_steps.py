@@ -110,7 +110,9 @@ def ask(client: Client) -> None:
     """What there is to be seen of it."""
     found["status"] = client.call("status")["state"]
     found["run"] = client.run("sh", "-c", "cat; echo err >&2; exit 3", stdin="in\n")
-    client.call("exec", argv=["sh", "-c", "stty size; read x; stty size"], stream="t",
+    # What is typed goes another way than the size, and may be there first.
+    resized = 'while [ "$(stty size)" = "11 22" ]; do sleep 0.1; done'
+    client.call("exec", argv=["sh", "-c", f"stty size; read x; {resized}; stty size"], stream="t",
                 terminal=[11, 22])  # fmt: skip
     client.until(lambda: "11 22" in client.said.get("t", ""))
     client.call("exec_resize", stream="t", rows=33, columns=44)

@@ -647,7 +647,6 @@ def test_a_directory_that_is_gone_when_its_attributes_are_read_is_an_error_of_it
     nids = {name: nid for name, nid, _ in image.directory(image.inode(image.root))}
     assert list(image.data(image.inode(nids[b"neighbour"]))) == [b"n"]
     assert image.inode(nids[b"gone"]).block == image.blocks  # beyond: EIO
-    (line,) = warnings
-    assert line.startswith(f"{top}/gone: No such file")
+    assert warnings == []  # what is gone nobody misses, unless all is to be there
     with pytest.raises(ConfigError, match="gone into the image: No such file"):
         write_image([("/", str(top))], str(tmp_path / "image"))

@@ -272,7 +272,7 @@ class Plan:
             if error.errno not in {ENOENT, ESTALE}:
                 raise  # another time it may be read
             readable = False  # it is gone, which is nothing to its neighbours
-            self._cannot(self.directories.path(layers[0]), error)
+            self._lost(self.directories.path(layers[0]), error)
         if layers and files and readable:
             try:
                 verbatim = self._keep is not None
@@ -281,7 +281,7 @@ class Plan:
                 )
             except OSError as error:
                 readable = False
-                self._cannot(self.directories.path(layers[0]), error)
+                self._lost(self.directories.path(layers[0]), error)
             if self._keep is not None:
                 top = self.directories.path(layers[0])
                 kept = {n: t for n, t in listing.types.items() if self._keep(os.path.join(top, n))}
@@ -454,8 +454,7 @@ class Plan:
         """Make what stands for an entry that could not be looked at: an inode that is none."""
         layers = directory.layers
         where = self.directories.path(layers[0]) if layers else b"/"
-        if self._strict or error.errno not in {ENOENT, ENOTDIR}:  # what is gone nobody misses
-            self._cannot(os.path.join(where, name), error)
+        self._lost(os.path.join(where, name), error)
         at = self._room(INODE_LEN, 0)
         self.meta += bytes(INODE_LEN)
         self.inodes += 1
@@ -502,6 +501,11 @@ class Plan:
         )
         if xattrs:
             self.meta += xattrs
+
+    def _lost(self, path: bytes, error: OSError) -> None:
+        """Say that something cannot be looked at; but what is gone from a tree nobody misses."""
+        if self._strict or error.errno not in {ENOENT, ENOTDIR}:
+            self._cannot(path, error)
 
     def _cannot(self, path: bytes, why: OSError | str) -> None:
         """Say that something cannot be had; ConfigError if that is not to be."""

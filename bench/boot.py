@@ -38,7 +38,6 @@ ROUNDS = 5
 LINE = b"userspace is here"
 LIMIT = 120  # seconds for one boot
 OVERWRITTEN_MAX = 3 << 30  # bytes
-PYTHON = [os.path.realpath(sys.executable), "-I", "-S", "-c"]
 COMMON = "console=ttyS0 quiet panic=-1 no_timer_check"
 
 
@@ -98,6 +97,7 @@ def subjects(installed: "InstalledKernel", cleanup: ExitStack) -> dict[str, list
     """
     from tempfile import TemporaryDirectory
 
+    from tinyvmm.lab.lab import python_command
     from tinyvmm.lab.qemu import kernel_file
 
     vmlinuz = installed.vmlinuz
@@ -116,7 +116,7 @@ def subjects(installed: "InstalledKernel", cleanup: ExitStack) -> dict[str, list
     qemu += ["-initrd", initrd]
     microvm = ["-M", "microvm", "-append", f"{COMMON} pci=off"]
     return {
-        "ours": [*PYTHON, code, initrd, vmlinuz],
+        "ours": python_command(code, [initrd, vmlinuz]),
         "QEMU microvm": [*qemu, *microvm, "-kernel", vmlinuz],
         "QEMU microvm, vmlinux": [*qemu, *microvm, "-kernel", vmlinux],
         "QEMU q35": [*qemu, "-M", "q35", "-append", COMMON, "-kernel", vmlinuz],
@@ -125,11 +125,13 @@ def subjects(installed: "InstalledKernel", cleanup: ExitStack) -> dict[str, list
 
 def checkouts(kernel: str, before: str) -> dict[str, list[str]]:
     """Return what is compared with BEFORE, in the same form."""
+    from tinyvmm.lab.lab import python_command
+
     runs = {}
     for path in (ROOT, *before.split(os.pathsep)):
         main = f"import sys; sys.path.insert(0, {path!r}); from tinyvmm.cli.main import main"
         words = ["run", "--no-lab", "--kernel", kernel, "--", "echo", LINE.decode()]
-        runs[f"run of {path}"] = [*PYTHON, f"{main}; main()", *words]
+        runs[f"run of {path}"] = python_command(f"{main}; main()", words)
     return runs
 
 

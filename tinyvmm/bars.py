@@ -7,25 +7,21 @@ moment with the next one that it moves.
 Threads: vCPU threads, which hold the lock of the PCI bus.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from tinyvmm import trace
 from tinyvmm.bus import Bus, BusDevice
 from tinyvmm.errors import ConfigError
 
-
-class Bells(Protocol):
-    """What is used of eventfds.Bells."""
-
-    def place_pci(self, gpa: int | None, stride: int) -> None:
-        """Have bell n at `gpa` + n * `stride`; None takes them away."""
+if TYPE_CHECKING:
+    from tinyvmm.eventfds import Bells
 
 
 class Bar:
     """What answers a BAR of `length` bytes, and its bells, which begin at `notify` in it."""
 
     def __init__(
-        self, device: BusDevice, length: int, bells: Bells | None, notify: int, stride: int
+        self, device: BusDevice, length: int, bells: "Bells | None", notify: int, stride: int
     ) -> None:
         self.device = device
         self.length = length

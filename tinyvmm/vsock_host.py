@@ -20,9 +20,12 @@ import stat
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tinyvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyvmm.devices.virtio.device import Watcher
 
 _REQUEST_MAX = 32  # of a line "CONNECT port\n"
 _STREAMS_MAX = 2048  # accepted or connected, the device's limit and as many that have not asked yet
@@ -30,21 +33,11 @@ _BACKLOG = 128
 _LOOK_AGAIN = 0.1  # seconds, for descriptors where there were none left
 
 
-class Watcher(Protocol):
-    """A thread of the device's, with an epoll of its own."""
-
-    def watch(self, fd: int, call: Callable[[], None], events: int) -> bool:
-        """`call` whenever `fd` is ready for any of `events`; False if epoll will not."""
-
-    def unwatch(self, fd: int) -> None:
-        """Do so no more."""
-
-
 class Device(Protocol):
     """What is used of devices.virtio.vsock.VirtioVsock."""
 
     @property
-    def watcher(self) -> Watcher | None:
+    def watcher(self) -> "Watcher | None":
         """Its thread, if it has one."""
 
     def connect(self, peer: "HostStream", port: int) -> object | None:
